@@ -1,0 +1,53 @@
+"""The only writer of PEFT's registries."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from peft_jactus._peft_type import NAME, jactus_peft_type
+from peft_jactus.config import JactusConfig
+from peft_jactus.model import JactusModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def register() -> None:
+    """Make PEFT know the tuner ``JACTUS``. Calling it again changes nothing.
+
+    Raises:
+        ImportError: If another package registered a PEFT method of this name.
+    """
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(jactus_peft_type())
+    if registered is JactusConfig:
+        return
+    if registered is not None:
+        raise ImportError(
+            f"PEFT has a method {NAME} already, from {registered.__module__}. Import either that or peft_jactus."
+        )
+    register_peft_method(name=NAME.lower(), config_cls=JactusConfig, model_cls=JactusModel)
+    PeftModel.get_nb_trainable_parameters = _counting_frozen_bases(PeftModel.get_nb_trainable_parameters)
+
+
+def _counting_frozen_bases(
+    count: Callable[[PeftModel], tuple[int, int]],
+) -> Callable[[PeftModel], tuple[int, int]]:
+    """Let `PeftModel.print_trainable_parameters` count the frozen bases of JACTUS layers, too.
+
+    PEFT counts parameters, and its contract wants frozen tensors of an adapter to be buffers: without them the
+    total would leave out most of the compressed model. Models without JACTUS layers are counted as before.
+    """
+
+    @functools.wraps(count)
+    def get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
+        trainable, total = count(self)
+        if isinstance(self.base_model, JactusModel):
+            total += self.base_model.num_frozen_parameters()
+        return trainable, total
+
+    return get_nb_trainable_parameters

@@ -1,0 +1,247 @@
+"""Ranks of all layers under one parameter budget.
+
+A layer's candidates are its ranks and "stays dense"; each has a cost (the parameters that the deployed
+checkpoint stores) and a gain (the drop of the local second-order loss). Uniform allocation gives
+every layer the same retained ratio. Global allocation spends the budget where a parameter gains most: greedily
+along the upper concave envelope of each layer's (cost, gain) points, which is the solution of the
+Lagrangian relaxation and optimal up to the last item (Everett, Operations Research 11, 1963).
+
+A plain global allocation measures worse than a uniform one, because local losses of heavily
+truncated layers do not add up (Swift-SVD, Table 6, finds the same); so each layer keeps a floor, a share of its uniform rank.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+Storage = Literal["factored", "pivoted"]
+
+
+def stored_parameters(rank: int | None, out_features: int, in_features: int, storage: Storage) -> int:
+    """Return how many numbers a deployed layer stores.
+
+    Args:
+        rank: The layer's rank; ``None`` for a dense layer.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        storage: ``"factored"``: two factors, ``rank * (out + in)``. ``"pivoted"``: ``rank`` rows of the weight
+            and the coefficients of the others, ``rank * (out + in - rank)``.
+    """
+    if rank is None:
+        return out_features * in_features
+    saved = rank if storage == "pivoted" else 0
+    return rank * (out_features + in_features - saved)
+
+
+def uniform_rank(retained_ratio: float, out_features: int, in_features: int, storage: Storage) -> int:
+    """Return the largest rank, at least 1, that keeps at most ``retained_ratio`` of a layer's parameters."""
+    budget = retained_ratio * out_features * in_features
+    total = out_features + in_features
+    if storage == "factored":
+        rank = int(budget / total)
+    else:
+        # r (m + n - r) <= budget; the discriminant is at least (m - n)^2, rounding apart
+        rank = int((total - math.sqrt(max(0.0, total * total - 4 * budget))) / 2)
+    while stored_parameters(rank + 1, out_features, in_features, storage) <= budget:
+        rank += 1  # the root above was rounded down
+        if rank >= min(out_features, in_features):
+            break
+    return max(1, min(rank, min(out_features, in_features)))
+
+
+@dataclass(frozen=True)
+class LayerGains:
+    """What each rank of one layer is worth.
+
+    Attributes:
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        gains: ``(max_rank,)``, float64, non-negative and non-increasing: gain of the k-th rank.
+        dense_gain: Gain of leaving the layer dense, at least ``gains.sum()``.
+    """
+
+    out_features: int
+    in_features: int
+    gains: Tensor
+    dense_gain: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the dense weight."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ranks by module name; ``None`` where the layer stays dense.
+
+    Attributes:
+        ranks: Rank of each layer.
+        num_stored: Parameters that the targeted layers store. At most ``budget``, unless one rank for each
+            layer costs more already.
+        budget: The parameter budget that was asked for.
+    """
+
+    ranks: dict[str, int | None]
+    num_stored: int
+    budget: int
+
+
+def allocate(
+    layers: Mapping[str, LayerGains],
+    *,
+    retained_ratio: float,
+    strategy: Literal["global", "uniform"] = "global",
+    storage: Storage = "factored",
+    rank_floor: float = 0.5,
+    fixed_ranks: Mapping[str, int] | None = None,
+) -> Allocation:
+    """Choose the rank of every layer under one budget.
+
+    Args:
+        layers: Gains by module name.
+        retained_ratio: Budget as a share of all targeted parameters, in (0, 1].
+        strategy: ``"uniform"`` gives each layer this ratio; ``"global"`` maximises the summed gain.
+        storage: How the deployed layer is stored, that is, what a rank costs.
+        rank_floor: Least rank of a layer under ``"global"``, as a share of its uniform rank, in [0, 1].
+        fixed_ranks: Ranks that were decided by the user. They are paid from the budget.
+
+    Returns:
+        The ranks. A layer whose factors would cost as much as its weight stays dense.
+
+    Raises:
+        ValueError: If the fixed ranks leave too little for one rank in each other layer.
+    """
+    fixed: dict[str, int | None] = {}
+    for name, rank in (fixed_ranks or {}).items():
+        fixed[name] = min(rank, layers[name].out_features, layers[name].in_features)
+    free = {name: layer for name, layer in layers.items() if name not in fixed}
+    budget = int(retained_ratio * sum(layer.num_parameters for layer in layers.values()))
+    remaining = budget - sum(_cost(layers[name], rank, storage) for name, rank in fixed.items())
+    ratio = retained_ratio
+    if fixed and free:
+        ratio = min(ratio, remaining / sum(layer.num_parameters for layer in free.values()))
+        if ratio <= 0 or remaining < sum(_cost(layer, 1, storage) for layer in free.values()):
+            raise ValueError(
+                f"`rank_pattern` spends the whole budget of {budget} parameters (`retained_ratio`="
+                f"{retained_ratio}): {remaining} are left for {len(free)} other layers. Lower its ranks, raise "
+                "`retained_ratio`, or list every targeted module in `rank_pattern`."
+            )
+    if strategy == "uniform":
+        ranks = {name: _uniform(layer, ratio, storage) for name, layer in free.items()}
+    else:
+        ranks = _allocate_global(free, remaining, ratio, storage, rank_floor)
+    ranks |= fixed
+    num_stored = sum(_cost(layers[name], rank, storage) for name, rank in ranks.items())
+    return Allocation({name: ranks[name] for name in layers}, num_stored, budget)
+
+
+def _cost(layer: LayerGains, rank: int | None, storage: Storage) -> int:
+    return stored_parameters(rank, layer.out_features, layer.in_features, storage)
+
+
+def _uniform(layer: LayerGains, ratio: float, storage: Storage) -> int | None:
+    rank = uniform_rank(ratio, layer.out_features, layer.in_features, storage)
+    if ratio >= 1 or _cost(layer, rank, storage) >= layer.num_parameters:
+        return None
+    return min(rank, max(1, layer.gains.numel()))
+
+
+def _allocate_global(
+    layers: dict[str, LayerGains], budget: int, ratio: float, storage: Storage, rank_floor: float
+) -> dict[str, int | None]:
+    curves = {
+        name: _Curve.build(layer, _floor_rank(layer, ratio, storage, rank_floor), storage)
+        for name, layer in layers.items()
+    }
+    position = dict.fromkeys(curves, 0)  # index of the chosen candidate
+    remaining = budget - sum(int(curve.costs[0]) for curve in curves.values())
+    remaining = _climb(curves, position, remaining, envelope=True)
+    # The next vertex of the envelope may be too dear where a rank below it still fits.
+    _climb(curves, position, remaining, envelope=False)
+    return {name: curve.candidates[position[name]] for name, curve in curves.items()}
+
+
+def _floor_rank(layer: LayerGains, ratio: float, storage: Storage, rank_floor: float) -> int:
+    uniform = uniform_rank(ratio, layer.out_features, layer.in_features, storage)
+    return max(1, min(int(rank_floor * uniform), layer.gains.numel()))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Candidates of one layer, cheapest first, and the vertices of their upper concave envelope."""
+
+    candidates: list[int | None]
+    costs: Tensor
+    gains: Tensor
+    vertices: list[int]
+
+    @classmethod
+    def build(cls, layer: LayerGains, floor: int, storage: Storage) -> _Curve:
+        max_rank = max(floor, layer.gains.numel())
+        ranks = [r for r in range(floor, max_rank + 1) if _cost(layer, r, storage) < layer.num_parameters]
+        cumulative = torch.cat([layer.gains.new_zeros(1), layer.gains.cumsum(0)])
+        costs = [_cost(layer, r, storage) for r in ranks]
+        gains = [float(cumulative[min(r, layer.gains.numel())]) for r in ranks]
+        costs.append(layer.num_parameters)
+        gains.append(layer.dense_gain)
+        costs_tensor, gains_tensor = torch.tensor(costs), torch.tensor(gains, dtype=torch.float64)
+        return cls([*ranks, None], costs_tensor, gains_tensor, _upper_envelope(costs, gains))
+
+    def next_step(self, index: int, *, envelope: bool) -> tuple[float, int, int] | None:
+        """Return (gain per parameter, cost, index) of the step up from candidate ``index``."""
+        if envelope:
+            following = bisect.bisect_right(self.vertices, index)
+            target = self.vertices[following] if following < len(self.vertices) else None
+        else:
+            target = index + 1 if index + 1 < len(self.candidates) else None
+        if target is None:
+            return None
+        cost = int(self.costs[target] - self.costs[index])
+        return float(self.gains[target] - self.gains[index]) / cost, cost, target
+
+
+def _upper_envelope(costs: list[int], gains: list[float]) -> list[int]:
+    """Return the indices of the points on the upper concave envelope, from the first to the best one."""
+    best = max(range(len(gains)), key=lambda i: (gains[i], -costs[i]))
+    hull: list[int] = []
+    for i in range(best + 1):
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (gains[b] - gains[a]) * (costs[i] - costs[b]) > (gains[i] - gains[b]) * (costs[b] - costs[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _climb(curves: dict[str, _Curve], position: dict[str, int], remaining: int, *, envelope: bool) -> int:
+    """Take affordable steps, best gain per parameter first, moving ``position``; return what is left."""
+    heap: list[tuple[float, str, int, int]] = []
+
+    def offer(name: str) -> None:
+        step = curves[name].next_step(position[name], envelope=envelope)
+        if step is not None and step[0] > 0:
+            rate, cost, target = step
+            heapq.heappush(heap, (-rate, name, cost, target))
+
+    for name in curves:
+        offer(name)
+    while heap:
+        _, name, cost, target = heapq.heappop(heap)
+        if cost <= remaining:
+            remaining -= cost
+            position[name] = target
+            offer(name)
+    return remaining

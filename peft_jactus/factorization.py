@@ -1,0 +1,177 @@
+"""From the weights of all targeted layers to their factors, one layer at a time.
+
+Two passes: `plan_ranks` needs the spectrum of every layer, `factorize` then makes the factors of one layer at its
+rank. Keeping the first pass's decompositions for the second would save time, but needs memory for all
+layers at once; this way the extra memory is that of one layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from peft_jactus.allocation import Allocation, LayerGains, Storage, allocate
+from peft_jactus.decomposition import DecompositionOptions, project_weight
+from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from peft_jactus.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class FactorizationOptions:
+    """How weights are approximated and ranks allocated; `JactusConfig` documents each field."""
+
+    decomposition: DecompositionOptions = field(default_factory=DecompositionOptions)
+    retained_ratio: float = 0.8
+    allocation: Literal["global", "uniform"] = "global"
+    storage: Storage = "factored"
+    rank_floor: float = 0.5
+    bias_correction: bool = True
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks of all layers and what they keep.
+
+    Attributes:
+        allocation: Rank of each layer, ``None`` where it stays dense, and the budget.
+        energy_kept: Share of each layer's weighted energy that its rank keeps, in [0, 1].
+    """
+
+    allocation: Allocation
+    energy_kept: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """What replaces one layer: ``y = left (core (right^T x)) + bias``.
+
+    Attributes:
+        left: ``(out, rank)``, orthonormal columns.
+        core: ``(rank, rank)``, diagonal at the start.
+        right: ``(in, rank)``, orthonormal columns.
+        bias: ``(out,)``, or ``None`` for a layer without one.
+    """
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+    bias: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """Size of the core."""
+        return self.core.shape[0]
+
+
+def plan_ranks(
+    weights: Mapping[str, Callable[[], Tensor]],
+    statistics: Mapping[str, LayerStatistics] | None,
+    options: FactorizationOptions,
+    *,
+    fixed_ranks: Mapping[str, int] | None = None,
+    progress_bar: bool = True,
+) -> RankPlan:
+    """Choose the ranks of all layers.
+
+    Args:
+        weights: By module name, a function that returns the weight ``(out, in)``; called once, and the weight is let go
+            before the next one is asked for.
+        statistics: By module name; ``None`` for a data-free decomposition.
+        options: Decomposition, budget and allocation.
+        fixed_ranks: Ranks that the user decided, by module name.
+        progress_bar: Show a bar over the layers.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If the budget cannot be met, or statistics are missing or degenerate; names the module.
+    """
+    gains: dict[str, LayerGains] = {}
+    for name in tqdm(weights, desc="Ranking directions", unit="layer", disable=not progress_bar):
+        weight = weights[name]()
+        layer_statistics = None if statistics is None else statistics[name]
+        try:
+            projected = project_weight(weight, layer_statistics, options.decomposition)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        # K-FAC's Fisher matrix of a layer that is applied to N positions is N C_g (x) C_x: layers that
+        # see one position for each example (a pooler) compare with those that see every token.
+        weighting = 1 if layer_statistics is None else layer_statistics.num_tokens
+        gains[name] = LayerGains(
+            out_features=weight.shape[0],
+            in_features=weight.shape[1],
+            gains=(weighting * projected.gains()).cpu(),
+            dense_gain=weighting * projected.total_energy,
+        )
+    fixed_ranks = {
+        name: _cap_to_subspace(name, rank, gains[name].gains.numel())
+        for name, rank in (fixed_ranks or {}).items()
+    }
+    allocation = allocate(
+        gains,
+        retained_ratio=options.retained_ratio,
+        strategy=options.allocation,
+        storage=options.storage,
+        rank_floor=options.rank_floor,
+        fixed_ranks=fixed_ranks,
+    )
+    energy_kept = {name: _energy_kept(gains[name], rank) for name, rank in allocation.ranks.items()}
+    return RankPlan(allocation, energy_kept)
+
+
+def _cap_to_subspace(name: str, rank: int, max_rank: int) -> int:
+    if rank <= max_rank:
+        return rank
+    warnings.warn(
+        f"{name}: rank {rank} was asked for, but the union of subspaces has {max_rank} dimensions; rank {max_rank} "
+        "is used. Raise `weight_energy`, `input_energy` or `gradient_energy` to widen it.",
+        NumericalWarning,
+        stacklevel=3,
+    )
+    return max_rank
+
+
+def _energy_kept(gains: LayerGains, rank: int | None) -> float:
+    if rank is None or not gains.dense_gain > 0:
+        return 1.0
+    return min(1.0, float(gains.gains[:rank].sum()) / gains.dense_gain)
+
+
+def factorize(
+    weight: Tensor,
+    bias: Tensor | None,
+    statistics: LayerStatistics | None,
+    rank: int,
+    options: FactorizationOptions,
+) -> LayerFactors:
+    """Make the factors of one layer.
+
+    Args:
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or ``None``.
+        statistics: The layer's; ``None`` for a data-free decomposition.
+        rank: As planned; capped at the dimension of the subspaces.
+        options: Decomposition and bias correction.
+
+    Returns:
+        Factors in float64 on the weight's device. With ``bias_correction``, the bias takes up the mean error:
+        ``b' = b + (W - W_r) mean(x)``.
+    """
+    factors = project_weight(weight, statistics, options.decomposition).truncate(rank)
+    if bias is not None:
+        bias = to_decomposition_dtype(bias)
+        if options.bias_correction and statistics is not None:
+            error = to_decomposition_dtype(weight) - factors.dense()
+            bias = bias + error @ statistics.input.mean
+    return LayerFactors(factors.left, torch.diag(factors.singular_values), factors.right, bias)

@@ -1,0 +1,372 @@
+"""The tuned layer: frozen bases, a trainable core, and what PEFT expects of a tuner layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from peft_jactus.targeting import dense_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peft_jactus.factorization import LayerFactors
+
+TENSOR_NAMES = ("jactus_left", "jactus_core", "jactus_right", "jactus_bias")
+
+
+def raise_base_weights_freed(action: str) -> NoReturn:
+    """Raise the error for what only works with the dense weights."""
+    raise ValueError(
+        f"Cannot {action}: the dense weights were freed. Create the adapter with `keep_base_weights=True` to keep them."
+    )
+
+
+class FreedBase(nn.Module):
+    """Stands where a dense layer was: remembers its features, device and dtype, holds no weight."""
+
+    def __init__(self, base_layer: nn.Linear | Conv1D, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.is_conv1d = isinstance(base_layer, Conv1D)
+        self.has_bias = base_layer.bias is not None
+        # PEFT and some models (T5) read `.weight.dtype` and `.weight.device`; `.to()` must move it.
+        self.register_buffer("weight", base_layer.weight.detach().new_empty(0), persistent=False)
+        self.bias = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise `ValueError`: there is no dense layer any more."""
+        del args, kwargs
+        raise_base_weights_freed("run the base layer")
+
+    def dense_layer(self, weight: Tensor, bias: Tensor | None) -> nn.Linear | Conv1D:
+        """Return a plain layer of the original kind with ``weight`` ``(out, in)`` and ``bias``."""
+        layer: nn.Linear | Conv1D
+        if self.is_conv1d:
+            layer = Conv1D(self.out_features, self.in_features)
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        _assign(layer, weight, bias)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Show the features."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class JactusLayer(BaseTunerLayer):
+    """State of one adapted layer: ``left (out, rank)``, ``core (rank, rank)``, ``right (in, rank)`` for each adapter.
+
+    Left, right and a bias are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is the
+    only parameter.
+    """
+
+    adapter_layer_names = ("jactus_core",)
+    other_param_names = ("jactus_left", "jactus_right", "jactus_bias", "r")
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        self.r: dict[str, int] = {}
+        self.jactus_left = BufferDict({}, persistent=True)
+        self.jactus_core = nn.ParameterDict({})
+        self.jactus_right = BufferDict({}, persistent=True)
+        self.jactus_bias = BufferDict({}, persistent=True)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._module_name = module_name
+        self._unfilled: set[str] = set()
+        # The dense parameters while merged; in a list, because nn.Module registers parameter attributes.
+        self._unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
+        self._dense_is_merged = False
+
+    @property
+    def base_weights_freed(self) -> bool:
+        """Whether the dense weight of this layer is gone."""
+        return isinstance(self.get_base_layer(), FreedBase) or self._dense_is_merged
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias."""
+        base = self.get_base_layer()
+        return base.has_bias if isinstance(base, FreedBase) else base.bias is not None
+
+    # -- creating an adapter ------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, r: int, *, factors: LayerFactors | None, inference_mode: bool = False
+    ) -> None:
+        """Add or replace an adapter.
+
+        Args:
+            adapter_name: Its name.
+            r: The rank, at least 1.
+            factors: Initial values. ``None`` allocates NaN for a checkpoint to fill: a tensor that it does not fill
+                raises at the first forward pass.
+            inference_mode: Freeze the core, too.
+        """
+        if r < 1:
+            raise ValueError(f"{self._module_name}: the rank must be at least 1; got {r}.")
+        weight = self.get_base_layer().weight
+        core_dtype = torch.promote_types(weight.dtype, torch.float32)
+
+        def values(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if tensor is None:
+                return torch.full(shape, torch.nan, device=weight.device, dtype=dtype)
+            return tensor.to(device=weight.device, dtype=dtype).contiguous()
+
+        left, core, right, bias = (
+            (None,) * 4 if factors is None else (factors.left, factors.core, factors.right, factors.bias)
+        )
+        self.r[adapter_name] = r
+        self.jactus_left[adapter_name] = values(left, (self.out_features, r), weight.dtype)
+        self.jactus_core[adapter_name] = nn.Parameter(values(core, (r, r), core_dtype))
+        self.jactus_right[adapter_name] = values(right, (self.in_features, r), weight.dtype)
+        if self.has_bias:
+            self.jactus_bias[adapter_name] = values(bias, (self.out_features,), weight.dtype)
+        self._unfilled.discard(adapter_name)
+        if factors is None:
+            self._unfilled.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def resize_adapter(self, adapter_name: str, r: int) -> None:
+        """Allocate the adapter for another rank; a checkpoint is about to fill it."""
+        if self.r[adapter_name] == r:
+            return
+        core = self.jactus_core[adapter_name]
+        left, right = self.jactus_left[adapter_name], self.jactus_right[adapter_name]
+        self.r[adapter_name] = r
+        self.jactus_left[adapter_name] = left.new_full((self.out_features, r), torch.nan)
+        self.jactus_right[adapter_name] = right.new_full((self.in_features, r), torch.nan)
+        self.jactus_core[adapter_name] = nn.Parameter(
+            core.detach().new_full((r, r), torch.nan), requires_grad=core.requires_grad
+        )
+        self._unfilled.add(adapter_name)
+
+    def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """Return the adapter's tensors by the names of `TENSOR_NAMES`; a layer without bias has three."""
+        containers = {name: getattr(self, name) for name in TENSOR_NAMES}
+        return {name: held[adapter_name] for name, held in containers.items() if adapter_name in held}
+
+    def free_base_weights(self) -> None:
+        """Let go of the dense weight. There is no way back, except from a merge."""
+        if not self.base_weights_freed:
+            self.base_layer = FreedBase(self.get_base_layer(), self.in_features, self.out_features)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        super().delete_adapter(adapter_name)
+        self._unfilled.discard(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the adapters and the dense layer."""
+        if not enabled and self.base_weights_freed:
+            raise_base_weights_freed("disable the adapter")
+        super().enable_adapters(enabled)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's version casts to the base's dtype as well, which would round a trained float32 core, and
+        # moves meta tensors, which cannot be moved.
+        device = self.get_base_layer().weight.device if device is None else device
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            if device.type == "meta" or tensor.device.type == "meta" or tensor.device == device:
+                continue
+            moved = tensor.detach().to(device)
+            if name == "jactus_core":
+                moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+            getattr(self, name)[adapter_name] = moved
+
+    # -- dense weights: merging and comparing -------------------------------------------------------------
+
+    def get_dense_weight(self, adapter_name: str) -> Tensor:
+        """Return the adapter's weight as the base layer stores it: ``(out, in)``, or ``(in, out)`` for a Conv1D."""
+        left, core, right = (
+            self.adapter_tensors(adapter_name)[name] for name in ("jactus_left", "jactus_core", "jactus_right")
+        )
+        wide = torch.promote_types(core.dtype, torch.float32)
+        weight = (left.to(wide) @ core.detach().to(wide)) @ right.to(wide).mT  # (out, in)
+        weight = weight.to(left.dtype)
+        return weight.mT if self._is_conv1d() else weight
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return the adapter's weight less the dense one, as the base layer stores it."""
+        if self.base_weights_freed:
+            raise_base_weights_freed("compute the difference to the base weight")
+        return self.get_dense_weight(adapter_name) - self.get_base_layer().weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a difference of weights says it all: the dense weight is kept, and the bias unchanged."""
+        if self.base_weights_freed:
+            return False
+        bias = self.get_base_layer().bias
+        return bias is None or torch.equal(self.jactus_bias[adapter_name], bias)
+
+    def _is_conv1d(self) -> bool:
+        base = self.get_base_layer()
+        return base.is_conv1d if isinstance(base, FreedBase) else isinstance(base, Conv1D)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the dense layer; the first replaces its weight, others add their difference.
+
+        Args:
+            safe_merge: Raise if the result is not finite, instead of merging it.
+            adapter_names: Default: the active ones.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.jactus_core]
+        if not names:
+            return
+        if self.base_weights_freed:
+            if len(names) > 1 or self.merged:
+                raise_base_weights_freed("merge several adapters")
+            self._merge_freed(names[0], safe_merge=safe_merge)
+            return
+        base = self.get_base_layer()
+        with gather_params_ctx(base.weight):
+            for name in names:
+                weight, bias = self._merged_dense(name)
+                self._check_merged(weight, name, safe_merge=safe_merge)
+                if not self._unmerged:
+                    self._unmerged.append((base.weight, base.bias))
+                # A new parameter: writing into the old one would change a tied embedding.
+                _assign(base, weight, bias)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def _merged_dense(self, name: str) -> tuple[Tensor, Tensor | None]:
+        base = self.get_base_layer()
+        weight, bias = self.get_dense_weight(name), self.adapter_tensors(name).get("jactus_bias")
+        if not self.merged_adapters:
+            return weight, bias
+        dense_weight_, dense_bias = self._unmerged[0]
+        weight = base.weight + (weight - dense_weight_)
+        return weight, None if bias is None or dense_bias is None else base.bias + (bias - dense_bias)
+
+    def _merge_freed(self, name: str, *, safe_merge: bool) -> None:
+        weight = self.get_dense_weight(name)
+        self._check_merged(weight, name, safe_merge=safe_merge)
+        freed = self.get_base_layer()
+        weight = weight.mT if freed.is_conv1d else weight
+        self.base_layer = freed.dense_layer(weight, self.adapter_tensors(name).get("jactus_bias"))
+        self._dense_is_merged = True
+        self.merged_adapters.append(name)
+
+    @staticmethod
+    def _check_merged(weight: Tensor, name: str, *, safe_merge: bool) -> None:
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def unmerge(self) -> None:
+        """Put the original dense parameters back; the very same objects, so that ties stay ties."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if self._dense_is_merged:
+            self.base_layer = FreedBase(base, self.in_features, self.out_features)
+            self._dense_is_merged = False
+        else:
+            weight, bias = self._unmerged.pop()
+            weight.data = weight.data.to(base.weight)
+            base.weight = weight
+            if bias is not None:
+                bias.data = bias.data.to(base.weight)
+                base.bias = bias
+        self.merged_adapters.clear()
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def _check_filled(self, adapter_name: str) -> None:
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            if tensor.isnan().any():
+                raise RuntimeError(
+                    f"{self._module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
+                    "checkpoint lacks it or is damaged; save it again, or compress the model anew."
+                )
+        self._unfilled.discard(adapter_name)
+
+    def _low_rank_forward(self, x: Tensor, adapter_name: str) -> Tensor:
+        if self._unfilled and adapter_name in self._unfilled and not torch.compiler.is_compiling():
+            self._check_filled(adapter_name)
+        left, core, right = (
+            self.jactus_left[adapter_name],
+            self.jactus_core[adapter_name],
+            self.jactus_right[adapter_name],
+        )
+        bias = self.jactus_bias[adapter_name] if adapter_name in self.jactus_bias else None
+        x = self._cast_input_dtype(x, right.dtype)
+        h = F.linear(x, right.mT)  # (..., rank)
+        h = F.linear(h.to(core.dtype), core)  # (..., rank)
+        return F.linear(h.to(left.dtype), left, bias)  # (..., out)
+
+
+class Linear(nn.Module, JactusLayer):
+    """A JACTUS layer in place of an `nn.Linear` or a Conv1D.
+
+    Args:
+        base_layer: The layer to replace.
+        module_name: Its full name, for error messages.
+        adapter_name: Name of the first adapter.
+        r: Its rank.
+        factors: Its initial values; ``None`` for an adapter that a checkpoint fills.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        module_name: str,
+        adapter_name: str,
+        *,
+        r: int,
+        factors: LayerFactors | None,
+    ) -> None:
+        super().__init__()
+        JactusLayer.__init__(self, base_layer, module_name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, factors=factors)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)`` with the active adapters."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.jactus_core]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) == 1:
+            return self._low_rank_forward(x, active[0]).to(x.dtype)
+        # PEFT's meaning of several active adapters: their differences to the base add up.
+        base = self.base_layer(x, *args, **kwargs)
+        output = base
+        for name in active:
+            output = output + (self._low_rank_forward(x, name) - base)
+        return output.to(base.dtype)
+
+    def __repr__(self) -> str:
+        return "jactus." + super().__repr__()
+
+
+def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
+    """Give ``layer`` new frozen parameters. ``weight`` is ``(out, in)`` for new layers, else as stored."""
+    layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+
+def layer_weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return the dense weight ``(out, in)`` and bias of a layer that is to be factorized, adapted or not."""
+    base = layer.get_base_layer() if isinstance(layer, JactusLayer) else layer
+    bias = getattr(base, "bias", None)
+    return dense_weight(base), None if bias is None else bias.detach()

@@ -1,0 +1,145 @@
+"""Matrix factorizations with one precision and robustness policy.
+
+Statistics arrive in float32 or better; every decomposition runs in float64 and its result is cast once, by
+the caller. Nothing degrades silently: where a Cholesky factorization needs more damping than it was
+given, a `NumericalWarning` says how much was added.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# A jitter beyond this share of the mean diagonal would change the metric, not repair its rounding.
+_MAX_RELATIVE_JITTER = 1e-4
+
+
+class NumericalWarning(UserWarning):
+    """A result is valid, but less accurate or smaller than what was asked for; the text says by how much."""
+
+
+def to_decomposition_dtype(matrix: Tensor) -> Tensor:
+    """Return ``matrix`` detached, in float64, on a device that can compute in float64."""
+    matrix = matrix.detach()
+    if matrix.device.type == "mps":  # Apple's GPU backend has no float64
+        matrix = matrix.cpu()
+    return matrix.to(torch.float64)
+
+
+def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a positive semi-definite matrix, largest eigenvalue first.
+
+    Args:
+        matrix: ``(dim, dim)``, symmetric up to rounding.
+
+    Returns:
+        Eigenvalues ``(dim,)``, non-increasing and clamped at zero, and eigenvectors ``(dim, dim)`` in
+        columns; both float64.
+    """
+    matrix = to_decomposition_dtype(matrix)
+    eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)
+
+
+def cholesky_root(matrix: Tensor) -> Tensor:
+    """Return a lower-triangular ``K`` with ``K K^T = matrix``.
+
+    Args:
+        matrix: ``(dim, dim)``, positive definite up to rounding.
+
+    Returns:
+        ``(dim, dim)``, float64.
+
+    Raises:
+        ValueError: If the matrix is not positive definite even with a jitter of 1e-4 of its mean diagonal.
+    """
+    matrix = to_decomposition_dtype(matrix)
+    matrix = (matrix + matrix.mT) / 2
+    scale = float(matrix.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    relative_jitter = torch.finfo(torch.float64).eps * matrix.shape[0]
+    while int(info) != 0:
+        if not (scale > 0 and relative_jitter <= _MAX_RELATIVE_JITTER):
+            raise ValueError(
+                f"`matrix` must be positive definite; got one with {tuple(matrix.shape)=} and mean diagonal "
+                f"{scale:.3g}. Raise `damping` or `shrinkage`."
+            )
+        warnings.warn(
+            f"Cholesky factorization needed a jitter of {relative_jitter:.1e} of the mean diagonal.",
+            NumericalWarning,
+            stacklevel=2,
+        )
+        jittered = matrix.clone()
+        jittered.diagonal().add_(relative_jitter * scale)
+        factor, info = torch.linalg.cholesky_ex(jittered)
+        relative_jitter *= 10
+    return factor
+
+
+def leading_count(energies: Tensor, ratio: float) -> int:
+    """Return the least ``k`` such that the first ``k`` energies reach ``ratio`` of their sum.
+
+    Args:
+        energies: ``(dim,)``, non-negative and non-increasing.
+        ratio: In [0, 1]. 0 gives 0; 1 gives the count of energies above rounding error.
+    """
+    total = energies.sum()
+    if ratio <= 0 or not total > 0:  # not >=: an all-zero matrix has no range
+        return 0
+    # At ratio 1 the cumulated sum reaches the total only up to rounding: count what is numerically there.
+    tolerance = torch.finfo(energies.dtype).eps * energies.numel()
+    numerical_rank = int((energies > tolerance * energies[0]).sum())
+    if ratio >= 1:
+        return numerical_rank
+    reached = int((energies.cumsum(0) < ratio * total).sum()) + 1
+    return min(reached, numerical_rank)
+
+
+def subspace_union(bases: Sequence[Tensor], *, rtol: float | None = None) -> Tensor:
+    """Return an orthonormal basis of the sum of subspaces.
+
+    Earlier bases win ties: the first ``bases[0].shape[1]`` columns are ``bases[0]`` itself. Directions of a
+    later basis that the earlier ones contain already are dropped.
+
+    Args:
+        bases: Non-empty; each ``(dim, k_i)`` with orthonormal columns; same dtype and device.
+        rtol: A direction counts as contained when its residual norm (dimensionless, [0, 1]) is at most
+            this. Default: ``sqrt(eps)`` of the dtype.
+
+    Returns:
+        ``(dim, k)`` with orthonormal columns, ``k <= min(dim, sum(k_i))``.
+
+    Raises:
+        ValueError: If ``bases`` is empty or the first dimensions differ.
+
+    References:
+        Ge et al., arXiv:2605.02829. Projected out twice: Giraud et al., Numer. Math. 101, 2005.
+    """
+    if not bases:
+        raise ValueError("`bases` must hold at least one basis; got none.")
+    dims = {basis.shape[0] for basis in bases}
+    if len(dims) > 1:
+        raise ValueError(f"`bases` must share their first dimension; got {sorted(dims)}.")
+    union = bases[0]
+    if rtol is None:
+        rtol = torch.finfo(union.dtype).eps ** 0.5
+    for basis in bases[1:]:
+        if union.shape[1] == union.shape[0]:
+            return union
+        residual = basis
+        for _ in range(2):  # once leaves components of the order of eps / residual norm
+            residual = residual - union @ (union.mT @ residual)  # (dim, k_i)
+        directions, norms, _ = torch.linalg.svd(residual, full_matrices=False)
+        num_new = min(int((norms > rtol).sum()), union.shape[0] - union.shape[1])
+        fresh = directions[:, :num_new]
+        # The SVD divides by the residual norm, which magnifies what rounding left inside the union.
+        fresh = torch.linalg.qr(fresh - union @ (union.mT @ fresh)).Q
+        union = torch.cat([union, fresh], dim=1)  # (dim, k)
+    return union

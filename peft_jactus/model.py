@@ -1,0 +1,301 @@
+"""The tuner: what PEFT calls when it injects, loads, merges and deletes JACTUS adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_jactus.allocation import uniform_rank
+from peft_jactus.calibration import check_statistics
+from peft_jactus.config import JactusConfig
+from peft_jactus.factorization import LayerFactors, factorize, plan_ranks
+from peft_jactus.layer import (
+    TENSOR_NAMES,
+    JactusLayer,
+    Linear,
+    layer_weight_and_bias,
+    raise_base_weights_freed,
+)
+from peft_jactus.targeting import (
+    DEFAULT_TARGET_MODULES,
+    check_supported,
+    match_ranks,
+    targeted_modules,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftConfig
+    from torch import Tensor
+
+# Below this many layers a bar would flash by.
+_MIN_LAYERS_FOR_BAR = 8
+
+
+class JactusModel(BaseTuner):
+    """Replaces targeted linear layers by low-rank ones with a trainable core.
+
+    Args:
+        model: The model to tune.
+        config: By adapter name.
+        adapter_name: The first adapter.
+
+    Attributes:
+        prefix: First part of the name of every tensor of an adapter.
+    """
+
+    prefix: str = "jactus_"
+    tuner_layer_cls = JactusLayer
+    target_module_mapping = DEFAULT_TARGET_MODULES
+
+    _factorizing_bar: tqdm | None = None
+
+    # -- injecting ----------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Replace the targeted layers; let go of the statistics once it is done."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if self._factorizing_bar is not None:
+                self._factorizing_bar.close()
+                self._factorizing_bar = None
+        self.peft_config[adapter_name].statistics = None
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        assert isinstance(config, JactusConfig)
+        if not config.from_checkpoint and self._base_weights_freed():
+            raise_base_weights_freed("compute a further adapter")
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Decide the ranks of all layers, before the first one is replaced."""
+        assert isinstance(peft_config, JactusConfig)
+        if peft_config.from_checkpoint:
+            return
+        targets = targeted_modules(model, peft_config)
+        options = peft_config.factorization_options()
+        statistics = peft_config.statistics
+        if not options.decomposition.needs_statistics:
+            statistics = None
+        elif statistics is None:
+            raise ValueError(
+                "This JactusConfig has no calibration statistics. Call `peft_jactus.calibrate(model, config, batches)` "
+                "before `get_peft_model`, or assign saved ones to `config.statistics`; "
+                '`decomposition="svd"` starts without data.'
+            )
+        else:
+            check_statistics(statistics, targets, source="`config.statistics`")
+        fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
+        show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR
+        with torch.no_grad():
+            plan = plan_ranks(
+                {name: _weight_getter(module) for name, module in targets.items()},
+                statistics,
+                options,
+                fixed_ranks=fixed_ranks,
+                progress_bar=show_bar,
+            )
+        ranks = plan.allocation.ranks
+        if all(rank is None for rank in ranks.values()):
+            raise ValueError(
+                f"`retained_ratio`={peft_config.retained_ratio} leaves every targeted layer dense, so that there is nothing "
+                "to train. Lower it, or set ranks with `rank_pattern`."
+            )
+        peft_config.layer_ranks = dict(ranks)
+        peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
+        self._factorizing_bar = tqdm(
+            total=sum(rank is not None for rank in ranks.values()),
+            desc="Factorizing",
+            unit="layer",
+            disable=not show_bar,
+        )
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        del parameter_name
+        assert isinstance(peft_config, JactusConfig)
+        check_supported(current_key, target, parent)
+        rank = self._rank_of(peft_config, current_key, target)
+        if rank is None:  # factors don't pay here
+            return
+        factors = None
+        if not peft_config.from_checkpoint:
+            factors = self._make_factors(peft_config, current_key, target, rank)
+            rank = peft_config.layer_ranks[current_key] = factors.rank
+            if self._factorizing_bar is not None:
+                self._factorizing_bar.update()
+        if isinstance(target, JactusLayer):
+            layer = target
+            layer.update_layer(adapter_name, rank, factors=factors)
+        else:
+            layer = Linear(target, current_key, adapter_name, r=rank, factors=factors)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if not peft_config.keep_base_weights:
+            # Only now: _replace_module reads the device of the dense weight.
+            layer.free_base_weights()
+
+    @staticmethod
+    def _rank_of(config: JactusConfig, name: str, target: nn.Module) -> int | None:
+        if name in config.layer_ranks:
+            return config.layer_ranks[name]
+        if config.from_checkpoint:
+            raise ValueError(
+                f"{name} is targeted, but the adapter's config has no rank for it in `layer_ranks`. The adapter was "
+                "made for another model, or adapter_config.json was edited."
+            )
+        # PEFT can pick modules by the keys of a state dict, which `target_modules` then need not match.
+        out_features, in_features = layer_weight_and_bias(target)[0].shape
+        return uniform_rank(config.retained_ratio, out_features, in_features, config.storage)
+
+    @staticmethod
+    @torch.no_grad()
+    def _make_factors(config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
+        weight, bias = layer_weight_and_bias(target)
+        statistics = None if config.statistics is None else config.statistics.get(name)
+        factors = factorize(weight, bias, statistics, rank, config.factorization_options())
+        if config.init_weights is False:
+            core = torch.diag(factors.core.diagonal().abs())
+            noise = torch.randn(core.shape, dtype=core.dtype).to(core.device)
+            scale = core.diagonal().mean().clamp(min=0.05)  # visible also on a weight of zeros
+            factors = dataclasses.replace(factors, core=core + scale * noise)
+        return factors
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Only the core is trained, so only the core needs float32; the bases keep the dtype of the model.
+        for layer in self._layers():
+            if adapter_name not in layer.jactus_core:
+                continue
+            core, dtype = layer.jactus_core[adapter_name], layer.get_base_layer().weight.dtype
+            if autocast_adapter_dtype:
+                dtype = torch.promote_types(dtype, torch.float32)
+            if core.dtype != dtype:
+                layer.jactus_core[adapter_name] = nn.Parameter(
+                    core.detach().to(dtype), requires_grad=core.requires_grad
+                )
+
+    # -- loading ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a checkpoint against the model, whole, before PEFT fills in what fits and ignores the rest."""
+        assert isinstance(config, JactusConfig)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        root = "base_model.model."
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            module_name, separator, tensor_name = key.rpartition(f".{cls.prefix}")
+            if separator:
+                tensors = found.setdefault(module_name.removeprefix(root), {})
+                tensors[cls.prefix + tensor_name.removesuffix(f".{adapter_name}")] = tensor
+        layers = {
+            name.removeprefix(root): module
+            for name, module in model.named_modules()
+            if isinstance(module, JactusLayer) and adapter_name in module.jactus_core
+        }
+        unmatched = sorted(set(found) ^ set(layers))
+        if unmatched:
+            raise ValueError(
+                f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them has: "
+                f"{unmatched}. Load the adapter with the config it was saved with, onto the base model it was made for."
+            )
+        for name, layer in layers.items():
+            rank = _checked_rank(name, layer, found[name], config)
+            layer.resize_adapter(adapter_name, rank)
+            config.layer_ranks[name] = rank
+        return state_dict
+
+    # -- what needs the dense weights ---------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; the last one only if the dense weights are there to fall back on."""
+        if len(self.peft_config) == 1 and adapter_name in self.peft_config and self._base_weights_freed():
+            raise_base_weights_freed("delete the last adapter")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Return the dense model as it was before."""
+        if self._base_weights_freed():
+            raise_base_weights_freed("unload without merging; use `merge_and_unload`")
+        return super().unload()
+
+    def disable_adapter_layers(self) -> None:
+        """Run the dense model."""
+        if self._base_weights_freed():
+            raise_base_weights_freed("disable the adapter")
+        super().disable_adapter_layers()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this method PEFT drops `adapter_names` and runs the active adapter for every example.
+        del args
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("`adapter_names` (several adapters in one batch) is not supported by JACTUS.")
+        yield
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def _layers(self) -> Iterator[JactusLayer]:
+        return (module for module in self.model.modules() if isinstance(module, JactusLayer))
+
+    def _base_weights_freed(self) -> bool:
+        return any(layer.base_weights_freed for layer in self._layers())
+
+    def num_frozen_parameters(self) -> int:
+        """Return how many numbers the frozen bases and biases of all adapters hold; PEFT counts cores only."""
+        return sum(
+            tensor.numel()
+            for layer in self._layers()
+            for held in (layer.jactus_left, layer.jactus_right, layer.jactus_bias)
+            for tensor in held.values()
+        )
+
+
+def _weight_getter(module: nn.Module) -> Any:
+    return lambda: layer_weight_and_bias(module)[0]
+
+
+def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
+    """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
+    expected_names = set(TENSOR_NAMES if layer.has_bias else TENSOR_NAMES[:3])
+    if set(tensors) != expected_names:
+        raise ValueError(
+            f"{name}: the checkpoint must hold {sorted(expected_names)}; it holds {sorted(tensors)}. It is damaged or was "
+            "made for another base model."
+        )
+    rank = tensors["jactus_core"].shape[0] if tensors["jactus_core"].dim() else 0
+    if config.from_checkpoint:
+        rank = config.layer_ranks.get(name) or 0
+    expected_shapes = {
+        "jactus_left": (layer.out_features, rank),
+        "jactus_core": (rank, rank),
+        "jactus_right": (layer.in_features, rank),
+        "jactus_bias": (layer.out_features,),
+    }
+    for tensor_name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected_shapes[tensor_name]:
+            raise ValueError(
+                f"{name}: `{tensor_name}` must have shape {expected_shapes[tensor_name]}; the checkpoint has "
+                f"{tuple(tensor.shape)}. It is damaged or was made for another base model."
+            )
+    return rank

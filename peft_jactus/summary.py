@@ -1,0 +1,155 @@
+"""A look at what was decided: the rank table and the rank plot."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peft_jactus.allocation import stored_parameters
+from peft_jactus.config import JactusConfig
+from peft_jactus.layer import JactusLayer
+from peft_jactus.targeting import dense_weight
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """One row of a `RankSummary`.
+
+    Attributes:
+        name: Full module name.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        rank: Rank of the factors; ``None`` for a layer that stayed dense.
+        num_stored: Parameters that the deployed layer stores.
+        energy_kept: Share of the weighted energy that is kept, in [0, 1]; ``None`` if it is not known.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    num_stored: int
+    energy_kept: float | None
+
+    @property
+    def num_dense(self) -> int:
+        """Parameters of the dense weight."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """Ranks of all targeted layers of one adapter; prints as a table.
+
+    Attributes:
+        rows: One for each targeted layer, in the model's order.
+        storage: Deployed form that `num_stored` counts.
+        asked_ratio: ``retained_ratio`` of the config.
+    """
+
+    rows: list[LayerRank]
+    storage: str
+    asked_ratio: float
+
+    @property
+    def retained_ratio(self) -> float:
+        """Parameters that are kept, as a share of all targeted ones."""
+        return sum(row.num_stored for row in self.rows) / sum(row.num_dense for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(row.name) for row in self.rows))
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {'rank':>5}  {'kept':>6}  {'energy':>7}"]
+        for row in self.rows:
+            energy = "" if row.energy_kept is None else f"{row.energy_kept:.4f}"
+            lines.append(
+                f"{row.name:<{width}}  {f'{row.out_features} x {row.in_features}':>13}  "
+                f"{'dense' if row.rank is None else row.rank:>5}  {row.num_stored / row.num_dense:>6.1%}  {energy:>7}"
+            )
+        stored, dense = sum(row.num_stored for row in self.rows), sum(row.num_dense for row in self.rows)
+        lines.append(
+            f"{len(self.rows)} targeted layers keep {stored:,} of {dense:,} parameters: {self.retained_ratio:.1%} "
+            f"({self.storage}), asked for {self.asked_ratio:.1%}"
+        )
+        return "\n".join(lines)
+
+
+def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary:
+    """Return the ranks that an adapter's layers got.
+
+    Args:
+        model: A `PeftModel` with a JACTUS adapter, or a transformers model that loaded one.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: If the model has no such adapter.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, JactusConfig):
+        raise ValueError(f"`model` has no JACTUS adapter named {adapter_name!r}.")
+    modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    rows = []
+    for name, rank in config.layer_ranks.items():
+        module = modules[name]
+        if isinstance(module, JactusLayer):
+            out_features, in_features = module.out_features, module.in_features
+        else:
+            out_features, in_features = dense_weight(module).shape
+        stored = stored_parameters(rank, out_features, in_features, config.storage)
+        rows.append(LayerRank(name, out_features, in_features, rank, stored, config.layer_energy.get(name)))
+    order = {name: position for position, name in enumerate(modules)}
+    rows.sort(key=lambda row: order[row.name])
+    return RankSummary(rows, config.storage, config.retained_ratio)
+
+
+def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") -> Figure:
+    """Plot rank by depth, a line for each projection, as Figure 3 of arXiv:2605.02829.
+
+    Args:
+        model: A model as for `rank_summary`, or its result.
+        adapter_name: Which adapter.
+
+    Returns:
+        A matplotlib figure; ``figure.savefig("ranks.png")`` writes it. Open markers are layers that stayed dense.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("`plot_ranks` needs matplotlib: pip install 'peft-jactus[plot]'.") from error
+    summary = model if isinstance(model, RankSummary) else rank_summary(model, adapter_name)
+    lines: dict[str, list[tuple[int, LayerRank]]] = {}
+    for row in summary.rows:
+        depth, projection = _depth_and_projection(row.name)
+        lines.setdefault(projection, []).append((depth, row))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for projection, points in lines.items():
+        depths = [depth for depth, _ in points]
+        ranks = [min(row.out_features, row.in_features) if row.rank is None else row.rank for _, row in points]
+        (line,) = axes.plot(depths, ranks, marker="o", markersize=4, label=projection)
+        dense = [(depth, rank) for (depth, row), rank in zip(points, ranks, strict=True) if row.rank is None]
+        if dense:
+            axes.plot(*zip(*dense, strict=True), "o", color=line.get_color(), markersize=9, fillstyle="none")
+    axes.set_xlabel("block")
+    axes.set_ylabel("rank")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"Ranks at {summary.retained_ratio:.0%} retained parameters ({summary.storage})")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _depth_and_projection(name: str) -> tuple[int, str]:
+    """Split ``encoder.layer.3.attention.self.query`` into block 3 and the projection's name within the block."""
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    if match is None:
+        return 0, name
+    return int(match.group(1)), name[match.end() :]

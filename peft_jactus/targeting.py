@@ -1,0 +1,121 @@
+"""Which modules a config targets: one answer for `calibrate` and for `get_peft_model`."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from peft_jactus.config import JactusConfig
+
+DEFAULT_TARGET_MODULES = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Module]:
+    """Return the modules that ``config`` targets, by full name, in the model's order; change neither.
+
+    Raises:
+        ValueError: If the targets are missing or match nothing.
+        TypeError: If a targeted module cannot be factorized; names it.
+    """
+    config = _resolve_shorthand(model, config)
+    modules = dict(model.named_modules())
+    adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    targets: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if not name or name.startswith(adapted):
+            continue
+        matched = check_target_module_exists(config, name)
+        if matched and not isinstance(matched, _ExcludedModule):
+            parent = modules[name.rpartition(".")[0]]
+            check_supported(name, module, parent)
+            targets[name] = module
+    if not targets:
+        raise ValueError(
+            f"`target_modules`={config.target_modules!r} matches no module of {type(model).__name__}. Use "
+            "'all-linear', or names from `model.named_modules()`."
+        )
+    return targets
+
+
+def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
+    """Return a copy of ``config`` whose ``target_modules`` are names, as PEFT will resolve them."""
+    statistics, config.statistics = config.statistics, None  # never copied
+    try:
+        resolved = copy.deepcopy(config)
+    finally:
+        config.statistics = statistics
+    if resolved.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        defaults = DEFAULT_TARGET_MODULES.get(model_type)
+        if defaults is None:
+            raise ValueError(
+                f"`target_modules` must be given for {model_type or type(model).__name__}: PEFT knows no default "
+                "for it. Use 'all-linear', or names from `model.named_modules()`."
+            )
+        resolved.target_modules = set(defaults)  # type: ignore[assignment]  # PEFT works on sets
+    return _maybe_include_all_linear_layers(resolved, model)
+
+
+def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
+    """Raise `TypeError` if ``module`` cannot be replaced by factors; say why and what to do."""
+    if isinstance(module, BaseTunerLayer):
+        if type(module).__module__.startswith("peft_jactus."):
+            return
+        raise TypeError(
+            f"{name} already carries a {type(module).__module__}.{type(module).__name__}. Merge that adapter first "
+            "(`merge_and_unload`), or add the name to `exclude_modules`."
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls it. Add the name to "
+            "`exclude_modules`."
+        )
+    if isinstance(module, (nn.Linear, Conv1D)):
+        if resolve_quantization_backend(module) is not None or not module.weight.is_floating_point():
+            raise TypeError(
+                f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, and "
+                "quantize the result; or add the name to `exclude_modules`."
+            )
+        if module.weight.device.type == "meta":
+            raise TypeError(
+                f"{name} has no weight in memory (device 'meta': offloaded, or never loaded). Load the model onto CPU "
+                "or GPU."
+            )
+        return
+    raise TypeError(
+        f"{name} is a {type(module).__name__}; only torch.nn.Linear and transformers' Conv1D can be factorized. "
+        "Add the name to `exclude_modules`, or make `target_modules` more specific."
+    )
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a Linear or Conv1D as ``(out, in)``, detached."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator,union-attr]  # checked by check_supported
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def match_ranks(names: Iterable[str], rank_pattern: dict[str, int]) -> dict[str, int]:
+    """Return the ranks that ``rank_pattern`` gives to ``names``: exact names first, then regular expressions."""
+    ranks: dict[str, int] = {}
+    for name in names:
+        key = name if name in rank_pattern else get_pattern_key(rank_pattern.keys(), name)
+        if key in rank_pattern:
+            ranks[name] = rank_pattern[key]
+    return ranks
