@@ -18,15 +18,15 @@ import torch
 
 from peft_jactus.linalg import (
     cholesky_root,
-    eigh_descending,
     leading_count,
-    subspace_union,
     to_decomposition_dtype,
+    union_with_leading_eigenvectors,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from peft_jactus.linalg import Subspace
     from peft_jactus.statistics import LayerStatistics, SecondMoment
 
 Decomposition = Literal["jactus", "svd"]
@@ -70,40 +70,51 @@ class LowRankFactors:
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of the projected problem: a basis ``Q`` of the allowed subspace in the metric ``K K^T``.
+    """One side of the projected problem: a subspace ``span(Q)`` in the metric ``K K^T``.
 
-    With ``A = K^T Q = whitened_basis @ triangle``: ``None`` stands for the identity, so that the whole space
-    costs no factorization, and a missing metric costs no product.
+    In whitened coordinates ``z = K^T q`` the metric is the identity and the subspace is ``span(K^T Q)``. A small subspace
+    is held by a basis of that, a large one by a basis of its complement ``span(K^-1 Q_perp)``, so that the
+    factorization here has at most ``dim / 2`` columns.
 
     Attributes:
-        root: ``K`` ``(dim, dim)``, or ``None`` for the identity metric.
-        basis: ``Q`` ``(dim, k)`` with orthonormal columns, or ``None`` for the whole space.
-        whitened_basis: ``(dim, k)`` with orthonormal columns, or ``None`` for the identity.
-        triangle: ``(k, k)``, or ``None`` for the identity.
+        root: ``K`` ``(dim, dim)``, lower triangular, or ``None`` for the identity metric.
+        inside: ``(dim, k)`` with orthonormal columns that span the subspace, or ``None``.
+        outside: ``(dim, dim - k)`` with orthonormal columns that span its complement, or ``None``.
     """
 
     root: Tensor | None
-    basis: Tensor | None
-    whitened_basis: Tensor | None
-    triangle: Tensor | None
+    inside: Tensor | None
+    outside: Tensor | None
 
     @classmethod
-    def build(cls, root: Tensor | None, basis: Tensor | None) -> _Side:
-        if basis is not None and basis.shape[0] == basis.shape[1]:
-            basis = None
-        if basis is None:
-            return cls(root, None, None, None if root is None else root.mT)
-        if root is None:
-            return cls(None, basis, basis, None)
-        whitened_basis, triangle = torch.linalg.qr(root.mT @ basis)  # (dim, k), (k, k)
-        return cls(root, basis, whitened_basis, triangle)
+    def build(cls, root: Tensor | None, subspace: Subspace | None) -> _Side:
+        inside = None if subspace is None else subspace.basis
+        outside = None if subspace is None else subspace.complement
+        if root is not None and inside is not None:
+            inside = torch.linalg.qr(root.mT @ inside).Q
+        if root is not None and outside is not None:
+            outside = torch.linalg.qr(torch.linalg.solve_triangular(root, outside, upper=False)).Q
+        return cls(root, inside, outside)
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Return ``K^T weight`` ``(dim, ...)``."""
+        return weight if self.root is None else self.root.mT @ weight
+
+    def restrict(self, whitened: Tensor) -> Tensor:
+        """Project ``(dim, ...)`` onto the subspace; ``(k, ...)`` in the basis, or ``(dim, ...)`` in place."""
+        if self.inside is not None:
+            return self.inside.mT @ whitened
+        if self.outside is not None:
+            return whitened - self.outside @ (self.outside.mT @ whitened)
+        return whitened
 
     def unwhiten(self, vectors: Tensor) -> Tensor:
-        """Return ``Q triangle^-1 vectors`` ``(dim, r)`` for ``vectors`` ``(k, r)``."""
-        if self.triangle is not None:
-            # The whole space has the triangle K^T, upper triangular like that of the QR factorization.
-            vectors = torch.linalg.solve_triangular(self.triangle, vectors, upper=True)
-        return vectors if self.basis is None else self.basis @ vectors
+        """Undo `restrict` and `whiten` for vectors of the subspace: ``(k or dim, r)`` to ``(dim, r)``."""
+        if self.inside is not None:
+            vectors = self.inside @ vectors
+        if self.root is None:
+            return vectors
+        return torch.linalg.solve_triangular(self.root.mT, vectors, upper=True)
 
 
 @dataclass(frozen=True)
@@ -111,23 +122,20 @@ class ProjectedWeight:
     """A weight seen in its metric and subspaces: all its best approximations, one for each rank.
 
     Attributes:
-        core: ``T`` ``(k_left, k_right)``, the whitened weight in the whitened bases.
-        total_energy: ``|K_g^T W K_x|_F^2``, of which singular values of ``core`` are the reachable part.
+        core: The whitened weight ``K_g^T W K_x``, projected onto the whitened subspaces on both sides.
+        total_energy: ``|K_g^T W K_x|_F^2``, of which the singular values of ``core`` are the reachable part.
+        max_rank: The largest rank inside the subspaces.
     """
 
     core: Tensor
     total_energy: float
+    max_rank: int
     _left: _Side
     _right: _Side
 
-    @property
-    def max_rank(self) -> int:
-        """The largest rank inside the subspaces."""
-        return min(self.core.shape)
-
     def gains(self) -> Tensor:
         """Return ``(max_rank,)``: drop of the squared weighted error by each further rank, non-increasing."""
-        return torch.linalg.svdvals(self.core).square()
+        return torch.linalg.svdvals(self.core)[: self.max_rank].square()
 
     def truncate(self, rank: int) -> LowRankFactors:
         """Return the best approximation of at most ``rank``, as a singular value decomposition of its own.
@@ -150,8 +158,8 @@ def project(
     *,
     gradient_root: Tensor | None = None,
     input_root: Tensor | None = None,
-    left_basis: Tensor | None = None,
-    right_basis: Tensor | None = None,
+    left: Subspace | None = None,
+    right: Subspace | None = None,
 ) -> ProjectedWeight:
     """Set up ``min over rank(M) <= r of |K_g^T (W - Q_L M Q_R^T) K_x|_F^2``.
 
@@ -159,20 +167,21 @@ def project(
         weight: ``W`` ``(out, in)``.
         gradient_root: ``K_g`` ``(out, out)``, lower triangular; ``None`` for the identity.
         input_root: ``K_x`` ``(in, in)``, lower triangular; ``None`` for the identity.
-        left_basis: ``Q_L`` ``(out, k_left)``, orthonormal columns; ``None`` for the whole space.
-        right_basis: ``Q_R`` ``(in, k_right)``, orthonormal columns; ``None`` for the whole space.
+        left: ``span(Q_L)``, a subspace of dimension ``k_left`` of the output space; ``None`` for all of it.
+        right: ``span(Q_R)``, a subspace of dimension ``k_right`` of the input space; ``None`` for all of it.
 
     Returns:
         The solutions for every rank.
     """
     weight = to_decomposition_dtype(weight)
-    left = _Side.build(gradient_root, left_basis)
-    right = _Side.build(input_root, right_basis)
-    whitened = weight if left.root is None else left.root.mT @ weight
-    whitened = whitened if right.root is None else whitened @ right.root  # (out, in)
-    core = whitened if left.whitened_basis is None else left.whitened_basis.mT @ whitened
-    core = core if right.whitened_basis is None else core @ right.whitened_basis
-    return ProjectedWeight(core, float(whitened.square().sum()), left, right)
+    left_side, right_side = _Side.build(gradient_root, left), _Side.build(input_root, right)
+    whitened = right_side.whiten(left_side.whiten(weight).mT).mT  # (out, in)
+    core = right_side.restrict(left_side.restrict(whitened).mT).mT
+    max_rank = min(
+        weight.shape[0] if left is None else left.dimension,
+        weight.shape[1] if right is None else right.dimension,
+    )
+    return ProjectedWeight(core, float(whitened.square().sum()), max_rank, left_side, right_side)
 
 
 def regularized_covariance(moment: SecondMoment, *, shrinkage: float | str, damping: float) -> Tensor:
@@ -199,12 +208,6 @@ def regularized_covariance(moment: SecondMoment, *, shrinkage: float | str, damp
     return covariance
 
 
-def leading_subspace(moment: SecondMoment, energy: float) -> Tensor:
-    """Return the leading eigenvectors ``(dim, k)`` that hold the share ``energy`` of the trace."""
-    eigenvalues, eigenvectors = eigh_descending(moment.covariance)
-    return eigenvectors[:, : leading_count(eigenvalues, energy)]
-
-
 def project_weight(
     weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions
 ) -> ProjectedWeight:
@@ -228,16 +231,6 @@ def project_weight(
     )
     u, sigma, vh = torch.linalg.svd(to_decomposition_dtype(weight), full_matrices=False)
     k_weight = max(1, leading_count(sigma.square(), options.weight_energy))  # a zero weight has rank one, too
-    left_basis = subspace_union(
-        [u[:, :k_weight], leading_subspace(statistics.gradient, options.gradient_energy)]
-    )
-    right_basis = subspace_union(
-        [vh[:k_weight].mT, leading_subspace(statistics.input, options.input_energy)]
-    )
-    return project(
-        weight,
-        gradient_root=gradient_root,
-        input_root=input_root,
-        left_basis=left_basis,
-        right_basis=right_basis,
-    )
+    left = union_with_leading_eigenvectors(u[:, :k_weight], statistics.gradient.covariance, options.gradient_energy)
+    right = union_with_leading_eigenvectors(vh[:k_weight].mT, statistics.input.covariance, options.input_energy)
+    return project(weight, gradient_root=gradient_root, input_root=input_root, left=left, right=right)

@@ -8,6 +8,7 @@ given, a `NumericalWarning` says how much was added.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,9 +42,8 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Eigenvalues ``(dim,)``, non-increasing and clamped at zero, and eigenvectors ``(dim, dim)`` in
-        columns; both float64.
+        columns; both in the dtype of ``matrix``.
     """
-    matrix = to_decomposition_dtype(matrix)
     eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)
 
@@ -143,3 +143,60 @@ def subspace_union(bases: Sequence[Tensor], *, rtol: float | None = None) -> Ten
         fresh = torch.linalg.qr(fresh - union @ (union.mT @ fresh)).Q
         union = torch.cat([union, fresh], dim=1)  # (dim, k)
     return union
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A proper subspace, held by an orthonormal basis of itself or of its orthogonal complement, whichever is smaller.
+
+    Attributes:
+        basis: ``(dim, k)``, or ``None``.
+        complement: ``(dim, dim - k)``, or ``None``.
+    """
+
+    basis: Tensor | None = None
+    complement: Tensor | None = None
+
+    @property
+    def dimension(self) -> int:
+        """The dimension ``k`` of the subspace."""
+        if self.basis is not None:
+            return self.basis.shape[1]
+        assert self.complement is not None
+        return self.complement.shape[0] - self.complement.shape[1]
+
+
+def union_with_leading_eigenvectors(basis: Tensor, covariance: Tensor, energy: float) -> Subspace | None:
+    """Return the union of ``span(basis)`` with the leading eigenvectors of ``covariance``.
+
+    The eigenvectors are computed in float32: they only say which directions are added, and where the
+    spectrum is dense enough for rounding to mix them, the cut is arbitrary. The union itself is
+    orthonormal in float64.
+
+    Args:
+        basis: ``(dim, k)`` with orthonormal columns, float64.
+        covariance: ``(dim, dim)``, positive semi-definite.
+        energy: Share of the trace that the leading eigenvectors hold, in [0, 1].
+
+    Returns:
+        The union; ``None`` if it is the whole space.
+    """
+    eigenvalues, eigenvectors = eigh_descending((covariance / covariance.diagonal().mean()).float())
+    count = leading_count(eigenvalues.double(), energy)
+    dim = basis.shape[0]
+    if 2 * count <= dim:
+        union = subspace_union([basis, _orthonormalized(eigenvectors[:, :count])])
+        return None if union.shape[1] == dim else Subspace(basis=union)
+    # Orthogonal to both is what the trailing eigenvectors span, orthogonal to the basis: a smaller problem.
+    trailing = _orthonormalized(eigenvectors[:, count:])  # (dim, dim - count)
+    _, overlaps, vh = torch.linalg.svd(basis.mT @ trailing)  # vh: (dim - count, dim - count)
+    rank = int((overlaps > torch.finfo(overlaps.dtype).eps ** 0.5).sum())
+    complement = trailing @ vh[rank:].mT  # (dim, dim - k)
+    if complement.shape[1] == 0:
+        return None
+    return Subspace(complement=complement)
+
+
+def _orthonormalized(vectors: Tensor) -> Tensor:
+    """Bring float32 eigenvectors, orthonormal to 1e-6, to the rounding level of float64."""
+    return torch.linalg.qr(vectors.double()).Q

