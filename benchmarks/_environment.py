@@ -15,7 +15,11 @@ def environment(device="cpu"):
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "../peft_jactus"], cwd=root, capture_output=True, text=True, check=False
+        ["git", "status", "--porcelain", "--", "../peft_jactus"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "packages": {name: version(name) for name in PACKAGES},

@@ -1,10 +1,10 @@
 """Text classification with MiniLM: LoRA at full size against JACTUS at a retained ratio, same Trainer and budget.
 
-    python benchmarks/text_classification.py --data-dir ../shared/data/trec --method jactus --retained-ratio 0.8 --seeds 0 1 2
+    python benchmarks/text_classification.py --data-dir ../shared/data/trec --method jactus --seeds 0 1 2
 
 One JSON for each case lies under ``benchmarks/results/text_classification``; a case whose file exists is skipped, so
 that a run can be stopped and resumed. ``--report`` turns the files into a Markdown table.
-Learning rates are chosen with ``--validation``, which trains on 90 % of the training rows and scores on the other 10 %.
+Learning rates are chosen with ``--validation``, which trains on 90 % of the training rows and scores on the others.
 """
 
 import argparse
@@ -47,16 +47,21 @@ def parse_arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-train-samples", type=int, help="default: all rows")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--head-warmup-steps", type=int, default=0)
-    parser.add_argument("--validation", action="store_true", help="hold out 10 %% of the training rows and score there")
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="hold out 10 %% of the training rows and score there",
+    )
     parser.add_argument("--config", type=json.loads, default={}, help="further JactusConfig fields, as JSON")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "text_classification")
     parser.add_argument("--report", action="store_true", help="print the table of the results and stop")
     return parser.parse_args()
 
 
-def load_splits(data_dir, tokenizer, *, validation):
+def load_splits(data_dir, tokenizer, *, validation, max_rows):
     data = load_dataset("parquet", data_dir=data_dir)
     columns = ["text", "text_pair"] if "text_pair" in data["train"].column_names else ["text"]
     train, test = data["train"], data.get("test", data.get("validation"))
@@ -64,13 +69,20 @@ def load_splits(data_dir, tokenizer, *, validation):
         parts = train.train_test_split(test_size=0.1, seed=0)
         train, test = parts["train"], parts["test"]
 
+    if max_rows is not None:
+        train = train.shuffle(seed=0).select(range(max_rows))
+
     def encode(batch):
         encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=MAX_LENGTH)
         return {**encoded, "labels": batch["label"]}
 
     num_labels = train.features["label"].num_classes
     drop = train.column_names
-    return train.map(encode, batched=True, remove_columns=drop), test.map(encode, batched=True, remove_columns=drop), num_labels
+    return (
+        train.map(encode, batched=True, remove_columns=drop),
+        test.map(encode, batched=True, remove_columns=drop),
+        num_labels,
+    )
 
 
 def accuracy(prediction):
@@ -80,13 +92,17 @@ def accuracy(prediction):
 def run_case(args, ratio, seed):
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    train, test, num_labels = load_splits(args.data_dir, tokenizer, validation=args.validation)
+    train, test, num_labels = load_splits(
+        args.data_dir, tokenizer, validation=args.validation, max_rows=args.max_train_samples
+    )
     model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=num_labels)
     collator = DataCollatorWithPadding(tokenizer)
     case = {}
     started = time.perf_counter()
     if args.method == "lora":
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=16, lora_alpha=32))
+        model = get_peft_model(
+            model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=16, lora_alpha=32)
+        )
     else:
         config = JactusConfig(
             task_type="SEQ_CLS",
@@ -97,7 +113,13 @@ def run_case(args, ratio, seed):
             **args.config,
         )
         loader = torch.utils.data.DataLoader(train, args.batch_size, shuffle=True, collate_fn=collator)
-        calibrate(model, config, loader, max_batches=args.calibration_batches, head_warmup_steps=args.head_warmup_steps)
+        calibrate(
+            model,
+            config,
+            loader,
+            max_batches=args.calibration_batches,
+            head_warmup_steps=args.head_warmup_steps,
+        )
         case["calibration_seconds"] = time.perf_counter() - started
         model = get_peft_model(model, config)
         case["factorization_seconds"] = time.perf_counter() - started - case["calibration_seconds"]
@@ -116,6 +138,7 @@ def run_case(args, ratio, seed):
                 per_device_eval_batch_size=128,
                 lr_scheduler_type="linear",
                 warmup_steps=0.06,
+                train_sampling_strategy="group_by_length",
                 weight_decay=0.0,
                 save_strategy="no",
                 logging_strategy="no",
@@ -141,6 +164,7 @@ def settings_of(args, ratio, seed):
         "learning_rate": args.learning_rate,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
+        "max_train_samples": args.max_train_samples,
         "seed": seed,
         "scored_on": "held-out training rows" if args.validation else "test",
     }
@@ -160,10 +184,20 @@ def file_name(settings):
     parts = [settings["task"], settings["method"]]
     if settings["method"] == "jactus":
         parts += [f"{settings['retained_ratio']:g}", settings["storage"], settings["allocation"]]
-        known = {"task", "model", "method", "learning_rate", "epochs", "batch_size", "seed", "scored_on"}
+        known = {
+            "task",
+            "model",
+            "method",
+            "learning_rate",
+            "epochs",
+            "batch_size",
+            "seed",
+            "scored_on",
+        }
         known |= {"retained_ratio", "storage", "allocation", "calibration_batches"}
         parts += [f"{key}={value}" for key, value in settings.items() if key not in known and value]
     parts += [f"lr{settings['learning_rate']:g}", f"ep{settings['epochs']:g}"]
+    parts += [f"{settings['max_train_samples']}rows"] if settings["max_train_samples"] else []
     parts += ["val"] if settings["scored_on"] != "test" else []
     return "-".join(map(str, parts)) + f"-seed{settings['seed']}.json"
 
@@ -174,7 +208,7 @@ def report(folder):
         result = json.loads(path.read_text())
         groups.setdefault(path.stem.rpartition("-seed")[0], []).append(result)
     lines = [
-        "| case | accuracy, mean of seeds | lowest to highest | seeds | kept of targeted layers | trainable parameters |",
+        "| case | accuracy, mean of seeds | lowest to highest | seeds | kept of targeted layers | trainable |",
         "|---|---|---|---|---|---|",
     ]
     for case, results in groups.items():
@@ -205,7 +239,12 @@ def main():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
             path.with_suffix(".tmp").replace(path)
-            print(path.name, f"{result['accuracy']:.4f}", f"{result['train_seconds']:.0f} s", flush=True)
+            print(
+                path.name,
+                f"{result['accuracy']:.4f}",
+                f"{result['train_seconds']:.0f} s",
+                flush=True,
+            )
         if args.method == "lora":
             break
 

@@ -28,8 +28,9 @@ def jactus_peft_type() -> PeftType:
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python >= 3.13.2 looks up `"X" in PeftType` here
-        PeftType._hashable_values_.append(NAME)
+    hashable_values = getattr(PeftType, "_hashable_values_", None)
+    if hashable_values is not None:  # newer Pythons look `"X" in PeftType` up here
+        hashable_values.append(NAME)
     if PeftType(NAME) is not member or NAME not in list(PeftType):
         raise ImportError(
             "peft_jactus could not register itself with PEFT on this Python version; please use another one."

@@ -31,17 +31,16 @@ def register() -> None:
             f"PEFT has a method {NAME} already, from {registered.__module__}. Import either that or peft_jactus."
         )
     register_peft_method(name=NAME.lower(), config_cls=JactusConfig, model_cls=JactusModel)
-    PeftModel.get_nb_trainable_parameters = _counting_frozen_bases(PeftModel.get_nb_trainable_parameters)
+    counting = _counting_frozen_bases(PeftModel.get_nb_trainable_parameters)
+    setattr(PeftModel, counting.__name__, counting)
 
 
 def _counting_frozen_bases(
     count: Callable[[PeftModel], tuple[int, int]],
 ) -> Callable[[PeftModel], tuple[int, int]]:
-    """Let `PeftModel.print_trainable_parameters` count the frozen bases of JACTUS layers, too.
-
-    PEFT counts parameters, and its contract wants frozen tensors of an adapter to be buffers: without them the
-    total would leave out most of the compressed model. Models without JACTUS layers are counted as before.
-    """
+    # PEFT counts parameters, and its contract wants frozen tensors of an adapter to be buffers: without them
+    # `print_trainable_parameters` would leave most of the compressed model out of its total. Models without JACTUS
+    # layers are counted as before.
 
     @functools.wraps(count)
     def get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:

@@ -6,8 +6,8 @@ every layer the same retained ratio. Global allocation spends the budget where a
 along the upper concave envelope of each layer's (cost, gain) points, which is the solution of the
 Lagrangian relaxation and optimal up to the last item (Everett, Operations Research 11, 1963).
 
-A plain global allocation measures worse than a uniform one, because local losses of heavily
-truncated layers do not add up (Swift-SVD, Table 6, finds the same); so each layer keeps a floor, a share of its uniform rank.
+A plain global allocation measures worse than a uniform one, because local losses of heavily truncated layers do not
+add up (Swift-SVD, Table 6, finds the same); so each layer keeps a floor, a share of its uniform rank.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def uniform_rank(retained_ratio: float, out_features: int, in_features: int, sto
         rank += 1  # the root above was rounded down
         if rank >= min(out_features, in_features):
             break
-    return max(1, min(rank, min(out_features, in_features)))
+    return max(1, min(rank, out_features, in_features))
 
 
 @dataclass(frozen=True)

@@ -67,13 +67,13 @@ def calibrate(
     Args:
         model: Any module; a transformers model returns its own loss when ``batches`` hold labels.
         config: Says which modules to look at. ``config.statistics`` is set to the result.
-        batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions that a
-            two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted.
+        batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions
+            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted.
         max_batches: Stop after so many. Default: all.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar tensor, for models that don't return one.
         loss_reduction: Whether the loss is the mean over examples (over tokens that have a label, if labels are
-            sequences), as transformers' models return it, or their sum. Statistics are those of the sum, so that they do not
-            depend on how examples are batched.
+            sequences), as transformers' models return it, or their sum. Statistics are those of the sum, so that
+            they do not depend on how examples are batched.
         head_warmup_steps: Train a freshly initialised head for so many steps first (AdamW on the head alone), so that
             gradients mean something. The head is ``config.modules_to_save``, or the classifier that PEFT trains for
             the task type. It keeps what it learns.
@@ -89,10 +89,9 @@ def calibrate(
         The statistics by full module name; also in ``config.statistics``. `get_peft_model` releases that reference.
 
     Raises:
-        ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted module with no
-            gradient, or a statistics file of other layers.
-        TypeError: For a targeted module that cannot be factorized, or a batch that is no mapping.
-        RuntimeError: For a targeted module that no calibration token reached.
+        ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted
+            module with no gradient, a statistics file of other layers. A `TypeError` names a module that cannot be
+            factorized, or a batch that is no mapping; a `RuntimeError` a targeted module that no token reached.
 
     Example:
         >>> import torch
@@ -168,7 +167,10 @@ class _Collector:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, nn.Module], start: CalibrationStatistics | None
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Module],
+        start: CalibrationStatistics | None,
     ) -> None:
         self._model = model
         self._targets = targets
@@ -206,7 +208,7 @@ class _Collector:
                 f"The loss of calibration batch {self.num_batches} is {float(loss)}. Check the data, and whether the "
                 f"model's dtype ({loss.dtype}) overflows."
             )
-        loss.backward()
+        torch.autograd.backward(loss)
         self._end_batch()
         self.num_batches += 1
 
@@ -230,8 +232,8 @@ class _Collector:
             layer = statistics.get(name)
             if layer is None or layer.num_tokens == 0:
                 raise RuntimeError(
-                    f"{name}: no calibration token reached it, or none of its output reached the loss. Add the name to "
-                    "`exclude_modules`, or calibrate on batches that use it."
+                    f"{name}: no calibration token reached it, or none of its output reached the loss. Add the name "
+                    "to `exclude_modules`, or calibrate on batches that use it."
                 )
             if not (layer.input.is_finite() and layer.gradient.is_finite()):
                 raise ValueError(
@@ -247,9 +249,7 @@ class _Collector:
     def _end_batch(self) -> None:
         self._readings.clear()
 
-    def _on_forward(
-        self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
+    def _on_forward(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         del module
         if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
             return None
@@ -257,7 +257,9 @@ class _Collector:
         if starts_graph:
             output.requires_grad_(True)
         reading = self._reading(name, args[0])
-        output.register_hook(functools.partial(self._on_gradient, name, reading))
+        output.register_hook(  # type: ignore[no-untyped-call]  # torch has no annotation here
+            functools.partial(self._on_gradient, name, reading)
+        )
         # A leaf must not be changed in place, as by nn.ReLU(inplace=True).
         return output.clone() if starts_graph else None
 
@@ -502,8 +504,8 @@ def _warm_up_head(
             parameter.requires_grad_(True)
         steps = itertools.islice(cycled, settings.num_steps)
         for batch in tqdm(steps, "Warming up the head", settings.num_steps, disable=not progress_bar, unit="step"):
-            batch = _to_model_device(batch, model)
-            (compute_loss(model, batch) / compute_loss.count(model, batch)).backward()
+            inputs = _to_model_device(batch, model)
+            torch.autograd.backward(compute_loss(model, inputs) / compute_loss.count(model, inputs))
             optimizer.step()
             optimizer.zero_grad()
         optimizer.zero_grad(set_to_none=True)
@@ -550,9 +552,7 @@ def _read_statistics_file(
     return _SavedStatistics(statistics, complete=read_metadata(path).get(_COMPLETE) == "true")
 
 
-def check_statistics(
-    statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, source: str
-) -> None:
+def check_statistics(statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, source: str) -> None:
     """Raise `ValueError` if ``statistics`` do not cover ``targets`` with the right shapes; name the module."""
     for name, module in targets.items():
         layer = statistics.get(name)

@@ -38,8 +38,8 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "Names of the linear layers to compress: suffixes, a regular expression, or 'all-linear' for all but the "
-                "output head (recommended: only targeted layers get smaller). Default: PEFT's choice for the "
+                "Names of the linear layers to compress: suffixes, a regular expression, or 'all-linear' for all but "
+                "the output head (recommended: only targeted layers get smaller). Default: PEFT's choice for the "
                 "architecture, usually two attention projections."
             )
         },
@@ -93,8 +93,8 @@ class JactusConfig(PeftConfig):
         default="factored",
         metadata={
             "help": (
-                "Deployed form whose parameter count the budget is reckoned in. 'factored': two factors, rank * (out + "
-                "in). 'pivoted': rows of the weight and coefficients, rank * (out + in - rank), which pays for "
+                "Deployed form whose parameter count the budget is reckoned in. 'factored': two factors, rank * "
+                "(out + in). 'pivoted': rows of the weight and coefficients, rank * (out + in - rank), which pays for "
                 "higher ranks at the same budget; training then needs more memory and time."
             )
         },
@@ -249,17 +249,16 @@ class JactusConfig(PeftConfig):
         for name in ("input_energy", "gradient_energy", "rank_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1]; got {getattr(self, name)}.")
-        if isinstance(self.shrinkage, str):
-            if self.shrinkage != "ledoit-wolf":
-                raise ValueError(
-                    f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}."
-                )
-        elif not 0 <= self.shrinkage <= 1:
-            raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage}.")
+        known = self.shrinkage == "ledoit-wolf"
+        if not known and (isinstance(self.shrinkage, str) or not 0 <= self.shrinkage <= 1):
+            raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
         if not self.damping > 0:
             raise ValueError(f"`damping` must be positive; got {self.damping}.")
+        self._check_rank_pattern()
+
+    def _check_rank_pattern(self) -> None:
         for pattern, rank in self.rank_pattern.items():
-            if not isinstance(rank, int) or rank < 1:
+            if type(rank) is not int or rank < 1:  # JSON also gives floats and booleans
                 raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
 
     @property

@@ -65,16 +65,17 @@ class LowRankFactors:
 
     def dense(self) -> Tensor:
         """Return the product ``(out, in)``."""
-        return (self.left * self.singular_values) @ self.right.mT
+        dense: Tensor = (self.left * self.singular_values) @ self.right.mT
+        return dense
 
 
 @dataclass(frozen=True)
 class _Side:
     """One side of the projected problem: a subspace ``span(Q)`` in the metric ``K K^T``.
 
-    In whitened coordinates ``z = K^T q`` the metric is the identity and the subspace is ``span(K^T Q)``. A small subspace
-    is held by a basis of that, a large one by a basis of its complement ``span(K^-1 Q_perp)``, so that the
-    factorization here has at most ``dim / 2`` columns.
+    In whitened coordinates ``z = K^T q`` the metric is the identity and the subspace is ``span(K^T Q)``. A small
+    subspace is held by a basis of that, a large one by a basis of its complement ``span(K^-1 Q_perp)``, so that the
+    factorization here has few columns.
 
     Attributes:
         root: ``K`` ``(dim, dim)``, lower triangular, or ``None`` for the identity metric.
@@ -114,7 +115,8 @@ class _Side:
             vectors = self.inside @ vectors
         if self.root is None:
             return vectors
-        return torch.linalg.solve_triangular(self.root.mT, vectors, upper=True)
+        solution: Tensor = torch.linalg.solve_triangular(self.root.mT, vectors, upper=True)
+        return solution
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class ProjectedWeight:
 
     def gains(self) -> Tensor:
         """Return ``(max_rank,)``: drop of the squared weighted error by each further rank, non-increasing."""
-        return torch.linalg.svdvals(self.core)[: self.max_rank].square()
+        singular_values: Tensor = torch.linalg.svdvals(self.core)
+        return singular_values[: self.max_rank].square()
 
     def truncate(self, rank: int) -> LowRankFactors:
         """Return the best approximation of at most ``rank``, as a singular value decomposition of its own.
@@ -211,12 +214,15 @@ def regularized_covariance(moment: SecondMoment, *, shrinkage: float | str, damp
 def project_weight(
     weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions
 ) -> ProjectedWeight:
-    """Project ``weight`` ``(out, in)`` as the chosen decomposition does.
+    """Project a weight as the chosen decomposition does.
 
     Args:
-        weight: The dense weight.
+        weight: ``(out, in)``.
         statistics: Its calibration statistics; not read by the data-free ``"svd"``.
         options: Decomposition and its settings.
+
+    Returns:
+        The best approximations of every rank.
 
     Raises:
         ValueError: If ``statistics`` is missing where the decomposition needs it.

@@ -84,8 +84,8 @@ def plan_ranks(
     """Choose the ranks of all layers.
 
     Args:
-        weights: By module name, a function that returns the weight ``(out, in)``; called once, and the weight is let go
-            before the next one is asked for.
+        weights: By module name, a function that returns the weight ``(out, in)``; called once, and the weight is let
+            go before the next one is asked for.
         statistics: By module name; ``None`` for a data-free decomposition.
         options: Decomposition, budget and allocation.
         fixed_ranks: Ranks that the user decided, by module name.
@@ -115,8 +115,7 @@ def plan_ranks(
             dense_gain=weighting * projected.total_energy,
         )
     fixed_ranks = {
-        name: _cap_to_subspace(name, rank, gains[name].gains.numel())
-        for name, rank in (fixed_ranks or {}).items()
+        name: _cap_to_subspace(name, rank, gains[name].gains.numel()) for name, rank in (fixed_ranks or {}).items()
     }
     allocation = allocate(
         gains,

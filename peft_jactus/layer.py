@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.targeting import dense_weight
@@ -26,7 +26,8 @@ TENSOR_NAMES = ("jactus_left", "jactus_core", "jactus_right", "jactus_bias")
 def raise_base_weights_freed(action: str) -> NoReturn:
     """Raise the error for what only works with the dense weights."""
     raise ValueError(
-        f"Cannot {action}: the dense weights were freed. Create the adapter with `keep_base_weights=True` to keep them."
+        f"Cannot {action}: the dense weights were freed. Create the adapter with `keep_base_weights=True` to keep "
+        "them."
     )
 
 
@@ -49,10 +50,10 @@ class FreedBase(nn.Module):
         raise_base_weights_freed("run the base layer")
 
     def dense_layer(self, weight: Tensor, bias: Tensor | None) -> nn.Linear | Conv1D:
-        """Return a plain layer of the original kind with ``weight`` ``(out, in)`` and ``bias``."""
+        """Return a plain layer of the original kind with ``weight``, as that kind stores it, and ``bias``."""
         layer: nn.Linear | Conv1D
         if self.is_conv1d:
-            layer = Conv1D(self.out_features, self.in_features)
+            layer = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
         else:
             layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         _assign(layer, weight, bias)
@@ -66,8 +67,8 @@ class FreedBase(nn.Module):
 class JactusLayer(BaseTunerLayer):
     """State of one adapted layer: ``left (out, rank)``, ``core (rank, rank)``, ``right (in, rank)`` for each adapter.
 
-    Left, right and a bias are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is the
-    only parameter.
+    Left, right and a bias are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is
+    the only parameter.
     """
 
     adapter_layer_names = ("jactus_core",)
@@ -75,7 +76,11 @@ class JactusLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
-        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        in_features, out_features = _get_in_out_features(base_layer)
+        assert in_features is not None
+        assert out_features is not None
+        self.in_features: int = in_features
+        self.out_features: int = out_features
         self.r: dict[str, int] = {}
         self.jactus_left = BufferDict({}, persistent=True)
         self.jactus_core = nn.ParameterDict({})
@@ -89,6 +94,10 @@ class JactusLayer(BaseTunerLayer):
         self._unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
         self._dense_is_merged = False
 
+    def _base(self) -> nn.Linear | Conv1D:
+        """Return the dense layer, or the `FreedBase` in its place, which has the same attributes."""
+        return cast("nn.Linear | Conv1D", self.get_base_layer())
+
     @property
     def base_weights_freed(self) -> bool:
         """Whether the dense weight of this layer is gone."""
@@ -98,12 +107,17 @@ class JactusLayer(BaseTunerLayer):
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
         base = self.get_base_layer()
-        return base.has_bias if isinstance(base, FreedBase) else base.bias is not None
+        return base.has_bias if isinstance(base, FreedBase) else getattr(base, "bias", None) is not None
 
     # -- creating an adapter ------------------------------------------------------------------------------
 
     def update_layer(
-        self, adapter_name: str, r: int, *, factors: LayerFactors | None, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        r: int,
+        *,
+        factors: LayerFactors | None,
+        inference_mode: bool = False,
     ) -> None:
         """Add or replace an adapter.
 
@@ -113,10 +127,13 @@ class JactusLayer(BaseTunerLayer):
             factors: Initial values. ``None`` allocates NaN for a checkpoint to fill: a tensor that it does not fill
                 raises at the first forward pass.
             inference_mode: Freeze the core, too.
+
+        Raises:
+            ValueError: If the rank is below 1.
         """
         if r < 1:
             raise ValueError(f"{self._module_name}: the rank must be at least 1; got {r}.")
-        weight = self.get_base_layer().weight
+        weight = self._base().weight
         core_dtype = torch.promote_types(weight.dtype, torch.float32)
 
         def values(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -161,7 +178,7 @@ class JactusLayer(BaseTunerLayer):
     def free_base_weights(self) -> None:
         """Let go of the dense weight. There is no way back, except from a merge."""
         if not self.base_weights_freed:
-            self.base_layer = FreedBase(self.get_base_layer(), self.in_features, self.out_features)
+            self.base_layer = FreedBase(self._base(), self.in_features, self.out_features)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
@@ -174,12 +191,10 @@ class JactusLayer(BaseTunerLayer):
             raise_base_weights_freed("disable the adapter")
         super().enable_adapters(enabled)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version casts to the base's dtype as well, which would round a trained float32 core, and
         # moves meta tensors, which cannot be moved.
-        device = self.get_base_layer().weight.device if device is None else device
+        device = self._base().weight.device if device is None else device
         for name, tensor in self.adapter_tensors(adapter_name).items():
             if device.type == "meta" or tensor.device.type == "meta" or tensor.device == device:
                 continue
@@ -204,13 +219,13 @@ class JactusLayer(BaseTunerLayer):
         """Return the adapter's weight less the dense one, as the base layer stores it."""
         if self.base_weights_freed:
             raise_base_weights_freed("compute the difference to the base weight")
-        return self.get_dense_weight(adapter_name) - self.get_base_layer().weight
+        return self.get_dense_weight(adapter_name) - self._base().weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a difference of weights says it all: the dense weight is kept, and the bias unchanged."""
         if self.base_weights_freed:
             return False
-        bias = self.get_base_layer().bias
+        bias = getattr(self.get_base_layer(), "bias", None)
         return bias is None or torch.equal(self.jactus_bias[adapter_name], bias)
 
     def _is_conv1d(self) -> bool:
@@ -232,20 +247,20 @@ class JactusLayer(BaseTunerLayer):
                 raise_base_weights_freed("merge several adapters")
             self._merge_freed(names[0], safe_merge=safe_merge)
             return
-        base = self.get_base_layer()
+        base = self._base()
         with gather_params_ctx(base.weight):
             for name in names:
                 weight, bias = self._merged_dense(name)
                 self._check_merged(weight, name, safe_merge=safe_merge)
                 if not self._unmerged:
-                    self._unmerged.append((base.weight, base.bias))
+                    self._unmerged.append((cast("nn.Parameter", base.weight), base.bias))
                 # A new parameter: writing into the old one would change a tied embedding.
                 _assign(base, weight, bias)
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
     def _merged_dense(self, name: str) -> tuple[Tensor, Tensor | None]:
-        base = self.get_base_layer()
+        base = self._base()
         weight, bias = self.get_dense_weight(name), self.adapter_tensors(name).get("jactus_bias")
         if not self.merged_adapters:
             return weight, bias
@@ -256,8 +271,7 @@ class JactusLayer(BaseTunerLayer):
     def _merge_freed(self, name: str, *, safe_merge: bool) -> None:
         weight = self.get_dense_weight(name)
         self._check_merged(weight, name, safe_merge=safe_merge)
-        freed = self.get_base_layer()
-        weight = weight.mT if freed.is_conv1d else weight
+        freed = cast("FreedBase", self.get_base_layer())
         self.base_layer = freed.dense_layer(weight, self.adapter_tensors(name).get("jactus_bias"))
         self._dense_is_merged = True
         self.merged_adapters.append(name)
@@ -272,7 +286,7 @@ class JactusLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base = self._base()
         if self._dense_is_merged:
             self.base_layer = FreedBase(base, self.in_features, self.out_features)
             self._dense_is_merged = False
@@ -304,11 +318,11 @@ class JactusLayer(BaseTunerLayer):
             self.jactus_core[adapter_name],
             self.jactus_right[adapter_name],
         )
-        bias = self.jactus_bias[adapter_name] if adapter_name in self.jactus_bias else None
+        bias = self.adapter_tensors(adapter_name).get("jactus_bias")
         x = self._cast_input_dtype(x, right.dtype)
-        h = F.linear(x, right.mT)  # (..., rank)
-        h = F.linear(h.to(core.dtype), core)  # (..., rank)
-        return F.linear(h.to(left.dtype), left, bias)  # (..., out)
+        h = linear(x, right.mT)  # (..., rank)
+        h = linear(h.to(core.dtype), core)  # (..., rank)
+        return linear(h.to(left.dtype), left, bias)  # (..., out)
 
 
 class Linear(nn.Module, JactusLayer):
@@ -341,25 +355,29 @@ class Linear(nn.Module, JactusLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_forward(x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.jactus_core]
         if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_forward(x, *args, **kwargs)
         if len(active) == 1:
             return self._low_rank_forward(x, active[0]).to(x.dtype)
         # PEFT's meaning of several active adapters: their differences to the base add up.
-        base = self.base_layer(x, *args, **kwargs)
+        base = self._base_forward(x, *args, **kwargs)
         output = base
         for name in active:
             output = output + (self._low_rank_forward(x, name) - base)
         return output.to(base.dtype)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        return output
 
     def __repr__(self) -> str:
         return "jactus." + super().__repr__()
 
 
 def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
-    """Give ``layer`` new frozen parameters. ``weight`` is ``(out, in)`` for new layers, else as stored."""
+    """Give ``layer`` new frozen parameters; ``weight`` as the layer stores it."""
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

@@ -63,6 +63,7 @@ def cholesky_root(matrix: Tensor) -> Tensor:
     matrix = to_decomposition_dtype(matrix)
     matrix = (matrix + matrix.mT) / 2
     scale = float(matrix.diagonal().mean())
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     relative_jitter = torch.finfo(torch.float64).eps * matrix.shape[0]
     while int(info) != 0:
@@ -199,4 +200,5 @@ def union_with_leading_eigenvectors(basis: Tensor, covariance: Tensor, energy: f
 
 def _orthonormalized(vectors: Tensor) -> Tensor:
     """Bring float32 eigenvectors, orthonormal to 1e-6, to the rounding level of float64."""
-    return torch.linalg.qr(vectors.double()).Q
+    basis: Tensor = torch.linalg.qr(vectors.double()).Q
+    return basis

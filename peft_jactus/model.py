@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -53,9 +53,9 @@ class JactusModel(BaseTuner):
 
     prefix: str = "jactus_"
     tuner_layer_cls = JactusLayer
-    target_module_mapping = DEFAULT_TARGET_MODULES
+    target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT's own has this type
 
-    _factorizing_bar: tqdm | None = None
+    _factorizing_bar: tqdm[NoReturn] | None = None
 
     # -- injecting ----------------------------------------------------------------------------------------
 
@@ -67,7 +67,9 @@ class JactusModel(BaseTuner):
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
-        self.peft_config[adapter_name].statistics = None
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, JactusConfig)
+        config.statistics = None
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -87,8 +89,8 @@ class JactusModel(BaseTuner):
             statistics = None
         elif statistics is None:
             raise ValueError(
-                "This JactusConfig has no calibration statistics. Call `peft_jactus.calibrate(model, config, batches)` "
-                "before `get_peft_model`, or assign saved ones to `config.statistics`; "
+                "This JactusConfig has no calibration statistics. Call `peft_jactus.calibrate(model, config, "
+                "batches)` before `get_peft_model`, or assign saved ones to `config.statistics`; "
                 '`decomposition="svd"` starts without data.'
             )
         else:
@@ -106,8 +108,8 @@ class JactusModel(BaseTuner):
         ranks = plan.allocation.ranks
         if all(rank is None for rank in ranks.values()):
             raise ValueError(
-                f"`retained_ratio`={peft_config.retained_ratio} leaves every targeted layer dense, so that there is nothing "
-                "to train. Lower it, or set ranks with `rank_pattern`."
+                f"`retained_ratio`={peft_config.retained_ratio} leaves every targeted layer dense, so that there is "
+                "nothing to train. Lower it, or set ranks with `rank_pattern`."
             )
         peft_config.layer_ranks = dict(ranks)
         peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
@@ -126,10 +128,9 @@ class JactusModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        *,
         parameter_name: str | None = None,
     ) -> None:
-        del parameter_name
+        del parameter_name  # PEFT's, for experts held in one parameter
         assert isinstance(peft_config, JactusConfig)
         check_supported(current_key, target, parent)
         rank = self._rank_of(peft_config, current_key, target)
@@ -141,14 +142,15 @@ class JactusModel(BaseTuner):
             rank = peft_config.layer_ranks[current_key] = factors.rank
             if self._factorizing_bar is not None:
                 self._factorizing_bar.update()
+        layer: JactusLayer
         if isinstance(target, JactusLayer):
             layer = target
             layer.update_layer(adapter_name, rank, factors=factors)
         else:
-            layer = Linear(target, current_key, adapter_name, r=rank, factors=factors)
+            layer = linear = Linear(target, current_key, adapter_name, r=rank, factors=factors)
             if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+                linear.requires_grad_(False)
+            self._replace_module(parent, target_name, linear, target)
         if not peft_config.keep_base_weights:
             # Only now: _replace_module reads the device of the dense weight.
             layer.free_base_weights()
@@ -184,7 +186,7 @@ class JactusModel(BaseTuner):
         for layer in self._layers():
             if adapter_name not in layer.jactus_core:
                 continue
-            core, dtype = layer.jactus_core[adapter_name], layer.get_base_layer().weight.dtype
+            core, dtype = layer.jactus_core[adapter_name], layer.jactus_left[adapter_name].dtype
             if autocast_adapter_dtype:
                 dtype = torch.promote_types(dtype, torch.float32)
             if core.dtype != dtype:
@@ -216,8 +218,9 @@ class JactusModel(BaseTuner):
         unmatched = sorted(set(found) ^ set(layers))
         if unmatched:
             raise ValueError(
-                f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them has: "
-                f"{unmatched}. Load the adapter with the config it was saved with, onto the base model it was made for."
+                f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them "
+                f"has: {unmatched}. Load the adapter with the config it was saved with, onto the base model it was "
+                "made for."
             )
         for name, layer in layers.items():
             rank = _checked_rank(name, layer, found[name], config)
@@ -266,8 +269,9 @@ class JactusModel(BaseTuner):
         return sum(
             tensor.numel()
             for layer in self._layers()
-            for held in (layer.jactus_left, layer.jactus_right, layer.jactus_bias)
-            for tensor in held.values()
+            for adapter_name in layer.r
+            for name, tensor in layer.adapter_tensors(adapter_name).items()
+            if name != "jactus_core"
         )
 
 
@@ -280,8 +284,8 @@ def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], con
     expected_names = set(TENSOR_NAMES if layer.has_bias else TENSOR_NAMES[:3])
     if set(tensors) != expected_names:
         raise ValueError(
-            f"{name}: the checkpoint must hold {sorted(expected_names)}; it holds {sorted(tensors)}. It is damaged or was "
-            "made for another base model."
+            f"{name}: the checkpoint must hold {sorted(expected_names)}; it holds {sorted(tensors)}. It is damaged, "
+            "or was made for another base model."
         )
     rank = tensors["jactus_core"].shape[0] if tensors["jactus_core"].dim() else 0
     if config.from_checkpoint:

@@ -47,7 +47,11 @@ class SecondMoment:
 
     @classmethod
     def zeros(
-        cls, dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+        cls,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> SecondMoment:
         """Return the statistics of no vector at all; sums are kept in ``dtype`` on ``device``."""
         quartic_dtype = dtype if torch.device(device or "cpu").type == "mps" else torch.float64
@@ -91,8 +95,8 @@ class SecondMoment:
 
     def clone(self) -> SecondMoment:
         """Return an independent copy."""
-        sums = (getattr(self, name).clone() for name in _SUMS)
-        return SecondMoment(*sums, num_tokens=self.num_tokens)
+        sums = {name: getattr(self, name).clone() for name in _SUMS}
+        return SecondMoment(**sums, num_tokens=self.num_tokens)
 
     def is_finite(self) -> bool:
         """Whether no sum has overflowed or met a NaN."""
@@ -186,9 +190,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
             return moments[key]
 
         layers = {
-            name: LayerStatistics(
-                merged(layer.input, other[name].input), merged(layer.gradient, other[name].gradient)
-            )
+            name: LayerStatistics(merged(layer.input, other[name].input), merged(layer.gradient, other[name].gradient))
             for name, layer in self.items()
         }
         return CalibrationStatistics(layers, num_batches=self.num_batches + other.num_batches)
@@ -229,6 +231,9 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         Args:
             path: The safetensors file.
 
+        Returns:
+            Equal statistics, on the CPU.
+
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged, or not a statistics file of this format version.
@@ -246,7 +251,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                     )
                 counts = json.loads(header["num_tokens"])
                 moments = [
-                    SecondMoment(*(file.get_tensor(f"{number}.{key}") for key in _SUMS), num_tokens=count)
+                    SecondMoment(**{key: file.get_tensor(f"{number}.{key}") for key in _SUMS}, num_tokens=count)
                     for number, count in enumerate(counts)
                 ]
                 layers = {

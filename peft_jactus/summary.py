@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from peft_jactus.allocation import stored_parameters
 from peft_jactus.config import JactusConfig
 from peft_jactus.layer import JactusLayer
@@ -15,6 +13,7 @@ from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,10 @@ class RankSummary:
                 f"{row.name:<{width}}  {f'{row.out_features} x {row.in_features}':>13}  "
                 f"{'dense' if row.rank is None else row.rank:>5}  {row.num_stored / row.num_dense:>6.1%}  {energy:>7}"
             )
-        stored, dense = sum(row.num_stored for row in self.rows), sum(row.num_dense for row in self.rows)
+        stored, dense = (
+            sum(row.num_stored for row in self.rows),
+            sum(row.num_dense for row in self.rows),
+        )
         lines.append(
             f"{len(self.rows)} targeted layers keep {stored:,} of {dense:,} parameters: {self.retained_ratio:.1%} "
             f"({self.storage}), asked for {self.asked_ratio:.1%}"
@@ -91,7 +93,7 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, JactusConfig):
-        raise ValueError(f"`model` has no JACTUS adapter named {adapter_name!r}.")
+        raise ValueError(f"`model` has no JACTUS adapter named {adapter_name!r}.")  # noqa: TRY004  # a name, no type
     modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
     rows = []
     for name, rank in config.layer_ranks.items():
@@ -122,6 +124,7 @@ def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") ->
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("`plot_ranks` needs matplotlib: pip install 'peft-jactus[plot]'.") from error
     summary = model if isinstance(model, RankSummary) else rank_summary(model, adapter_name)
@@ -137,11 +140,17 @@ def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") ->
         (line,) = axes.plot(depths, ranks, marker="o", markersize=4, label=projection)
         dense = [(depth, rank) for (depth, row), rank in zip(points, ranks, strict=True) if row.rank is None]
         if dense:
-            axes.plot(*zip(*dense, strict=True), "o", color=line.get_color(), markersize=9, fillstyle="none")
+            axes.plot(
+                *zip(*dense, strict=True),
+                "o",
+                color=line.get_color(),
+                markersize=9,
+                fillstyle="none",
+            )
     axes.set_xlabel("block")
     axes.set_ylabel("rank")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"Ranks at {summary.retained_ratio:.0%} retained parameters ({summary.storage})")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,8 +31,7 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     """Return the modules that ``config`` targets, by full name, in the model's order; change neither.
 
     Raises:
-        ValueError: If the targets are missing or match nothing.
-        TypeError: If a targeted module cannot be factorized; names it.
+        ValueError: If the targets are missing or match nothing. A `TypeError` names a module that has no factors.
     """
     config = _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
@@ -63,14 +62,15 @@ def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
         config.statistics = statistics
     if resolved.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        defaults = DEFAULT_TARGET_MODULES.get(model_type)
+        defaults = DEFAULT_TARGET_MODULES.get(str(model_type))
         if defaults is None:
             raise ValueError(
                 f"`target_modules` must be given for {model_type or type(model).__name__}: PEFT knows no default "
                 "for it. Use 'all-linear', or names from `model.named_modules()`."
             )
         resolved.target_modules = set(defaults)  # type: ignore[assignment]  # PEFT works on sets
-    return _maybe_include_all_linear_layers(resolved, model)
+    _maybe_include_all_linear_layers(resolved, model)  # in place
+    return resolved
 
 
 def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
@@ -90,8 +90,8 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
     if isinstance(module, (nn.Linear, Conv1D)):
         if resolve_quantization_backend(module) is not None or not module.weight.is_floating_point():
             raise TypeError(
-                f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, and "
-                "quantize the result; or add the name to `exclude_modules`."
+                f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, "
+                "and quantize the result; or add the name to `exclude_modules`."
             )
         if module.weight.device.type == "meta":
             raise TypeError(
@@ -107,7 +107,7 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a Linear or Conv1D as ``(out, in)``, detached."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator,union-attr]  # checked by check_supported
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]  # checked by check_supported
     return weight.mT if isinstance(module, Conv1D) else weight
 
 
@@ -115,7 +115,7 @@ def match_ranks(names: Iterable[str], rank_pattern: dict[str, int]) -> dict[str,
     """Return the ranks that ``rank_pattern`` gives to ``names``: exact names first, then regular expressions."""
     ranks: dict[str, int] = {}
     for name in names:
-        key = name if name in rank_pattern else get_pattern_key(rank_pattern.keys(), name)
+        key = name if name in rank_pattern else get_pattern_key(list(rank_pattern), name)
         if key in rank_pattern:
             ranks[name] = rank_pattern[key]
     return ranks
