@@ -123,9 +123,7 @@ def allocate(
     Raises:
         ValueError: If the fixed ranks leave too little for one rank in each other layer.
     """
-    fixed: dict[str, int | None] = {}
-    for name, rank in (fixed_ranks or {}).items():
-        fixed[name] = min(rank, layers[name].out_features, layers[name].in_features)
+    fixed: dict[str, int | None] = dict(fixed_ranks or {})
     free = {name: layer for name, layer in layers.items() if name not in fixed}
     budget = int(retained_ratio * sum(layer.num_parameters for layer in layers.values()))
     remaining = budget - sum(_cost(layers[name], rank, storage) for name, rank in fixed.items())

@@ -443,7 +443,7 @@ def _prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator
         model.train(train_mode)
         for parameter in trainable:
             parameter.requires_grad_(False)
-        if train_mode and getattr(model, "is_gradient_checkpointing", False):
+        if train_mode and any(getattr(module, "gradient_checkpointing", False) for module in modes):
             # Reentrant checkpointing only runs a block again if an input of it requires a gradient.
             embeddings = model.get_input_embeddings()  # type: ignore[operator]  # a transformers model
             handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))

@@ -115,7 +115,7 @@ def plan_ranks(
             dense_gain=weighting * projected.total_energy,
         )
     fixed_ranks = {
-        name: _cap_to_subspace(name, rank, gains[name].gains.numel()) for name, rank in (fixed_ranks or {}).items()
+        name: _cap_to_subspace(name, rank, gains[name]) for name, rank in (fixed_ranks or {}).items()
     }
     allocation = allocate(
         gains,
@@ -129,7 +129,9 @@ def plan_ranks(
     return RankPlan(allocation, energy_kept)
 
 
-def _cap_to_subspace(name: str, rank: int, max_rank: int) -> int:
+def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
+    rank = min(rank, gains.out_features, gains.in_features)
+    max_rank = gains.gains.numel()
     if rank <= max_rank:
         return rank
     warnings.warn(

@@ -135,6 +135,8 @@ class JactusModel(BaseTuner):
         check_supported(current_key, target, parent)
         rank = self._rank_of(peft_config, current_key, target)
         if rank is None:  # factors don't pay here
+            if isinstance(target, JactusLayer) and target.base_weights_freed:
+                raise_base_weights_freed(f"leave {current_key} dense, as adapter {adapter_name!r} does")
             return
         factors = None
         if not peft_config.from_checkpoint:
@@ -151,9 +153,16 @@ class JactusModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 linear.requires_grad_(False)
             self._replace_module(parent, target_name, linear, target)
-        if not peft_config.keep_base_weights:
+        if self._nobody_needs_base_weight(current_key):
             # Only now: _replace_module reads the device of the dense weight.
             layer.free_base_weights()
+
+    def _nobody_needs_base_weight(self, name: str) -> bool:
+        """Whether no adapter asked to keep the dense weights, or leaves this layer dense."""
+        return not any(config.keep_base_weights or config.layer_ranks.get(name) is None for config in self._configs())
+
+    def _configs(self) -> list[JactusConfig]:
+        return [config for config in self.peft_config.values() if isinstance(config, JactusConfig)]
 
     @staticmethod
     def _rank_of(config: JactusConfig, name: str, target: nn.Module) -> int | None:
