@@ -2,8 +2,8 @@
 
     python benchmarks/training_memory.py
 
-A first process compresses the model and saves the adapter; then each method trains for a few steps in a process
-of its own, on the same random batches. Two peaks of resident memory are reported: of the whole process (loading included) and
+A first process compresses the model and saves the adapter; then each method trains for a few steps in a process of its
+own, on the same random batches. Two peaks of resident memory are reported: of the whole process, loading included, and
 of the training steps alone (the kernel's high-water mark is reset before them).
 """
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import batches_for, compressed, logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import peft_jactus
 from peft_jactus import CalibrationStatistics
+from tests.tiny_models import batches_for, compressed, logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama
 
 ROOT = Path(peft_jactus.__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -81,7 +81,7 @@ LOAD_IN_FRESH_PROCESS = """
         native.load_adapter(str(folder / "adapter"))
         loaded = {
             "PeftModel": PeftModel.from_pretrained(base(), folder / "adapter"),
-            "PeftModel, low_cpu_mem_usage": PeftModel.from_pretrained(base(), folder / "adapter", low_cpu_mem_usage=True),
+            "low_cpu_mem_usage": PeftModel.from_pretrained(base(), folder / "adapter", low_cpu_mem_usage=True),
             "AutoPeftModel": auto_peft.from_pretrained(folder / "adapter", **kwargs),
             "transformers load_adapter": native,
         }

@@ -8,6 +8,11 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_jactus import JactusConfig, calibrate, plot_ranks, rank_summary
+from peft_jactus.layer import JactusLayer
 from tests.tiny_models import (
     batches_for,
     compressed,
@@ -18,11 +23,6 @@ from tests.tiny_models import (
     tiny_gpt2,
     tiny_llama,
 )
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from peft_jactus import JactusConfig, calibrate, plot_ranks, rank_summary
-from peft_jactus.layer import JactusLayer
 
 # One float32 product after another, in another order: some units in the last place of logits of order one.
 FLOAT32_REORDERED = {"rtol": 1e-4, "atol": 1e-5}
