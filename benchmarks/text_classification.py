@@ -41,7 +41,7 @@ def parse_arguments():
     parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data") + "/trec")
     parser.add_argument("--method", choices=["lora", "jactus"], default="jactus")
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8])
-    parser.add_argument("--storage", choices=["factored", "pivoted"], default="factored")
+    parser.add_argument("--storage", choices=["factored", "pivoted"], default="pivoted")
     parser.add_argument("--allocation", choices=["global", "uniform"], default="global")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -125,7 +125,7 @@ def run_case(args, ratio, seed):
         case["factorization_seconds"] = time.perf_counter() - started - case["calibration_seconds"]
         summary = rank_summary(model)
         case["retained_ratio_reached"] = summary.retained_ratio
-        case["dense_layers"] = sum(row.rank is None for row in summary.rows)
+        case["dense_layers"] = sum(row.stays_dense for row in summary.rows)
     case["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -180,26 +180,16 @@ def settings_of(args, ratio, seed):
     return settings
 
 
-def file_name(settings):
+def file_name(settings, further):
     parts = [settings["task"], settings["method"]]
     if settings["method"] == "jactus":
         parts += [f"{settings['retained_ratio']:g}", settings["storage"], settings["allocation"]]
-        known = {
-            "task",
-            "model",
-            "method",
-            "learning_rate",
-            "epochs",
-            "batch_size",
-            "seed",
-            "scored_on",
-        }
-        known |= {"retained_ratio", "storage", "allocation", "calibration_batches"}
-        parts += [f"{key}={value}" for key, value in settings.items() if key not in known and value]
+        parts += [f"warmup{settings['head_warmup_steps']}"] if settings["head_warmup_steps"] else []
+        parts += [f"{key}={value}" for key, value in further.items()]
     parts += [f"lr{settings['learning_rate']:g}", f"ep{settings['epochs']:g}"]
     parts += [f"{settings['max_train_samples']}rows"] if settings["max_train_samples"] else []
-    parts += ["val"] if settings["scored_on"] != "test" else []
-    return "-".join(map(str, parts)) + f"-seed{settings['seed']}.json"
+    parts += ["validation"] if settings["scored_on"] != "test" else []
+    return "-".join(parts) + f"-seed{settings['seed']}.json"
 
 
 def report(folder):
@@ -231,7 +221,7 @@ def main():
     for ratio in args.retained_ratio:
         for seed in args.seeds:
             settings = settings_of(args, ratio, seed)
-            path = args.out / file_name(settings)
+            path = args.out / file_name(settings, args.config)
             if path.exists():
                 print("have", path.name)
                 continue

@@ -1,7 +1,8 @@
 """Ranks of all layers under one parameter budget.
 
-A layer's candidates are its ranks and "stays dense"; each has a cost (the parameters that the deployed
-checkpoint stores) and a gain (the drop of the local second-order loss). Uniform allocation gives
+A layer's candidates are its ranks; each has a cost (the parameters that the deployed checkpoint stores) and a gain
+(the drop of the local second-order loss). Full rank costs what the dense weight costs, whatever its factors would:
+the layer is then deployed dense. Uniform allocation gives
 every layer the same retained ratio. Global allocation spends the budget where a parameter gains most: greedily
 along the upper concave envelope of each layer's (cost, gain) points, which is the solution of the
 Lagrangian relaxation and optimal up to the last item (Everett, Operations Research 11, 1963).
@@ -28,24 +29,33 @@ if TYPE_CHECKING:
 Storage = Literal["factored", "pivoted"]
 
 
-def stored_parameters(rank: int | None, out_features: int, in_features: int, storage: Storage) -> int:
-    """Return how many numbers a deployed layer stores.
+def stored_parameters(rank: int, out_features: int, in_features: int, storage: Storage) -> int:
+    """Return how many numbers a deployed layer stores: those of its factors, or of its weight if these are fewer.
 
     Args:
-        rank: The layer's rank; ``None`` for a dense layer.
+        rank: The layer's rank.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         storage: ``"factored"``: two factors, ``rank * (out + in)``. ``"pivoted"``: ``rank`` rows of the weight
             and the coefficients of the others, ``rank * (out + in - rank)``.
     """
-    if rank is None:
-        return out_features * in_features
     saved = rank if storage == "pivoted" else 0
-    return rank * (out_features + in_features - saved)
+    return min(rank * (out_features + in_features - saved), out_features * in_features)
+
+
+def stays_dense(rank: int, out_features: int, in_features: int, storage: Storage) -> bool:
+    """Whether factors of this rank don't pay, so that the layer is deployed as one dense weight."""
+    return stored_parameters(rank, out_features, in_features, storage) == out_features * in_features
 
 
 def uniform_rank(retained_ratio: float, out_features: int, in_features: int, storage: Storage) -> int:
-    """Return the largest rank, at least 1, that keeps at most ``retained_ratio`` of a layer's parameters."""
+    """Return the largest rank, at least 1, that keeps at most ``retained_ratio`` of a layer's parameters.
+
+    That is full rank where ``retained_ratio`` is 1.
+    """
+    full_rank = min(out_features, in_features)
+    if retained_ratio >= 1:
+        return full_rank
     budget = retained_ratio * out_features * in_features
     total = out_features + in_features
     if storage == "factored":
@@ -53,11 +63,9 @@ def uniform_rank(retained_ratio: float, out_features: int, in_features: int, sto
     else:
         # r (m + n - r) <= budget; the discriminant is at least (m - n)^2, rounding apart
         rank = int((total - math.sqrt(max(0.0, total * total - 4 * budget))) / 2)
-    while stored_parameters(rank + 1, out_features, in_features, storage) <= budget:
-        rank += 1  # the root above was rounded down
-        if rank >= min(out_features, in_features):
-            break
-    return max(1, min(rank, out_features, in_features))
+    if stored_parameters(rank + 1, out_features, in_features, storage) <= budget:
+        rank += 1  # the root was rounded down
+    return max(1, min(rank, full_rank))
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class LayerGains:
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         gains: ``(max_rank,)``, float64, non-negative and non-increasing: gain of the k-th rank.
-        dense_gain: Gain of leaving the layer dense, at least ``gains.sum()``.
+        dense_gain: Gain of full rank, at least ``gains.sum()``: subspaces may leave a part of the weight out of reach.
     """
 
     out_features: int
@@ -81,10 +89,15 @@ class LayerGains:
         """Parameters of the dense weight."""
         return self.out_features * self.in_features
 
+    @property
+    def full_rank(self) -> int:
+        """Rank of the dense weight."""
+        return min(self.out_features, self.in_features)
+
 
 @dataclass(frozen=True)
 class Allocation:
-    """Ranks by module name; ``None`` where the layer stays dense.
+    """Ranks by module name.
 
     Attributes:
         ranks: Rank of each layer.
@@ -93,7 +106,7 @@ class Allocation:
         budget: The parameter budget that was asked for.
     """
 
-    ranks: dict[str, int | None]
+    ranks: dict[str, int]
     num_stored: int
     budget: int
 
@@ -118,12 +131,12 @@ def allocate(
         fixed_ranks: Ranks that were decided by the user. They are paid from the budget.
 
     Returns:
-        The ranks. A layer whose factors would cost as much as its weight stays dense.
+        The ranks. A layer whose factors would cost as much as its weight gets full rank, to stay dense.
 
     Raises:
         ValueError: If the fixed ranks leave too little for one rank in each other layer.
     """
-    fixed: dict[str, int | None] = dict(fixed_ranks or {})
+    fixed = dict(fixed_ranks or {})
     free = {name: layer for name, layer in layers.items() if name not in fixed}
     budget = int(retained_ratio * sum(layer.num_parameters for layer in layers.values()))
     remaining = budget - sum(_cost(layers[name], rank, storage) for name, rank in fixed.items())
@@ -145,20 +158,20 @@ def allocate(
     return Allocation({name: ranks[name] for name in layers}, num_stored, budget)
 
 
-def _cost(layer: LayerGains, rank: int | None, storage: Storage) -> int:
+def _cost(layer: LayerGains, rank: int, storage: Storage) -> int:
     return stored_parameters(rank, layer.out_features, layer.in_features, storage)
 
 
-def _uniform(layer: LayerGains, ratio: float, storage: Storage) -> int | None:
+def _uniform(layer: LayerGains, ratio: float, storage: Storage) -> int:
     rank = uniform_rank(ratio, layer.out_features, layer.in_features, storage)
-    if ratio >= 1 or _cost(layer, rank, storage) >= layer.num_parameters:
-        return None
-    return min(rank, max(1, layer.gains.numel()))
+    if _cost(layer, rank, storage) == layer.num_parameters:
+        return layer.full_rank
+    return min(rank, layer.gains.numel())
 
 
 def _allocate_global(
     layers: dict[str, LayerGains], budget: int, ratio: float, storage: Storage, rank_floor: float
-) -> dict[str, int | None]:
+) -> dict[str, int]:
     curves = {
         name: _Curve.build(layer, _floor_rank(layer, ratio, storage, rank_floor), storage)
         for name, layer in layers.items()
@@ -180,22 +193,22 @@ def _floor_rank(layer: LayerGains, ratio: float, storage: Storage, rank_floor: f
 class _Curve:
     """Candidates of one layer, cheapest first, and the vertices of their upper concave envelope."""
 
-    candidates: list[int | None]
+    candidates: list[int]
     costs: Tensor
     gains: Tensor
     vertices: list[int]
 
     @classmethod
     def build(cls, layer: LayerGains, floor: int, storage: Storage) -> _Curve:
-        max_rank = max(floor, layer.gains.numel())
-        ranks = [r for r in range(floor, max_rank + 1) if _cost(layer, r, storage) < layer.num_parameters]
-        cumulative = torch.cat([layer.gains.new_zeros(1), layer.gains.cumsum(0)])
-        costs = [_cost(layer, r, storage) for r in ranks]
-        gains = [float(cumulative[min(r, layer.gains.numel())]) for r in ranks]
+        in_reach = range(floor, layer.gains.numel() + 1)
+        ranks = [rank for rank in in_reach if _cost(layer, rank, storage) < layer.num_parameters]
+        cumulative = layer.gains.cumsum(0).tolist()
+        costs = [_cost(layer, rank, storage) for rank in ranks]
+        gains = [cumulative[rank - 1] for rank in ranks]
         costs.append(layer.num_parameters)
         gains.append(layer.dense_gain)
         costs_tensor, gains_tensor = torch.tensor(costs), torch.tensor(gains, dtype=torch.float64)
-        return cls([*ranks, None], costs_tensor, gains_tensor, _upper_envelope(costs, gains))
+        return cls([*ranks, layer.full_rank], costs_tensor, gains_tensor, _upper_envelope(costs, gains))
 
     def next_step(self, index: int, *, envelope: bool) -> tuple[float, int, int] | None:
         """Return (gain per parameter, cost, index) of the step up from candidate ``index``."""

@@ -90,7 +90,7 @@ class JactusConfig(PeftConfig):
         },
     )
     storage: Literal["factored", "pivoted"] = field(
-        default="factored",
+        default="pivoted",
         metadata={
             "help": (
                 "Deployed form whose parameter count the budget is reckoned in. 'factored': two factors, rank * "
@@ -188,12 +188,12 @@ class JactusConfig(PeftConfig):
             )
         },
     )
-    layer_ranks: dict[str, int | None] = field(
+    layer_ranks: dict[str, int] = field(
         default_factory=dict,
         metadata={
             "help": (
-                "Written by `get_peft_model`: the rank of each targeted module, null where factors do not pay and the "
-                "layer stays dense and frozen. To set ranks, use `rank_pattern`."
+                "Written by `get_peft_model`: the rank of each targeted module. Full rank, min(out, in), means that "
+                "factors do not pay and the layer is deployed dense. To set ranks, use `rank_pattern`."
             )
         },
     )

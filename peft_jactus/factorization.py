@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from peft_jactus.allocation import Allocation, LayerGains, Storage, allocate
-from peft_jactus.decomposition import DecompositionOptions, project_weight
+from peft_jactus.decomposition import DecompositionOptions, project, project_weight
 from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RankPlan:
     """Ranks of all layers and what they keep.
 
     Attributes:
-        allocation: Rank of each layer, ``None`` where it stays dense, and the budget.
+        allocation: Rank of each layer, and the budget.
         energy_kept: Share of each layer's weighted energy that its rank keeps, in [0, 1].
     """
 
@@ -114,9 +114,7 @@ def plan_ranks(
             gains=(weighting * projected.gains()).cpu(),
             dense_gain=weighting * projected.total_energy,
         )
-    fixed_ranks = {
-        name: _cap_to_subspace(name, rank, gains[name]) for name, rank in (fixed_ranks or {}).items()
-    }
+    fixed_ranks = {name: _cap_to_subspace(name, rank, gains[name]) for name, rank in (fixed_ranks or {}).items()}
     allocation = allocate(
         gains,
         retained_ratio=options.retained_ratio,
@@ -130,10 +128,11 @@ def plan_ranks(
 
 
 def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
-    rank = min(rank, gains.out_features, gains.in_features)
     max_rank = gains.gains.numel()
     if rank <= max_rank:
         return rank
+    if rank >= gains.full_rank:
+        return gains.full_rank
     warnings.warn(
         f"{name}: rank {rank} was asked for, but the union of subspaces has {max_rank} dimensions; rank {max_rank} "
         "is used. Raise `weight_energy`, `input_energy` or `gradient_energy` to widen it.",
@@ -143,8 +142,8 @@ def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
     return max_rank
 
 
-def _energy_kept(gains: LayerGains, rank: int | None) -> float:
-    if rank is None or not gains.dense_gain > 0:
+def _energy_kept(gains: LayerGains, rank: int) -> float:
+    if rank == gains.full_rank or not gains.dense_gain > 0:
         return 1.0
     return min(1.0, float(gains.gains[:rank].sum()) / gains.dense_gain)
 
@@ -162,14 +161,18 @@ def factorize(
         weight: ``(out, in)``.
         bias: ``(out,)`` or ``None``.
         statistics: The layer's; ``None`` for a data-free decomposition.
-        rank: As planned; capped at the dimension of the subspaces.
+        rank: As planned; capped at the dimension of the subspaces, but full rank reproduces the weight.
         options: Decomposition and bias correction.
 
     Returns:
         Factors in float64 on the weight's device. With ``bias_correction``, the bias takes up the mean error:
         ``b' = b + (W - W_r) mean(x)``.
     """
-    factors = project_weight(weight, statistics, options.decomposition).truncate(rank)
+    if rank >= min(weight.shape):
+        projected = project(weight)
+    else:
+        projected = project_weight(weight, statistics, options.decomposition)
+    factors = projected.truncate(rank)
     if bias is not None:
         bias = to_decomposition_dtype(bias)
         if options.bias_correction and statistics is not None:

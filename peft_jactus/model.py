@@ -106,19 +106,9 @@ class JactusModel(BaseTuner):
                 progress_bar=show_bar,
             )
         ranks = plan.allocation.ranks
-        if all(rank is None for rank in ranks.values()):
-            raise ValueError(
-                f"`retained_ratio`={peft_config.retained_ratio} leaves every targeted layer dense, so that there is "
-                "nothing to train. Lower it, or set ranks with `rank_pattern`."
-            )
         peft_config.layer_ranks = dict(ranks)
         peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
-        self._factorizing_bar = tqdm(
-            total=sum(rank is not None for rank in ranks.values()),
-            desc="Factorizing",
-            unit="layer",
-            disable=not show_bar,
-        )
+        self._factorizing_bar = tqdm(total=len(ranks), desc="Factorizing", unit="layer", disable=not show_bar)
 
     def _create_and_replace(
         self,
@@ -134,10 +124,6 @@ class JactusModel(BaseTuner):
         assert isinstance(peft_config, JactusConfig)
         check_supported(current_key, target, parent)
         rank = self._rank_of(peft_config, current_key, target)
-        if rank is None:  # factors don't pay here
-            if isinstance(target, JactusLayer) and target.base_weights_freed:
-                raise_base_weights_freed(f"leave {current_key} dense, as adapter {adapter_name!r} does")
-            return
         factors = None
         if not peft_config.from_checkpoint:
             factors = self._make_factors(peft_config, current_key, target, rank)
@@ -158,14 +144,14 @@ class JactusModel(BaseTuner):
             layer.free_base_weights()
 
     def _nobody_needs_base_weight(self, name: str) -> bool:
-        """Whether no adapter asked to keep the dense weights, or leaves this layer dense."""
-        return not any(config.keep_base_weights or config.layer_ranks.get(name) is None for config in self._configs())
+        """Whether no adapter asked to keep the dense weights, or leaves this layer alone."""
+        return all(name in config.layer_ranks and not config.keep_base_weights for config in self._configs())
 
     def _configs(self) -> list[JactusConfig]:
         return [config for config in self.peft_config.values() if isinstance(config, JactusConfig)]
 
     @staticmethod
-    def _rank_of(config: JactusConfig, name: str, target: nn.Module) -> int | None:
+    def _rank_of(config: JactusConfig, name: str, target: nn.Module) -> int:
         if name in config.layer_ranks:
             return config.layer_ranks[name]
         if config.from_checkpoint:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from peft_jactus.allocation import stored_parameters
 from peft_jactus.config import JactusConfig
 from peft_jactus.layer import JactusLayer
-from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ class LayerRank:
         name: Full module name.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
-        rank: Rank of the factors; ``None`` for a layer that stayed dense.
+        rank: Rank of the layer; full where it stays dense.
         num_stored: Parameters that the deployed layer stores.
         energy_kept: Share of the weighted energy that is kept, in [0, 1]; ``None`` if it is not known.
     """
@@ -32,7 +31,7 @@ class LayerRank:
     name: str
     out_features: int
     in_features: int
-    rank: int | None
+    rank: int
     num_stored: int
     energy_kept: float | None
 
@@ -40,6 +39,11 @@ class LayerRank:
     def num_dense(self) -> int:
         """Parameters of the dense weight."""
         return self.out_features * self.in_features
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether factors don't pay, so that the layer is deployed as one weight."""
+        return self.num_stored == self.num_dense
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class RankSummary:
             energy = "" if row.energy_kept is None else f"{row.energy_kept:.4f}"
             lines.append(
                 f"{row.name:<{width}}  {f'{row.out_features} x {row.in_features}':>13}  "
-                f"{'dense' if row.rank is None else row.rank:>5}  {row.num_stored / row.num_dense:>6.1%}  {energy:>7}"
+                f"{'dense' if row.stays_dense else row.rank:>5}  {row.num_stored / row.num_dense:>6.1%}  {energy:>7}"
             )
         stored, dense = (
             sum(row.num_stored for row in self.rows),
@@ -94,14 +98,15 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, JactusConfig):
         raise ValueError(f"`model` has no JACTUS adapter named {adapter_name!r}.")  # noqa: TRY004  # a name, no type
-    modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    modules = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, JactusLayer)
+    }
     rows = []
     for name, rank in config.layer_ranks.items():
-        module = modules[name]
-        if isinstance(module, JactusLayer):
-            out_features, in_features = module.out_features, module.in_features
-        else:
-            out_features, in_features = dense_weight(module).shape
+        layer = modules[name]
+        out_features, in_features = layer.out_features, layer.in_features
         stored = stored_parameters(rank, out_features, in_features, config.storage)
         rows.append(LayerRank(name, out_features, in_features, rank, stored, config.layer_energy.get(name)))
     order = {name: position for position, name in enumerate(modules)}
@@ -117,7 +122,7 @@ def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") ->
         adapter_name: Which adapter.
 
     Returns:
-        A matplotlib figure; ``figure.savefig("ranks.png")`` writes it. Open markers are layers that stayed dense.
+        A matplotlib figure; ``figure.savefig("ranks.png")`` writes it. Rings are layers that stay dense.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -136,9 +141,9 @@ def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") ->
     axes = figure.subplots()
     for projection, points in lines.items():
         depths = [depth for depth, _ in points]
-        ranks = [min(row.out_features, row.in_features) if row.rank is None else row.rank for _, row in points]
+        ranks = [row.rank for _, row in points]
         (line,) = axes.plot(depths, ranks, marker="o", markersize=4, label=projection)
-        dense = [(depth, rank) for (depth, row), rank in zip(points, ranks, strict=True) if row.rank is None]
+        dense = [(depth, row.rank) for depth, row in points if row.stays_dense]
         if dense:
             axes.plot(
                 *zip(*dense, strict=True),

@@ -19,7 +19,15 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 
 import peft_jactus
 from peft_jactus import CalibrationStatistics
-from tests.tiny_models import batches_for, compressed, logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama
+from tests.compressed_models import (
+    batches_for,
+    compressed,
+    logits_of,
+    perturb_cores_,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 ROOT = Path(peft_jactus.__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -61,7 +69,7 @@ LOAD_IN_FRESH_PROCESS = """
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
     import peft_jactus
     from peft_jactus import decomposition
-    from tests.tiny_models import logits_of
+    from tests.compressed_models import logits_of
 
     def forbidden(*args, **kwargs):
         raise AssertionError("loading must not decompose")
@@ -233,7 +241,7 @@ def test_resuming_the_trainer_equals_an_uninterrupted_run(tmp_path):
 CALIBRATE_FOREVER = """
     import itertools, sys
     from peft_jactus import calibrate
-    from tests.tiny_models import batches_for, jactus_config, tiny_llama
+    from tests.compressed_models import batches_for, jactus_config, tiny_llama
 
     model = tiny_llama()
     batches = itertools.cycle(batches_for(model, num_batches=3))
@@ -244,7 +252,7 @@ CALIBRATE_FOREVER = """
 INJECT_AND_SAVE_FOREVER = """
     import sys
     from pathlib import Path
-    from tests.tiny_models import compressed, perturb_cores_, tiny_llama
+    from tests.compressed_models import compressed, perturb_cores_, tiny_llama
 
     print("started", flush=True)
     for seed in range(10**6):

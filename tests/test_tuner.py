@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_jactus import JactusConfig, calibrate, plot_ranks, rank_summary
 from peft_jactus.layer import JactusLayer
-from tests.tiny_models import (
+from tests.compressed_models import (
     batches_for,
     compressed,
     jactus_config,
@@ -46,7 +46,7 @@ def test_budget_is_kept(build, storage, allocation):
 @pytest.mark.parametrize("build", BUILDERS)
 def test_full_rank_reproduces_the_model(build):
     dense = logits_of(build())
-    model = compressed(build(), rank_pattern={".*": 999}, weight_energy=1.0)
+    model = compressed(build(), rank_pattern={".*": 999})
     torch.testing.assert_close(logits_of(model), dense, **FLOAT32_REORDERED)
 
 

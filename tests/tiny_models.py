@@ -1,101 +1,207 @@
-"""Random models of real architectures, small enough to compress in well under a second."""
+"""Tiny random transformers in float64, with examples, padded batches, and their loss written out.
+
+A task's `examples` are batches of one without padding; `collate` pads several into one batch, as a data collator does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-import transformers
-from peft import get_peft_model
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from peft_jactus import JactusConfig, calibrate
+VOCAB_SIZE = 24
+IGNORED_LABEL = -100
+# transformers computes the loss of causal language models in float32.
+FLOAT32_LOSS = 1e-5
+FLOAT64 = 1e-10
 
-VOCABULARY = 96
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+Batch = dict[str, Tensor]
+
+# Larger initial weights than the default 0.02, so that attention is not uniform.
+WIDTHS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 8,
+    "intermediate_size": 12,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.4,
 }
+SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+BERT = WIDTHS | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def tiny_bert(*, seed=0, dtype=torch.float32):
-    config = transformers.BertConfig(
-        **_SIZES,
-        max_position_embeddings=32,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return _build(transformers.BertForSequenceClassification, config, seed, dtype)
-
-
-def tiny_llama(*, seed=0, dtype=torch.float32):
-    config = transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
-    return _build(transformers.LlamaForCausalLM, config, seed, dtype)
-
-
-def tiny_gpt2(*, seed=0, dtype=torch.float32):
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
-    )
-    return _build(transformers.GPT2LMHeadModel, config, seed, dtype)
-
-
-def _build(cls, config, seed, dtype):
+def seeded(model_class: type, config: object) -> PreTrainedModel:
+    """The same random model at each call, in float64 and evaluation mode."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return cls(config).to(dtype).eval()
+        torch.manual_seed(0)
+        return model_class(config).double().eval()
 
 
-def classification_batches(num_batches=4, batch_size=4, length=10, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_batches):
-        mask = torch.ones(batch_size, length, dtype=torch.long)
-        mask[0, length // 2 :] = 0
-        yield {
-            "input_ids": torch.randint(2, VOCABULARY, (batch_size, length), generator=generator),
-            "attention_mask": mask,
-            "labels": torch.randint(0, 3, (batch_size,), generator=generator),
+def tiny_bert(model_class: type = BertForSequenceClassification, **options) -> PreTrainedModel:
+    return seeded(model_class, BertConfig(**BERT | {"num_labels": 3} | options))
+
+
+def tiny_llama() -> PreTrainedModel:
+    return seeded(LlamaForCausalLM, LlamaConfig(**WIDTHS | SPECIAL_TOKENS | {"num_key_value_heads": 1}))
+
+
+def tiny_gpt2() -> PreTrainedModel:
+    return seeded(
+        GPT2LMHeadModel,
+        GPT2Config(
+            vocab_size=VOCAB_SIZE,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            n_positions=16,
+            initializer_range=0.4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **SPECIAL_TOKENS,
+        ),
+    )
+
+
+def tiny_t5() -> PreTrainedModel:
+    config = T5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=8,
+        d_kv=4,
+        d_ff=12,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    return seeded(T5ForConditionalGeneration, config)
+
+
+def tiny_vit() -> PreTrainedModel:
+    options = BERT | {"image_size": 8, "patch_size": 4, "num_labels": 3}
+    del options["vocab_size"], options["max_position_embeddings"]
+    return seeded(ViTForImageClassification, ViTConfig(**options))
+
+
+def randint(seed: int, *shape: int, low: int = 3, high: int = VOCAB_SIZE) -> Tensor:
+    """Random token ids; special tokens are below ``low``."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- examples ---------------------------------------------------------------------------------------------
+
+
+def classified_texts() -> list[Batch]:
+    return [
+        {
+            "input_ids": randint(seed, 1, length),
+            "attention_mask": torch.ones(1, length, dtype=torch.long),
+            "labels": torch.tensor([seed % 3]),
         }
+        for seed, length in enumerate([4, 2, 6, 3])
+    ]
 
 
-def causal_batches(num_batches=4, batch_size=4, length=12, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_batches):
-        ids = torch.randint(2, VOCABULARY, (batch_size, length), generator=generator)
-        labels = ids.clone()
-        labels[:, :3] = -100
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def continued_texts() -> list[Batch]:
+    """Prompts of different lengths carry no label; the first text is all label."""
+    examples = []
+    for seed, (length, prompt) in enumerate([(4, 0), (3, 1), (7, 4), (5, 1)]):
+        input_ids = randint(seed, 1, length)
+        labels = input_ids.clone()
+        labels[:, :prompt] = IGNORED_LABEL
+        mask = torch.ones_like(input_ids)
+        examples.append({"input_ids": input_ids, "attention_mask": mask, "labels": labels})
+    return examples
 
 
-def batches_for(model, **kwargs):
-    classifies = isinstance(model, transformers.BertForSequenceClassification)
-    return list((classification_batches if classifies else causal_batches)(**kwargs))
+def translated_texts() -> list[Batch]:
+    """Padded together, sources and targets have equal lengths, but not the same padding."""
+    return [
+        {
+            "input_ids": randint(seed, 1, source),
+            "attention_mask": torch.ones(1, source, dtype=torch.long),
+            "labels": randint(seed + 10, 1, target),
+        }
+        for seed, (source, target) in enumerate([(5, 2), (3, 5), (4, 3)])
+    ]
 
 
-def jactus_config(model, **fields):
-    task = "SEQ_CLS" if isinstance(model, transformers.BertForSequenceClassification) else "CAUSAL_LM"
-    return JactusConfig(task_type=task, target_modules="all-linear", **{"retained_ratio": 0.6, **fields})
+def classified_images() -> list[Batch]:
+    pixels = torch.randn(4, 1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return [
+        {"pixel_values": image, "labels": torch.tensor([i % 3])} for i, image in enumerate(pixels)
+    ]
 
 
-def compressed(model, **fields):
-    """Calibrate and wrap ``model``; return the PeftModel in evaluation mode."""
-    config = jactus_config(model, **fields)
-    calibrate(model, config, batches_for(model), progress_bar=False)
-    return get_peft_model(model, config).eval()
+def collate(examples: Sequence[Mapping[str, Tensor]], *, length: int = 0, token: int = 2) -> Batch:
+    """Pad on the right: ids with ``token``, masks with 0, sequences of labels with -100."""
+    padding = {"labels": IGNORED_LABEL, "input_ids": token}
+    batch = {}
+    for key in examples[0]:
+        rows = [example[key] for example in examples]
+        if rows[0].dim() == 2:  # sequences
+            longest = max(length, *(row.shape[1] for row in rows))
+            rows = [F.pad(row, (0, longest - row.shape[1]), value=padding.get(key, 0)) for row in rows]
+        batch[key] = torch.cat(rows)
+    return batch
 
 
-def perturb_cores_(model, *, seed=0, scale=0.05):
-    """Stand in for training: move every core and the head."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator) * scale
-                parameter.add_(noise.to(parameter))
+# -- losses, summed over what transformers takes the mean of ----------------------------------------------
 
 
-@torch.no_grad()
-def logits_of(model, batch=None):
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    batch = dict(batches_for(base)[0] if batch is None else batch)
-    batch.pop("labels")
-    return model(**batch).logits
+def _logits_and_labels(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return model(**batch).logits, batch["labels"]
+
+
+def classification_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    logits, labels = _logits_and_labels(model, batch)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def next_token_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    logits, labels = _logits_and_labels(model, batch)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def target_token_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    logits, labels = _logits_and_labels(model, batch)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+# -- tasks ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data, and how exactly its own loss agrees with `summed_loss`."""
+
+    model: Callable[[], PreTrainedModel]
+    examples: Callable[[], list[Batch]]
+    summed_loss: Callable[[torch.nn.Module, Mapping[str, Tensor]], Tensor]
+    head: str
+    rtol: float = FLOAT64
+
+
+TASKS = {
+    "bert": Task(tiny_bert, classified_texts, classification_loss, "classifier"),
+    "vit": Task(tiny_vit, classified_images, classification_loss, "classifier"),
+    "llama": Task(tiny_llama, continued_texts, next_token_loss, "lm_head", FLOAT32_LOSS),
+    "gpt2": Task(tiny_gpt2, continued_texts, next_token_loss, "lm_head", FLOAT32_LOSS),
+    "t5": Task(tiny_t5, translated_texts, target_token_loss, "lm_head"),
+}
