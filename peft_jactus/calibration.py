@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -102,27 +103,26 @@ def calibrate(
         >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
         CalibrationStatistics(1 layers, 1 batches)
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"`max_batches` must be at least 1; got {max_batches}.")
-    if save_every < 1:
-        raise ValueError(f"`save_every` must be at least 1; got {save_every}.")
-    if head_warmup_steps > 0 and iter(batches) is batches:
+    _check_counts(max_batches=max_batches, save_every=save_every)
+    if head_warmup_steps > 0 and isinstance(batches, Iterator):
         raise ValueError(
             "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
             "DataLoader or a list."
         )
+    if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
+        model = model.get_base_model()
     targets = targeted_modules(model, config)
-    done = _read_statistics_file(statistics_file, targets)
-    if done is not None and done.complete:
-        logger.info("Using the statistics of %s.", statistics_file)
-        config.statistics = done.statistics
-        return done.statistics
+    saved = _read_statistics_file(statistics_file, targets)
     compute_loss = _SummedLoss(loss_fn, loss_reduction)
-    collector = _Collector(model, targets, None if done is None else done.statistics)
     with _random_state_kept():
         if head_warmup_steps > 0:
             warmup = _HeadWarmup(head_warmup_steps, head_warmup_lr)
             _warm_up_head(model, config, batches, compute_loss, warmup, progress_bar=progress_bar)
+        if saved is not None and saved.complete:
+            logger.info("Using the statistics of %s.", statistics_file)
+            config.statistics = saved.statistics
+            return saved.statistics
+        collector = _Collector(model, targets, None if saved is None else saved.statistics)
         total = _num_batches(batches, max_batches)
         with (
             _prepared_for_calibration(model, train_mode=train_mode),
@@ -135,14 +135,16 @@ def calibrate(
                 bar.update()
                 if statistics_file is not None and collector.num_batches % save_every == 0:
                     collector.statistics().save(statistics_file, metadata={_COMPLETE: "false"})
-    if collector.num_batches == 0:
-        raise ValueError("`batches` is empty; calibration needs at least one batch.")
-    collector.check()
-    statistics = collector.statistics()
+    config.statistics = statistics = collector.checked_statistics()
     if statistics_file is not None:
         statistics.save(statistics_file, metadata={_COMPLETE: "true"})
-    config.statistics = statistics
     return statistics
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {count}.")
 
 
 # -- the collector ----------------------------------------------------------------------------------------
@@ -225,8 +227,10 @@ class _Collector:
             return statistics if self._start is None else self._start
         return self._start.merge(statistics)
 
-    def check(self) -> None:
-        """Raise for a module whose statistics cannot be used; name it."""
+    def checked_statistics(self) -> CalibrationStatistics:
+        """Return the sums, or raise for a module whose statistics cannot be used; name it."""
+        if self.num_batches == 0:
+            raise ValueError("`batches` is empty; calibration needs at least one batch.")
         statistics = self.statistics()
         for name in self._targets:
             layer = statistics.get(name)
@@ -245,6 +249,7 @@ class _Collector:
                     f"{name}: its gradient is zero everywhere. If the head starts at zero, pass `head_warmup_steps`; "
                     "otherwise add the name to `exclude_modules`."
                 )
+        return statistics
 
     def _end_batch(self) -> None:
         self._readings.clear()

@@ -231,11 +231,13 @@ def project_weight(
         return project(weight)
     if statistics is None:
         raise ValueError(f"`statistics` must be given for decomposition={options.decomposition!r}; got None.")
+    weight = to_decomposition_dtype(weight)
+    statistics = statistics.to(weight.device)
     gradient_root, input_root = (
         cholesky_root(regularized_covariance(moment, shrinkage=options.shrinkage, damping=options.damping))
         for moment in (statistics.gradient, statistics.input)
     )
-    u, sigma, vh = torch.linalg.svd(to_decomposition_dtype(weight), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k_weight = max(1, leading_count(sigma.square(), options.weight_energy))  # a zero weight has rank one, too
     left = union_with_leading_eigenvectors(u[:, :k_weight], statistics.gradient.covariance, options.gradient_energy)
     right = union_with_leading_eigenvectors(vh[:k_weight].mT, statistics.input.covariance, options.input_energy)

@@ -177,5 +177,5 @@ def factorize(
         bias = to_decomposition_dtype(bias)
         if options.bias_correction and statistics is not None:
             error = to_decomposition_dtype(weight) - factors.dense()
-            bias = bias + error @ statistics.input.mean
+            bias = bias + error @ statistics.input.mean.to(error.device)
     return LayerFactors(factors.left, torch.diag(factors.singular_values), factors.right, bias)

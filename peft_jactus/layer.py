@@ -385,6 +385,5 @@ def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> N
 
 def layer_weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return the dense weight ``(out, in)`` and bias of a layer that is to be factorized, adapted or not."""
-    base = layer.get_base_layer() if isinstance(layer, JactusLayer) else layer
-    bias = getattr(base, "bias", None)
-    return dense_weight(base), None if bias is None else bias.detach()
+    bias = getattr(layer.get_base_layer() if isinstance(layer, JactusLayer) else layer, "bias", None)
+    return dense_weight(layer), None if bias is None else bias.detach()

@@ -93,6 +93,13 @@ class SecondMoment:
             mine.add_(getattr(other, name).to(mine))
         self.num_tokens += other.num_tokens
 
+    def to(self, device: torch.device) -> SecondMoment:
+        """Return the sums on ``device``; these very ones if they are there already."""
+        if self.outer_sum.device == device:
+            return self
+        sums = {name: getattr(self, name).to(device) for name in _SUMS}
+        return SecondMoment(**sums, num_tokens=self.num_tokens)
+
     def clone(self) -> SecondMoment:
         """Return an independent copy."""
         sums = {name: getattr(self, name).clone() for name in _SUMS}
@@ -138,6 +145,10 @@ class LayerStatistics:
     def num_tokens(self) -> int:
         """How many positions (not calls, not batches) were counted."""
         return self.gradient.num_tokens
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        """Return the statistics on ``device``."""
+        return LayerStatistics(self.input.to(device), self.gradient.to(device))
 
 
 class CalibrationStatistics(Mapping[str, LayerStatistics]):

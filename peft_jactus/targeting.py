@@ -106,7 +106,9 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a Linear or Conv1D as ``(out, in)``, detached."""
+    """Return the weight of a Linear or Conv1D, adapted or not, as ``(out, in)``, detached."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
     weight: Tensor = module.weight.detach()  # type: ignore[operator]  # checked by check_supported
     return weight.mT if isinstance(module, Conv1D) else weight
 
