@@ -22,6 +22,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from peft_jactus.statistics import (
     CalibrationStatistics,
@@ -189,7 +190,8 @@ class _Collector:
         with contextlib.ExitStack() as handles:
             handles.callback(self._end_batch)
             for name, module in self._targets.items():
-                handle = module.register_forward_hook(functools.partial(self._on_forward, name))
+                hook = functools.partial(self._on_forward, name)
+                handle = module.register_forward_hook(hook, with_kwargs=True)
                 handles.callback(handle.remove)
             handles.enter_context(self._masks.attached())
             yield
@@ -254,14 +256,16 @@ class _Collector:
     def _end_batch(self) -> None:
         self._readings.clear()
 
-    def _on_forward(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _on_forward(
+        self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
         del module
         if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
             return None
         starts_graph = not output.requires_grad  # all that comes before is frozen
         if starts_graph:
             output.requires_grad_(True)
-        reading = self._reading(name, args[0])
+        reading = self._reading(name, args[0] if args else next(iter(kwargs.values())))
         output.register_hook(  # type: ignore[no-untyped-call]  # torch has no annotation here
             functools.partial(self._on_gradient, name, reading)
         )
@@ -359,9 +363,14 @@ class _PositionMasks:
             if self._decoder_mask is None and labels is not None:
                 self._decoder_mask = labels != _IGNORED_LABEL
 
+    def _is_encoder_output(self, tensor: Tensor) -> bool:
+        # By address: reentrant checkpointing hands on detached tensors.
+        output = self._encoder_output
+        return output is not None and tensor.data_ptr() == output.data_ptr() and tensor.shape == output.shape
+
     def find(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a boolean mask over the positions of ``tensor`` ``(..., dim)``, or None if all count."""
-        in_decoder = "decoder" in name.split(".") and tensor is not self._encoder_output
+        in_decoder = "decoder" in name.split(".") and not self._is_encoder_output(tensor)
         mask = self._decoder_mask if in_decoder else self._encoder_mask
         if mask is None or tensor.dim() < 2:
             return None
@@ -422,11 +431,18 @@ class _SummedLoss:
         if isinstance(labels, Tensor) and labels.dim() > 0:
             if labels.is_floating_point():  # regression, or one row of targets for each example
                 return labels.shape[0]
-            if labels.dim() > 1 and "ForCausalLM" in str(getattr(model, "loss_type", None)):
-                labels = labels[..., 1:]  # position t predicts token t + 1
+            if labels.dim() > 1 and _predicts_next_token(model):
+                labels = labels[..., 1:]  # position t predicts token t + 1, the first one is nobody's target
             return max(1, int((labels != _IGNORED_LABEL).sum()))
         sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
         return sizes[0] if sizes else 1
+
+
+def _predicts_next_token(model: nn.Module) -> bool:
+    """Whether transformers' loss of this model is that of a causal language model, its default."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return False
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM")
 
 
 def _loss_of(output: Any) -> Any:

@@ -144,9 +144,7 @@ def translated_texts() -> list[Batch]:
 
 def classified_images() -> list[Batch]:
     pixels = torch.randn(4, 1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return [
-        {"pixel_values": image, "labels": torch.tensor([i % 3])} for i, image in enumerate(pixels)
-    ]
+    return [{"pixel_values": image, "labels": torch.tensor([i % 3])} for i, image in enumerate(pixels)]
 
 
 def collate(examples: Sequence[Mapping[str, Tensor]], *, length: int = 0, token: int = 2) -> Batch:
