@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "training_memory.json"
-STEPS = 5
+STEPS = 3
 
 
 def parse_arguments():

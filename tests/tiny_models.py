@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, pad
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -155,7 +155,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]], *, length: int = 0, token:
         rows = [example[key] for example in examples]
         if rows[0].dim() == 2:  # sequences
             longest = max(length, *(row.shape[1] for row in rows))
-            rows = [F.pad(row, (0, longest - row.shape[1]), value=padding.get(key, 0)) for row in rows]
+            rows = [pad(row, (0, longest - row.shape[1]), value=padding.get(key, 0)) for row in rows]
         batch[key] = torch.cat(rows)
     return batch
 
@@ -169,17 +169,17 @@ def _logits_and_labels(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> t
 
 def classification_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits, labels = _logits_and_labels(model, batch)
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return cross_entropy(logits, labels, reduction="sum")
 
 
 def next_token_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits, labels = _logits_and_labels(model, batch)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
 def target_token_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits, labels = _logits_and_labels(model, batch)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 # -- tasks ------------------------------------------------------------------------------------------------
