@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from peft.config import PeftConfig
 
 from peft_jactus._peft_type import jactus_peft_type
+from peft_jactus._version import __version__
 from peft_jactus.decomposition import DecompositionOptions
 from peft_jactus.factorization import FactorizationOptions
 
@@ -294,8 +295,6 @@ class JactusConfig(PeftConfig):
         """
         values = asdict(self)
         if self.layer_ranks:
-            from peft_jactus import __version__
-
             values["init_weights"] = FROM_CHECKPOINT
             values["peft_jactus_version"] = __version__
         return values

@@ -12,10 +12,13 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -91,6 +94,16 @@ def tiny_t5() -> PreTrainedModel:
         decoder_start_token_id=0,
     )
     return seeded(T5ForConditionalGeneration, config)
+
+
+def tiny_llava() -> PreTrainedModel:
+    options = {key: value for key, value in BERT.items() if key not in {"vocab_size", "max_position_embeddings"}}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**WIDTHS | SPECIAL_TOKENS),
+        vision_config=CLIPVisionConfig(**options, image_size=8, patch_size=4),
+        image_token_index=0,
+    )
+    return seeded(LlavaForConditionalGeneration, config)
 
 
 def tiny_vit() -> PreTrainedModel:

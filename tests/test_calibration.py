@@ -1,0 +1,366 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from transformers.pytorch_utils import Conv1D
+
+from peft_jactus import JactusConfig, calibrate
+from tests import oracles
+from tests.strategies import randn
+from tests.tiny_models import (
+    FLOAT32_LOSS,
+    FLOAT64,
+    TASKS,
+    classified_texts,
+    collate,
+    continued_texts,
+    randint,
+    tiny_bert,
+    tiny_llama,
+    tiny_llava,
+    tiny_t5,
+    translated_texts,
+)
+
+# bfloat16 has 8 bits: 0.4 % for each of the operations of two blocks.
+BFLOAT16 = 0.05
+
+
+@pytest.fixture(params=TASKS)
+def task(request):
+    return TASKS[request.param]
+
+
+def run(model, batches, *, head="classifier", **options):
+    config = JactusConfig(target_modules="all-linear", exclude_modules=[head])
+    return calibrate(model, config, batches, progress_bar=False, **options)
+
+
+def assert_close(actual, expected, *, scale, rtol, what=""):
+    difference = float((actual.double() - expected.double()).norm())
+    assert difference <= rtol * scale, f"{what}: off by {difference / scale:.1e}"
+
+
+def assert_moments_close(moment, covariance, mean, *, rtol, what):
+    """Compare in norm, and means with the size of a vector: that of a key's gradients is zero."""
+    assert_close(moment.covariance, covariance, scale=covariance.norm(), rtol=rtol, what=f"{what} covariance")
+    assert_close(moment.mean, mean, scale=covariance.trace().sqrt(), rtol=rtol, what=f"{what} mean")
+
+
+def assert_same_statistics(actual, expected, *, rtol=FLOAT64):
+    assert set(actual) == set(expected)
+    for name, layer in expected.items():
+        for side in ("input", "gradient"):
+            one, other = getattr(actual[name], side), getattr(layer, side)
+            assert one.num_tokens == other.num_tokens, f"{name} {side}"
+            assert_moments_close(one, other.covariance, other.mean, rtol=rtol, what=f"{name} {side}")
+            # Twice the relative error, since these are the squared terms of the covariance.
+            assert float(one.quartic_sum) == pytest.approx(float(other.quartic_sum), rel=4 * rtol)
+
+
+def assert_statistics_of(actual, tokens, *, rtol=FLOAT64):
+    """Compare with the outer products of single tokens."""
+    assert set(actual) == set(tokens)
+    for name, expected in tokens.items():
+        layer = actual[name]
+        assert layer.num_tokens == layer.input.num_tokens == len(expected.inputs), name
+        for moment, vectors in ((layer.input, expected.inputs), (layer.gradient, expected.gradients)):
+            covariance, mean = oracles.covariance(vectors), oracles.mean(vectors)
+            assert_moments_close(moment, covariance, mean, rtol=rtol, what=name)
+
+
+# -- what is measured -------------------------------------------------------------------------------------
+
+
+def test_statistics_of_a_padded_batch_are_those_of_each_example_alone(task):
+    """Single tokens, their gradients by autograd, no padding, the loss written out."""
+    model = task.model()
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and name != task.head
+    ]
+    assert len(names) >= 8
+    tokens = oracles.calibration_tokens(model, names, task.examples(), task.summed_loss)
+    *others, last = task.examples()  # alone, the last source of T5 is longer than its target
+    statistics = run(model, [collate(others), last], head=task.head)
+    assert_statistics_of(statistics, tokens, rtol=task.rtol)
+
+
+def test_statistics_do_not_depend_on_the_batch_size(task):
+    examples = task.examples()
+    one_by_one = run(task.model(), examples, head=task.head)
+    together = run(task.model(), [collate(examples)], head=task.head)
+    assert (one_by_one.num_batches, together.num_batches) == (len(examples), 1)
+    assert_same_statistics(together, one_by_one, rtol=task.rtol)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options", "labels"),
+    [
+        (BertForSequenceClassification, {"num_labels": 1}, [randn(0, 1), randn(1, 1), randn(2, 1)]),
+        (
+            BertForSequenceClassification,
+            {"problem_type": "multi_label_classification"},
+            [torch.tensor([row]).double() for row in ([1, 0, 1], [0, 0, 0], [1, 1, 0])],
+        ),
+        (BertForTokenClassification, {}, [randint(seed, 1, 4, low=0, high=3) for seed in range(3)]),
+        (
+            BertForMaskedLM,
+            {"tie_word_embeddings": False},
+            [torch.tensor([row]) for row in ([5, -100, 9, 7], 3 * [-100] + [4], 3 * [-100] + [8])],
+        ),
+    ],
+    ids=["regression", "multi_label", "token_classification", "masked_lm"],
+)
+def test_every_kind_of_label_is_summed_over_what_the_model_averages(model_class, options, labels):
+    examples = [{"input_ids": randint(seed, 1, 4), "labels": label} for seed, label in enumerate(labels)]
+    one_by_one = run(tiny_bert(model_class, **options), examples)
+    together = run(tiny_bert(model_class, **options), [collate(examples)])
+    assert_same_statistics(together, one_by_one)
+
+
+def test_answers_as_positions_are_summed_over_examples():
+    examples = [
+        {
+            "input_ids": randint(seed, 1, 4),
+            "start_positions": torch.tensor([seed]),
+            "end_positions": torch.tensor([seed + 1]),
+        }
+        for seed in range(3)
+    ]
+    model = tiny_bert(BertForQuestionAnswering, num_labels=2)
+    together = run(model, [collate(examples)], head="qa_outputs")
+    assert_same_statistics(together, run(model, examples, head="qa_outputs"))
+
+
+def test_text_of_a_vision_language_model_is_summed_over_its_next_tokens():
+    examples = continued_texts()
+    config = JactusConfig(target_modules=r".*language_model.*_proj")
+    one_by_one, together = (
+        calibrate(tiny_llava(), config, batches, progress_bar=False) for batches in (examples, [collate(examples)])
+    )
+    assert_same_statistics(together, one_by_one, rtol=FLOAT32_LOSS)
+
+
+# -- padding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_masked_positions_are_not_counted(name):
+    task = TASKS[name]
+    trimmed = run(task.model(), task.examples(), head=task.head)
+    padded = [collate([example], length=9) for example in task.examples()]
+    assert_same_statistics(run(task.model(), padded, head=task.head), trimmed, rtol=task.rtol)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_content_of_padding_does_not_matter(name):
+    task = TASKS[name]
+    one, other = (run(task.model(), [collate(task.examples(), token=token)], head=task.head) for token in (2, 7))
+    assert_same_statistics(other, one, rtol=task.rtol)
+
+
+def test_side_of_the_padding_does_not_matter():
+    """For a model whose positions are relative."""
+    task = TASKS["llama"]
+    example = task.examples()[2]
+    right = collate([example], length=9)
+    num_padded = 9 - example["input_ids"].shape[1]
+    left = {key: value.roll(num_padded, dims=1) for key, value in right.items()}
+    assert left["attention_mask"][0, 0] == 0
+    one, other = (run(task.model(), [batch], head=task.head) for batch in (right, left))
+    assert_same_statistics(other, one, rtol=task.rtol)
+
+
+def test_without_a_mask_every_position_counts():
+    batch = collate(classified_texts())
+    del batch["attention_mask"]
+    statistics = run(tiny_bert(), [batch])
+    assert statistics["bert.encoder.layer.0.attention.self.query"].num_tokens == 4 * 6
+    assert statistics["bert.pooler.dense"].num_tokens == 4
+
+
+def test_a_decoder_attention_mask_decides_for_the_decoder():
+    batch = collate(translated_texts())
+    mask = torch.ones_like(batch["labels"])
+    mask[:, 3:] = 0
+    statistics = run(tiny_t5(), [batch | {"decoder_attention_mask": mask}], head="lm_head")
+    assert statistics["encoder.block.0.layer.0.SelfAttention.q"].num_tokens == 5 + 3 + 4
+    assert statistics["decoder.block.0.layer.0.SelfAttention.q"].num_tokens == 3 * 3
+    assert statistics["decoder.block.0.layer.1.EncDecAttention.q"].num_tokens == 3 * 3
+    assert statistics["decoder.block.0.layer.1.EncDecAttention.k"].num_tokens == 5 + 3 + 4
+
+
+# -- the same statistics another way ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "t5"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
+    task = TASKS[name]
+    batches = [collate(task.examples()[:2]), collate(task.examples()[2:])]
+    plain = run(task.model(), batches, head=task.head, train_mode=True)
+    model = task.model()
+    enable_checkpointing(model, use_reentrant)
+    assert_same_statistics(run(model, batches, head=task.head, train_mode=True), plain, rtol=task.rtol)
+
+
+def enable_checkpointing(model, use_reentrant):
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its new name in transformers 5
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})
+
+
+def test_layers_that_read_one_tensor_share_its_covariance():
+    bert = run(tiny_bert(), classified_texts())
+    attention = "bert.encoder.layer.1.attention.self"
+    assert bert[f"{attention}.query"].input is bert[f"{attention}.key"].input
+    assert bert[f"{attention}.query"].input is bert[f"{attention}.value"].input
+    assert bert[f"{attention}.query"].input is not bert["bert.encoder.layer.0.attention.self.query"].input
+    llama = run(tiny_llama(), TASKS["llama"].examples(), head="lm_head")
+    assert llama["model.layers.0.mlp.gate_proj"].input is llama["model.layers.0.mlp.up_proj"].input
+
+
+def test_statistics_of_a_bfloat16_model_are_kept_in_float32():
+    batches = [collate(classified_texts())]
+    expected = run(tiny_bert().float(), batches)
+    actual = run(tiny_bert().to(torch.bfloat16), batches)
+    for name, layer in actual.items():
+        for side in ("input", "gradient"):
+            one, other = getattr(layer, side), getattr(expected[name], side)
+            assert one.outer_sum.dtype == one.vector_sum.dtype == torch.float32
+            assert_moments_close(one, other.covariance, other.mean, rtol=BFLOAT16, what=f"{name} {side}")
+
+
+def test_batches_may_come_from_a_list_a_generator_or_a_data_loader():
+    examples = classified_texts()
+    expected = run(tiny_bert(), examples)
+    loader = DataLoader(examples, batch_size=2, collate_fn=collate)
+    for batches in ((example for example in examples), loader):
+        assert_same_statistics(run(tiny_bert(), batches), expected)
+
+
+def test_max_batches_stops_early_and_draws_no_more():
+    examples = classified_texts()
+    iterator = iter(examples)
+    statistics = run(tiny_bert(), iterator, max_batches=3)
+    assert statistics.num_batches == 3
+    assert_same_statistics(statistics, run(tiny_bert(), examples[:3]))
+    assert len(list(iterator)) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_function_replaces_the_models_own_loss(reduction):
+    def loss_fn(model, batch):
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], reduction=reduction)
+
+    batches = [collate(classified_texts())]
+    statistics = run(tiny_bert(), batches, loss_fn=loss_fn, loss_reduction=reduction)
+    assert_same_statistics(statistics, run(tiny_bert(), batches))
+
+
+# -- unusual modules --------------------------------------------------------------------------------------
+
+
+def square_loss(model, batch):
+    return model(batch["x"]).square().sum()
+
+
+def run_on_vectors(model, x):
+    config = JactusConfig(target_modules="all-linear")
+    options = {"loss_fn": square_loss, "loss_reduction": "sum", "progress_bar": False}
+    return calibrate(model, config, [{"x": x}], **options)
+
+
+def vectors_tokens(model, names, x):
+    """The oracle runs each vector alone."""
+    return oracles.calibration_tokens(model, names, [{"x": row} for row in x.split(1)], square_loss)
+
+
+def two_layers(*between):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3)).double()
+
+
+@pytest.mark.parametrize("frozen_below", [True, False])
+def test_an_operation_in_place_on_the_output_changes_nothing(frozen_below):
+    """Also for the first layer, whose output starts the graph."""
+    below = [] if frozen_below else [nn.Linear(4, 4).double()]
+    in_place = nn.Sequential(*below, *two_layers(nn.ReLU(inplace=True)))
+    out_of_place = nn.Sequential(*below, *two_layers(nn.ReLU()))
+    x = randn(0, 10, 4)
+    assert_same_statistics(run_on_vectors(in_place, x), run_on_vectors(out_of_place, x))
+
+
+class Repeated(nn.Module):
+    """One layer, applied twice to what came in and once to something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = two_layers()[0]
+
+    def forward(self, x):
+        return self.linear(x) + self.linear(x).tanh() + self.linear(x.square())
+
+
+def test_every_call_of_a_repeated_layer_is_counted():
+    model, x = Repeated(), randn(0, 5, 4)
+    assert_statistics_of(run_on_vectors(model, x), vectors_tokens(model, ["linear"], x))
+
+
+class Routed(nn.Module):
+    """Two experts that see the tokens with a positive and a negative first entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([two_layers()[0], two_layers()[0]])
+
+    def forward(self, x):
+        positive = x[:, 0] > 0
+        output = x.new_zeros(len(x), 6)
+        for expert, chosen in zip(self.experts, (positive, ~positive), strict=True):
+            output = output.index_put((chosen.nonzero()[:, 0],), expert(x[chosen]))
+        return output
+
+
+def test_experts_count_the_tokens_that_are_routed_to_them():
+    x = randn(0, 12, 4)
+    statistics = run_on_vectors(Routed(), x)
+    num_positive = int((x[:, 0] > 0).sum())
+    assert 0 < num_positive < 12
+    for name, num_tokens, vectors in (
+        ("experts.0", num_positive, x[x[:, 0] > 0]),
+        ("experts.1", 12 - num_positive, x[x[:, 0] <= 0]),
+    ):
+        assert statistics[name].num_tokens == statistics[name].input.num_tokens == num_tokens
+        covariance, mean = oracles.covariance(vectors), oracles.mean(vectors)
+        assert_moments_close(statistics[name].input, covariance, mean, rtol=FLOAT64, what=name)
+
+
+class CalledByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = two_layers()[0]
+
+    def forward(self, x):
+        return self.linear(input=x)
+
+
+def test_a_layer_may_be_called_with_a_keyword():
+    x = randn(0, 5, 4)
+    by_position, by_keyword = nn.ModuleDict({"linear": two_layers()[0]}), CalledByKeyword()
+    by_position.forward = lambda x: by_position.linear(x)
+    assert_same_statistics(run_on_vectors(by_keyword, x), run_on_vectors(by_position, x))
+
+
+def test_calibration_works_where_gradients_are_switched_off():
+    batches = [collate(classified_texts())]
+    with torch.no_grad():
+        statistics = run(tiny_bert(), batches)
+    assert_same_statistics(statistics, run(tiny_bert(), batches))

@@ -1,0 +1,141 @@
+"""`statistics_file`: what is reused, what is continued, and what is refused."""
+
+import pytest
+import torch
+
+from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
+from tests.tiny_models import TASKS, collate, tiny_bert
+
+# Sums of two runs are added in another order than those of one.
+ROUNDING = 1e-12
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "statistics.safetensors"
+
+
+@pytest.fixture(params=["bert", "t5"])
+def task(request):
+    return TASKS[request.param]
+
+
+def run(model, batches, *, head="classifier", targets="all-linear", **options):
+    config = JactusConfig(target_modules=targets, exclude_modules=[head])
+    statistics = calibrate(model, config, batches, progress_bar=False, **options)
+    assert config.statistics is statistics
+    return statistics
+
+
+def interrupted(batches, num_batches):
+    yield from batches[:num_batches]
+    raise PowerCutError
+
+
+def eight_batches(task):
+    return [collate(task.examples()[i % 2 :]) for i in range(8)]
+
+
+def assert_same(actual, expected):
+    assert list(actual) == list(expected)
+    assert actual.num_batches == expected.num_batches
+    for name, layer in expected.items():
+        for side in ("input", "gradient"):
+            one, other = getattr(actual[name], side), getattr(layer, side)
+            assert one.num_tokens == other.num_tokens
+            scale = float(other.outer_sum.norm())
+            for key in ("outer_sum", "vector_sum"):
+                torch.testing.assert_close(
+                    getattr(one, key), getattr(other, key), rtol=0, atol=ROUNDING * max(1, scale)
+                )
+
+
+def refuse_to_run(*_):
+    pytest.fail("the model was run")
+
+
+def test_a_complete_file_is_used_without_running_the_model(path):
+    task = TASKS["bert"]
+    expected = run(tiny_bert(), eight_batches(task), statistics_file=path)
+    model = tiny_bert()
+    model.register_forward_pre_hook(refuse_to_run)
+    assert_same(run(model, eight_batches(task), statistics_file=path), expected)
+
+
+def test_the_file_holds_what_is_returned(path):
+    statistics = run(tiny_bert(), eight_batches(TASKS["bert"]), statistics_file=path)
+    loaded = CalibrationStatistics.load(path)
+    assert_same(loaded, statistics)
+    attention = "bert.encoder.layer.0.attention.self"
+    assert loaded[f"{attention}.query"].input is loaded[f"{attention}.key"].input
+
+
+@pytest.mark.parametrize(("save_every", "num_saved"), [(1, 5), (2, 4), (5, 5)])
+def test_an_interrupted_run_is_continued_to_the_same_result(task, path, save_every, num_saved):
+    batches, options = eight_batches(task), {"head": task.head, "save_every": save_every}
+    with pytest.raises(PowerCutError):
+        run(task.model(), interrupted(batches, 5), statistics_file=path, **options)
+    assert CalibrationStatistics.load(path).num_batches == num_saved
+    model, num_forwards = task.model(), []
+    model.register_forward_pre_hook(lambda *_: num_forwards.append(1))
+    resumed = run(model, batches, statistics_file=path, **options)
+    assert len(num_forwards) == 8 - num_saved
+    assert_same(resumed, run(task.model(), batches, head=task.head))
+    assert_same(CalibrationStatistics.load(path), resumed)
+
+
+def test_a_run_may_be_interrupted_twice(path):
+    batches = eight_batches(TASKS["bert"])
+    for num_batches in (2, 5):
+        with pytest.raises(PowerCutError):
+            run(tiny_bert(), interrupted(batches, num_batches), statistics_file=path, save_every=1)
+        assert CalibrationStatistics.load(path).num_batches == num_batches
+    resumed = run(tiny_bert(), batches, statistics_file=path)
+    assert_same(resumed, run(tiny_bert(), batches))
+    attention = "bert.encoder.layer.0.attention.self"
+    assert resumed[f"{attention}.query"].input is resumed[f"{attention}.key"].input
+
+
+def test_a_run_interrupted_after_its_last_batch_is_complete_on_the_next(path):
+    batches = eight_batches(TASKS["bert"])
+    with pytest.raises(PowerCutError):
+        run(tiny_bert(), interrupted(batches, 8), statistics_file=path, save_every=1)
+    assert_same(run(tiny_bert(), batches, statistics_file=path), run(tiny_bert(), batches))
+
+
+def test_max_batches_counts_those_of_the_interrupted_run(path):
+    batches = eight_batches(TASKS["bert"])
+    with pytest.raises(PowerCutError):
+        run(tiny_bert(), interrupted(batches, 2), statistics_file=path, save_every=1)
+    resumed = run(tiny_bert(), batches, statistics_file=path, max_batches=3)
+    assert_same(resumed, run(tiny_bert(), batches[:3]))
+
+
+def test_a_file_of_other_layers_or_shapes_is_refused_and_named(path):
+    batches = eight_batches(TASKS["bert"])[:1]
+    run(tiny_bert(), batches, statistics_file=path, targets=["query", "key"])
+    with pytest.raises(ValueError, match=r"`statistics_file` .*statistics of bert.*value"):
+        run(tiny_bert(), batches, statistics_file=path, targets=["query", "value"])
+    with pytest.raises(ValueError, match=r"query for a weight of shape \(8, 8\); it has \(16, 16\)"):
+        run(tiny_bert(hidden_size=16), batches, statistics_file=path, targets=["query", "key"])
+
+
+def test_a_damaged_file_is_refused_and_left_alone(path):
+    path.write_bytes(b"no statistics, but long enough to be read as a header")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is damaged"):
+        run(tiny_bert(), eight_batches(TASKS["bert"]), statistics_file=path)
+    assert path.read_bytes() == before
+
+
+def test_failing_checks_do_not_mark_a_file_complete(path):
+    """A layer without any gradient is found at the end; the next run must not take its file for good."""
+    model = tiny_bert()
+    torch.nn.init.zeros_(model.classifier.weight)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="its gradient is zero"):
+            run(model, eight_batches(TASKS["bert"]), statistics_file=path, save_every=1)

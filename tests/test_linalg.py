@@ -1,0 +1,221 @@
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from peft_jactus.linalg import (
+    NumericalWarning,
+    Subspace,
+    cholesky_root,
+    leading_count,
+    subspace_union,
+    union_with_leading_eigenvectors,
+)
+from tests import oracles
+from tests.strategies import (
+    covariances,
+    dims,
+    orthonormal,
+    overlapping_bases,
+    randn,
+    random_orthonormal,
+    seeds,
+    spectra,
+)
+
+ORTHONORMAL = 1e-12  # rounding of float64, times the dimension
+CONTAINED = 1e-7  # directions below sqrt(eps) = 1.5e-8 may be dropped, from each of several columns
+# Eigenvectors are computed in float32 (eps 1.2e-7); across the gap of 10 that the tests leave at the cut
+# they turn by little more.
+FLOAT32_EIGENVECTORS = 1e-5
+
+
+def projector(basis):
+    return basis @ basis.mT
+
+
+def assert_orthonormal(basis):
+    eye = torch.eye(basis.shape[1], dtype=basis.dtype)
+    torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=ORTHONORMAL)
+
+
+# -- subspace_union ---------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), dim=dims)
+def test_union_is_orthonormal_and_contains_every_part(data, dim):
+    bases = data.draw(overlapping_bases(dim))
+    union = subspace_union(bases)
+    assert_orthonormal(union)
+    for basis in bases:
+        torch.testing.assert_close(projector(union) @ basis, basis, rtol=0, atol=CONTAINED)
+
+
+@given(data=st.data(), dim=dims)
+def test_union_is_the_span_of_the_stack(data, dim):
+    bases = data.draw(overlapping_bases(dim))
+    union, expected = subspace_union(bases), oracles.span_projector(torch.cat(bases, dim=1))
+    assert union.shape[1] == round(float(expected.trace()))
+    torch.testing.assert_close(projector(union), expected, rtol=0, atol=CONTAINED)
+
+
+@given(data=st.data(), dim=dims)
+def test_union_does_not_depend_on_the_order_of_its_parts(data, dim):
+    bases = data.draw(overlapping_bases(dim))
+    one, other = subspace_union(bases), subspace_union(data.draw(st.permutations(bases)))
+    torch.testing.assert_close(projector(one), projector(other), rtol=0, atol=CONTAINED)
+
+
+@given(data=st.data(), dim=dims)
+def test_union_starts_with_its_first_part(data, dim):
+    bases = data.draw(overlapping_bases(dim))
+    first = bases[0]
+    assert torch.equal(subspace_union(bases)[:, : first.shape[1]], first)
+
+
+@given(seed=seeds, exponent=st.integers(-7, -1))
+def test_union_stays_orthonormal_for_nearly_parallel_parts(seed, exponent):
+    basis = random_orthonormal(seed, 8, 3)
+    tilted = torch.linalg.qr(basis + 10.0**exponent * randn(seed + 1, 8, 3)).Q
+    union = subspace_union([basis, tilted])
+    assert union.shape == (8, 6)
+    assert_orthonormal(union)
+
+
+def test_rtol_is_the_sine_from_which_a_direction_counts():
+    tilt = 1e-3
+    basis = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    tilted = torch.tensor([[math.cos(tilt)], [math.sin(tilt)]], dtype=torch.float64)
+    assert subspace_union([basis, tilted], rtol=0.9 * tilt).shape == (2, 2)
+    assert subspace_union([basis, tilted], rtol=1.1 * tilt).shape == (2, 1)
+
+
+def test_union_refuses_no_bases_and_bases_of_different_spaces():
+    with pytest.raises(ValueError, match="`bases` must hold at least one basis"):
+        subspace_union([])
+    with pytest.raises(ValueError, match=r"first dimension; got \[2, 3\]"):
+        subspace_union([torch.eye(3), torch.eye(2)])
+
+
+# -- union_with_leading_eigenvectors ----------------------------------------------------------------------
+
+
+@given(data=st.data(), dim=st.integers(2, 12))
+def test_union_with_eigenvectors_is_the_union_of_the_same_parts(data, dim):
+    basis = data.draw(orthonormal(dim))
+    C, energy, leading = data.draw(covariances_with_a_gap(dim))
+    union = union_with_leading_eigenvectors(basis, C, energy)
+    assert_same_subspace(union, projector(subspace_union([basis, leading])))
+
+
+@given(data=st.data(), dim=st.integers(2, 12))
+def test_union_with_eigenvectors_drops_directions_that_the_basis_contains(data, dim):
+    C, energy, leading = data.draw(covariances_with_a_gap(dim))
+    union = union_with_leading_eigenvectors(leading, C, energy)
+    assert_same_subspace(union, projector(leading))
+
+
+@st.composite
+def covariances_with_a_gap(draw, dim):
+    """A covariance, an energy, and the leading eigenvectors that hold it; below and above dim / 2."""
+    count = draw(st.integers(1, dim - 1))
+    eigenvalues = torch.where(torch.arange(dim) < count, 1.0, 0.1).double()
+    V = random_orthonormal(draw(seeds), dim, dim)
+    energy = (count - 0.5) / float(eigenvalues.sum())  # between count - 1 and count
+    return V @ torch.diag(eigenvalues) @ V.mT, energy, V[:, :count]
+
+
+def assert_same_subspace(subspace, expected):
+    dim, dimension = len(expected), round(float(expected.trace()))
+    if dimension == dim:
+        assert subspace is None
+        return
+    assert subspace.dimension == dimension
+    assert (subspace.basis is None) != (subspace.complement is None)
+    held = subspace.complement if subspace.basis is None else subspace.basis
+    assert_orthonormal(held)
+    actual = torch.eye(dim) - projector(held) if subspace.basis is None else projector(held)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=FLOAT32_EIGENVECTORS)
+
+
+@given(data=st.data(), dim=dims)
+def test_no_energy_adds_no_direction(data, dim):
+    basis, C = data.draw(orthonormal(dim)), data.draw(covariances(dim, min_rank=1))
+    union = union_with_leading_eigenvectors(basis, C, 0.0)
+    if basis.shape[1] == dim:
+        assert union is None
+    else:
+        assert torch.equal(union.basis, basis)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-20, 1e20, 1e40])
+def test_union_with_eigenvectors_does_not_depend_on_the_scale_of_the_covariance(scale):
+    basis = random_orthonormal(0, 6, 1)
+    C = torch.diag(torch.tensor([4.0, 3.0, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64))
+    one, other = (union_with_leading_eigenvectors(basis, c * C, 0.9) for c in (1.0, scale))
+    torch.testing.assert_close(one.basis, other.basis, rtol=0, atol=FLOAT32_EIGENVECTORS)
+
+
+def test_subspace_knows_its_dimension_from_basis_or_complement():
+    assert Subspace(basis=torch.eye(5)[:, :2]).dimension == 2
+    assert Subspace(complement=torch.eye(5)[:, :2]).dimension == 3
+
+
+# -- cholesky_root ----------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), dim=dims)
+def test_cholesky_root_reproduces_the_matrix(data, dim):
+    C = data.draw(covariances(dim, min_rank=dim))
+    K = cholesky_root(C)
+    assert torch.equal(K, K.tril())
+    torch.testing.assert_close(K @ K.mT, C, rtol=0, atol=1e-14 * dim)  # the largest eigenvalue is 1
+
+
+def test_cholesky_root_is_float64_for_a_float32_matrix():
+    assert cholesky_root(torch.eye(2)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_cholesky_root_says_how_much_jitter_it_added(scale):
+    slightly_indefinite = scale * torch.tensor([[1.0, 1.0], [1.0, 1.0 - 1e-7]], dtype=torch.float64)
+    with pytest.warns(NumericalWarning, match=r"needed a jitter of \d\.\de-\d\d of the mean diag"):
+        K = cholesky_root(slightly_indefinite)
+    torch.testing.assert_close(K @ K.mT, slightly_indefinite, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::peft_jactus.linalg.NumericalWarning")  # attempts before it gives up
+@pytest.mark.parametrize("diagonal", [[1.0, -1.0], [1.0, -0.1], [0.0, 0.0], [1.0, math.nan]], ids=str)
+def test_cholesky_root_refuses_what_jitter_cannot_repair(diagonal):
+    with pytest.raises(ValueError, match=r"positive definite.*mean diagonal.*`damping`"):
+        cholesky_root(torch.diag(torch.tensor(diagonal)))
+
+
+# -- leading_count ----------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), size=dims, ratio=st.sampled_from([0.25, 0.5, 0.9, 0.99]))
+def test_leading_count_is_the_least_that_reaches_the_ratio(data, size, ratio):
+    energies = data.draw(spectra(size, min_rank=1))
+    total = float(energies.sum())
+    shares = [float(energies[:k].sum()) / total for k in range(size + 1)]
+    assume(all(abs(share - ratio) > 1e-12 for share in shares))  # where rounding does not decide
+    assert leading_count(energies, ratio) == next(k for k in range(size + 1) if shares[k] > ratio)
+
+
+@given(data=st.data(), size=dims)
+def test_leading_count_at_one_is_the_numerical_rank(data, size):
+    energies = data.draw(spectra(size))
+    rounding = 1e-18 * energies[0]
+    assert leading_count(energies + rounding, 1.0) == int(energies.count_nonzero())
+
+
+def test_leading_count_at_the_edges():
+    energies = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    assert leading_count(energies, 0.0) == 0
+    assert leading_count(energies, 0.5) == 2  # reached, not exceeded
+    assert leading_count(energies, 0.5 + 1e-12) == 3
+    assert leading_count(torch.zeros(4), 0.99) == 0
+    assert leading_count(torch.tensor([5.0]), 1e-9) == 1
