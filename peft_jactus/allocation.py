@@ -56,7 +56,7 @@ def uniform_rank(retained_ratio: float, out_features: int, in_features: int, sto
     full_rank = min(out_features, in_features)
     if retained_ratio >= 1:
         return full_rank
-    budget = retained_ratio * out_features * in_features
+    budget = _floor(retained_ratio * out_features * in_features)
     total = out_features + in_features
     if storage == "factored":
         rank = int(budget / total)
@@ -138,7 +138,7 @@ def allocate(
     """
     fixed = dict(fixed_ranks or {})
     free = {name: layer for name, layer in layers.items() if name not in fixed}
-    budget = int(retained_ratio * sum(layer.num_parameters for layer in layers.values()))
+    budget = _floor(retained_ratio * sum(layer.num_parameters for layer in layers.values()))
     remaining = budget - sum(_cost(layers[name], rank, storage) for name, rank in fixed.items())
     ratio = retained_ratio
     if fixed and free:
@@ -156,6 +156,10 @@ def allocate(
     ranks |= fixed
     num_stored = sum(_cost(layers[name], rank, storage) for name, rank in ranks.items())
     return Allocation({name: ranks[name] for name in layers}, num_stored, budget)
+
+
+def _floor(parameters: float) -> int:
+    return math.floor(parameters + 1e-9)  # 0.7 * 90 is a little less than 63 in floating point
 
 
 def _cost(layer: LayerGains, rank: int, storage: Storage) -> int:
@@ -176,12 +180,9 @@ def _allocate_global(
         name: _Curve.build(layer, _floor_rank(layer, ratio, storage, rank_floor), storage)
         for name, layer in layers.items()
     }
-    position = dict.fromkeys(curves, 0)  # index of the chosen candidate
     remaining = budget - sum(int(curve.costs[0]) for curve in curves.values())
-    remaining = _climb(curves, position, remaining, envelope=True)
-    # The next vertex of the envelope may be too dear where a rank below it still fits.
-    _climb(curves, position, remaining, envelope=False)
-    return {name: curve.candidates[position[name]] for name, curve in curves.items()}
+    chosen = _climb(curves, remaining)
+    return {name: curve.candidates[chosen[name]] for name, curve in curves.items()}
 
 
 def _floor_rank(layer: LayerGains, ratio: float, storage: Storage, rank_floor: float) -> int:
@@ -230,29 +231,35 @@ def _upper_envelope(costs: list[int], gains: list[float]) -> list[int]:
     for i in range(best + 1):
         while len(hull) >= 2:
             a, b = hull[-2], hull[-1]
-            if (gains[b] - gains[a]) * (costs[i] - costs[b]) > (gains[i] - gains[b]) * (costs[b] - costs[a]):
+            # >=: points on one line all stay, so that steps are as small as they can be.
+            if (gains[b] - gains[a]) * (costs[i] - costs[b]) >= (gains[i] - gains[b]) * (costs[b] - costs[a]):
                 break
             hull.pop()
         hull.append(i)
     return hull
 
 
-def _climb(curves: dict[str, _Curve], position: dict[str, int], remaining: int, *, envelope: bool) -> int:
-    """Take affordable steps, best gain per parameter first, moving ``position``; return what is left."""
-    heap: list[tuple[float, str, int, int]] = []
+def _climb(curves: dict[str, _Curve], remaining: int) -> dict[str, int]:
+    """Spend ``remaining`` parameters, best gain per parameter first; return each layer's candidate."""
+    # Steps go from vertex to vertex of the envelope. Where the next vertex is too dear, a candidate below it may still
+    # be affordable: that layer goes on by single ranks.
+    chosen = dict.fromkeys(curves, 0)
+    heap: list[tuple[float, str, int, int, bool]] = []
 
-    def offer(name: str) -> None:
-        step = curves[name].next_step(position[name], envelope=envelope)
+    def offer(name: str, *, envelope: bool) -> None:
+        step = curves[name].next_step(chosen[name], envelope=envelope)
         if step is not None and step[0] > 0:
             rate, cost, target = step
-            heapq.heappush(heap, (-rate, name, cost, target))
+            heapq.heappush(heap, (-rate, name, cost, target, envelope))
 
     for name in curves:
-        offer(name)
+        offer(name, envelope=True)
     while heap:
-        _, name, cost, target = heapq.heappop(heap)
+        _, name, cost, target, envelope = heapq.heappop(heap)
         if cost <= remaining:
             remaining -= cost
-            position[name] = target
-            offer(name)
-    return remaining
+            chosen[name] = target
+            offer(name, envelope=envelope)
+        elif envelope:
+            offer(name, envelope=False)
+    return chosen

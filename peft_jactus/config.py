@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -253,8 +254,8 @@ class JactusConfig(PeftConfig):
         known = self.shrinkage == "ledoit-wolf"
         if not known and (isinstance(self.shrinkage, str) or not 0 <= self.shrinkage <= 1):
             raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
-        if not self.damping > 0:
-            raise ValueError(f"`damping` must be positive; got {self.damping}.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"`damping` must be positive and finite; got {self.damping}.")
         self._check_rank_pattern()
 
     def _check_rank_pattern(self) -> None:

@@ -92,28 +92,13 @@ def plan_ranks(
         progress_bar: Show a bar over the layers.
 
     Returns:
-        The plan.
-
-    Raises:
-        ValueError: If the budget cannot be met, or statistics are missing or degenerate; names the module.
+        The plan. A `ValueError` says if the budget cannot be met, or which module's statistics cannot be used.
     """
-    gains: dict[str, LayerGains] = {}
-    for name in tqdm(weights, desc="Ranking directions", unit="layer", disable=not progress_bar):
-        weight = weights[name]()
-        layer_statistics = None if statistics is None else statistics[name]
-        try:
-            projected = project_weight(weight, layer_statistics, options.decomposition)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        # K-FAC's Fisher matrix of a layer that is applied to N positions is N C_g (x) C_x: layers that
-        # see one position for each example (a pooler) compare with those that see every token.
-        weighting = 1 if layer_statistics is None else layer_statistics.num_tokens
-        gains[name] = LayerGains(
-            out_features=weight.shape[0],
-            in_features=weight.shape[1],
-            gains=(weighting * projected.gains()).cpu(),
-            dense_gain=weighting * projected.total_energy,
-        )
+    gains = {
+        # One call a layer, so that its weight is let go before the next one is asked for.
+        name: _layer_gains(name, weights[name](), None if statistics is None else statistics[name], options)
+        for name in tqdm(weights, desc="Ranking directions", unit="layer", disable=not progress_bar)
+    }
     fixed_ranks = {name: _cap_to_subspace(name, rank, gains[name]) for name, rank in (fixed_ranks or {}).items()}
     allocation = allocate(
         gains,
@@ -125,6 +110,24 @@ def plan_ranks(
     )
     energy_kept = {name: _energy_kept(gains[name], rank) for name, rank in allocation.ranks.items()}
     return RankPlan(allocation, energy_kept)
+
+
+def _layer_gains(
+    name: str, weight: Tensor, statistics: LayerStatistics | None, options: FactorizationOptions
+) -> LayerGains:
+    try:
+        projected = project_weight(weight, statistics, options.decomposition)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    # K-FAC's Fisher matrix of a layer that is applied to N positions is N C_g (x) C_x: layers that see one
+    # position for each example (a pooler) compare with those that see every token.
+    weighting = 1 if statistics is None else statistics.num_tokens
+    return LayerGains(
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        gains=(weighting * projected.gains()).cpu(),
+        dense_gain=weighting * projected.total_energy,
+    )
 
 
 def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:

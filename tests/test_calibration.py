@@ -102,7 +102,7 @@ def test_statistics_do_not_depend_on_the_batch_size(task):
 @pytest.mark.parametrize(
     ("model_class", "options", "labels"),
     [
-        (BertForSequenceClassification, {"num_labels": 1}, [randn(0, 1), randn(1, 1), randn(2, 1)]),
+        (BertForSequenceClassification, {"num_labels": 1}, [randn(0, 1), torch.tensor([-100.0]).double(), randn(2, 1)]),
         (
             BertForSequenceClassification,
             {"problem_type": "multi_label_classification"},

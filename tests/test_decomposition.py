@@ -213,14 +213,21 @@ def test_statistics_only_widen_the_weights_own_leading_directions(problem):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
-@pytest.mark.parametrize("energy", [0.6, 0.8, 0.95])  # on both sides of half the dimension
-def test_jactus_is_the_optimum_inside_the_union_of_leading_directions(rank, energy):
+@pytest.mark.parametrize(  # on both sides of half the dimension
+    ("weight_energy", "input_energy", "gradient_energy"),
+    [(0.6, 0.6, 0.6), (0.5, 0.7, 0.95), (0.4, 0.999, 0.7), (0.7, 0.0, 0.95), (0.7, 0.9, 0.0)],
+)
+def test_jactus_is_the_optimum_inside_the_union_of_leading_directions(
+    rank, weight_energy, input_energy, gradient_energy
+):
     W, C_g, C_x = fixed_problem()
-    options = DecompositionOptions(weight_energy=energy, input_energy=energy, gradient_energy=energy, **EXACT)
+    options = DecompositionOptions(
+        weight_energy=weight_energy, input_energy=input_energy, gradient_energy=gradient_energy, **EXACT
+    )
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    k = least_count(sigma.square(), energy)
-    Q_left = torch.cat([U[:, :k], leading_eigenvectors(C_g, energy)], dim=1)
-    Q_right = torch.cat([Vh[:k].mT, leading_eigenvectors(C_x, energy)], dim=1)
+    k = least_count(sigma.square(), weight_energy)
+    Q_left = torch.cat([U[:, :k], leading_eigenvectors(C_g, gradient_energy)], dim=1)
+    Q_right = torch.cat([Vh[:k].mT, leading_eigenvectors(C_x, input_energy)], dim=1)
     Q_left, Q_right = (torch.linalg.svd(Q, full_matrices=False).U for Q in (Q_left, Q_right))
     expected = oracles.projected_optimum(W, C_g, C_x, Q_left, Q_right, rank)
     actual = project_weight(W, statistics_of(C_g, C_x), options).truncate(rank).dense()
@@ -228,7 +235,7 @@ def test_jactus_is_the_optimum_inside_the_union_of_leading_directions(rank, ener
 
 
 def least_count(energies, ratio):
-    return next(k for k in range(1, 99) if energies[:k].sum() >= ratio * energies.sum())
+    return next(k for k in range(99) if energies[:k].sum() >= ratio * energies.sum())
 
 
 def leading_eigenvectors(C, energy):
@@ -283,8 +290,12 @@ def test_rotating_the_input_basis_commutes_with_truncation(seed, rank):
 
 def test_zero_weight_is_approximated_by_zero():
     W, C_g, C_x = fixed_problem()
-    factors = project_weight(0 * W, statistics_of(C_g, C_x), JACTUS).truncate(2)
-    assert not factors.dense().any()
+    alone = DecompositionOptions(input_energy=0, gradient_energy=0)
+    for options in (JACTUS, alone, SVD):
+        projected = project_weight(0 * W, statistics_of(C_g, C_x), options)
+        factors = projected.truncate(2)
+        assert 1 <= len(factors.singular_values) <= projected.max_rank
+        assert not factors.dense().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

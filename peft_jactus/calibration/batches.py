@@ -1,0 +1,33 @@
+"""Batches as users pass them, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+LossFn = Callable[[nn.Module, Batch], Tensor]
+# The label of positions without one, in transformers and torch.nn.functional.cross_entropy.
+IGNORED_LABEL = -100
+
+
+def to_model_device(batch: Batch, model: nn.Module) -> Batch:
+    """Return ``batch`` on the device of the model's first parameter; raise `TypeError` if it is no mapping."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"`batches` must yield mappings of keyword arguments for the model; got a {type(batch).__name__}."
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    moved: Batch = send_to_device(dict(batch), device)
+    return moved
+
+
+def num_batches(batches: Iterable[Batch], max_batches: int | None) -> int | None:
+    """Return how many batches will be drawn, if that can be known."""
+    length = len(batches) if isinstance(batches, Sized) else None
+    known = [number for number in (length, max_batches) if number is not None]
+    return min(known) if known else None

@@ -1,0 +1,200 @@
+"""Sums of inputs and gradients, through hooks.
+
+Both statistics of a layer are taken in one place, the gradient hook of its output. It fires once for each position
+that the backward pass reaches, also when gradient checkpointing runs the forward pass twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_jactus.calibration.batches import to_model_device
+from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
+from peft_jactus.statistics import CalibrationStatistics, LayerStatistics, SecondMoment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from peft_jactus.calibration.batches import Batch
+    from peft_jactus.calibration.summed_loss import SummedLoss
+
+
+@dataclass
+class _Reading:
+    """One tensor of the running batch and the targeted modules that were called with it."""
+
+    tensor: Tensor
+    mask: Tensor | None
+    version: int
+    readers: list[str]
+    added: bool = False
+
+
+class StatisticsCollector:
+    """Sums over positions for every targeted module, through hooks that live as long as `attached`.
+
+    Input sums are kept for each set of modules that read the same tensor (query, key and value; gate and up), so
+    that such layers share one covariance; what a module has seen is the sum over the sets it is in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Module],
+        start: CalibrationStatistics | None,
+    ) -> None:
+        self._model = model
+        self._targets = targets
+        self._start = start
+        self._inputs: dict[tuple[str, ...], SecondMoment] = {}
+        self._gradients: dict[str, SecondMoment] = {}
+        self._readings: dict[int, _Reading] = {}
+        self._masks = PositionMasks(encoder_of(model))
+        self.num_batches = 0 if start is None else start.num_batches
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Register the hooks, and remove them whatever happens."""
+        with contextlib.ExitStack() as handles:
+            handles.callback(self._end_batch)
+            for name, module in self._targets.items():
+                hook = functools.partial(self._on_forward, name)
+                handle = module.register_forward_hook(hook, with_kwargs=True)
+                handles.callback(handle.remove)
+            handles.enter_context(self._masks.attached())
+            yield
+
+    def collect(self, batch: Batch, compute_loss: SummedLoss) -> None:
+        """Add the statistics of one batch."""
+        batch = to_model_device(batch, self._model)
+        self._masks.start(batch)
+        with torch.enable_grad():
+            loss = compute_loss(self._model, batch)
+        if not loss.requires_grad:
+            raise ValueError(
+                "The loss does not depend on any targeted module. Check `target_modules`, and that `loss_fn` "
+                "neither detaches nor runs under torch.no_grad()."
+            )
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss of calibration batch {self.num_batches} is {loss.item()}. Check the data, and whether the "
+                f"model's dtype ({loss.dtype}) overflows."
+            )
+        torch.autograd.backward(loss)
+        self._end_batch()
+        self.num_batches += 1
+
+    def statistics(self) -> CalibrationStatistics:
+        """Return the sums so far; modules that always read the same tensors share theirs."""
+        layers = {
+            name: LayerStatistics(self._input_of(name), self._gradients[name])
+            for name in self._targets
+            if name in self._gradients
+        }
+        num_new = self.num_batches - (0 if self._start is None else self._start.num_batches)
+        statistics = CalibrationStatistics(layers, num_batches=num_new)
+        if self._start is None or not layers:
+            return statistics if self._start is None else self._start
+        return self._start.merge(statistics)
+
+    def checked_statistics(self) -> CalibrationStatistics:
+        """Return the sums, or raise for a module whose statistics cannot be used; name it."""
+        if self.num_batches == 0:
+            raise ValueError("`batches` is empty; calibration needs at least one batch.")
+        statistics = self.statistics()
+        for name in self._targets:
+            layer = statistics.get(name)
+            if layer is None or layer.num_tokens == 0:
+                raise RuntimeError(
+                    f"{name}: no calibration token reached it, or none of its output reached the loss. Add the name "
+                    "to `exclude_modules`, or calibrate on batches that use it."
+                )
+            if not (layer.input.is_finite() and layer.gradient.is_finite()):
+                raise ValueError(
+                    f"{name}: its inputs or gradients are not finite. Check the calibration data, or load the model "
+                    "in bf16 or fp32."
+                )
+            if not layer.gradient.quartic_sum > 0:
+                raise ValueError(
+                    f"{name}: its gradient is zero everywhere. If the head starts at zero, pass `head_warmup_steps`; "
+                    "otherwise add the name to `exclude_modules`."
+                )
+        return statistics
+
+    def _end_batch(self) -> None:
+        self._readings.clear()
+
+    def _on_forward(
+        self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
+        del module
+        if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
+            return None
+        starts_graph = not output.requires_grad  # all that comes before is frozen
+        if starts_graph:
+            output.requires_grad_(True)
+        reading = self._reading(name, args[0] if args else next(iter(kwargs.values())))
+        output.register_hook(  # type: ignore[no-untyped-call]  # torch has no annotation here
+            functools.partial(self._on_gradient, name, reading)
+        )
+        # A leaf must not be changed in place, as by nn.ReLU(inplace=True).
+        return output.clone() if starts_graph else None
+
+    def _reading(self, name: str, tensor: Tensor) -> _Reading:
+        reading = self._readings.get(id(tensor))
+        if reading is None or name in reading.readers:
+            mask = self._masks.find(name, tensor)
+            reading = _Reading(tensor, mask, tensor._version, [])
+            self._readings[id(tensor)] = reading
+        reading.readers.append(name)
+        return reading
+
+    def _on_gradient(self, name: str, reading: _Reading, gradient: Tensor) -> None:
+        gradient = _kept_positions(gradient, reading.mask)
+        if name not in self._gradients:
+            self._gradients[name] = _empty_moment_for(gradient)
+        self._gradients[name].update_(gradient)
+        if reading.added:
+            return
+        if reading.tensor._version != reading.version:
+            raise RuntimeError(
+                f"{name}: its input was changed in place after the forward pass; calibration cannot see it any "
+                "more. Make the model's operation out of place, or add the name to `exclude_modules`."
+            )
+        vectors = _kept_positions(reading.tensor, reading.mask)
+        readers = tuple(reading.readers)
+        if readers not in self._inputs:
+            self._inputs[readers] = _empty_moment_for(vectors)
+        self._inputs[readers].update_(vectors)
+        reading.added = True
+        # A tensor that is read again from here on starts a reading of its own.
+        if self._readings.get(id(reading.tensor)) is reading:
+            del self._readings[id(reading.tensor)]
+        reading.tensor = vectors.new_empty(0)
+
+    def _input_of(self, name: str) -> SecondMoment:
+        parts = [moment for readers, moment in self._inputs.items() if name in readers]
+        if len(parts) == 1:
+            return parts[0]
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total.merge_(part)
+        return total
+
+
+def _kept_positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the vectors ``(num_kept, dim)`` of ``(..., dim)``."""
+    vectors = tensor.detach().reshape(-1, tensor.shape[-1])
+    return vectors if mask is None else vectors[mask.reshape(-1).to(vectors.device)]
+
+
+def _empty_moment_for(vectors: Tensor) -> SecondMoment:
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return SecondMoment.zeros(vectors.shape[-1], dtype=dtype, device=vectors.device)

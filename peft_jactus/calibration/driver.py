@@ -1,0 +1,166 @@
+"""`calibrate`: run a few batches through the model and collect the statistics of its targeted layers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from peft_jactus.calibration.batches import num_batches
+from peft_jactus.calibration.collector import StatisticsCollector
+from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
+from peft_jactus.calibration.restoring import prepared_for_calibration, random_state_kept
+from peft_jactus.calibration.summed_loss import SummedLoss
+from peft_jactus.statistics import CalibrationStatistics, read_metadata
+from peft_jactus.targeting import dense_weight, targeted_modules
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+
+    from peft_jactus.calibration.batches import Batch, LossFn
+    from peft_jactus.config import JactusConfig
+
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete"  # key of a statistics file's header
+
+
+def calibrate(
+    model: nn.Module,
+    config: JactusConfig,
+    batches: Iterable[Batch],
+    *,
+    max_batches: int | None = None,
+    loss_fn: LossFn | None = None,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    head_warmup_steps: int = 0,
+    head_warmup_lr: float = 1e-3,
+    train_mode: bool = False,
+    statistics_file: str | os.PathLike[str] | None = None,
+    save_every: int = 16,
+    progress_bar: bool = True,
+) -> CalibrationStatistics:
+    """Collect the statistics that `peft.get_peft_model` needs to compress ``model``, and attach them to ``config``.
+
+    The model comes back as it was: no hook, no gradient, the same training mode, ``requires_grad`` and random
+    state; only a head warm-up, if asked for, changes weights. A backward pass costs about one
+    forward pass, since no weight needs a gradient.
+
+    Args:
+        model: Any module; a transformers model returns its own loss when ``batches`` hold labels.
+        config: Says which modules to look at. ``config.statistics`` is set to the result.
+        batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions
+            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted.
+        max_batches: Stop after so many. Default: all.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar tensor, for models that don't return one.
+        loss_reduction: Whether the loss is the mean over examples (over tokens that have a label, if labels are
+            sequences), as transformers' models return it, or their sum. Statistics are those of the sum, so that
+            they do not depend on how examples are batched.
+        head_warmup_steps: Train a freshly initialised head for so many steps first (AdamW on the head alone), so that
+            gradients mean something. The head is ``config.modules_to_save``, or the classifier that PEFT trains for
+            the task type. It keeps what it learns.
+        head_warmup_lr: Learning rate of the warm-up.
+        train_mode: Keep dropout on. Default: evaluation mode.
+        statistics_file: Save statistics here every ``save_every`` batches and at the end. If the file is there
+            already, for the same layers: a complete one is used as it is, an interrupted one is continued,
+            skipping the batches it has seen (which must come in the same order).
+        save_every: Batches between two saves.
+        progress_bar: Show a bar over the batches.
+
+    Returns:
+        The statistics by full module name; also in ``config.statistics``. `get_peft_model` releases that reference.
+
+    Raises:
+        ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted
+            module with no gradient, a statistics file of other layers. A `TypeError` names a module that cannot be
+            factorized, or a batch that is no mapping; a `RuntimeError` a targeted module that no token reached.
+
+    Example:
+        >>> import torch
+        >>> from peft_jactus import JactusConfig, calibrate
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> config = JactusConfig(target_modules=["0"])
+        >>> loss_fn = lambda model, batch: model(batch["x"]).square().sum(1).mean()
+        >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
+        CalibrationStatistics(1 layers, 1 batches)
+    """
+    _check_counts(max_batches=max_batches, save_every=save_every)
+    if head_warmup_steps > 0 and isinstance(batches, Iterator):
+        raise ValueError(
+            "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
+            "DataLoader or a list."
+        )
+    if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
+        model = model.get_base_model()
+    targets = targeted_modules(model, config)
+    saved = _read_statistics_file(statistics_file, targets)
+    compute_loss = SummedLoss(loss_fn, loss_reduction)
+    with random_state_kept():
+        if head_warmup_steps > 0:
+            warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
+            warm_up_head(model, config, batches, compute_loss, warmup, progress_bar=progress_bar)
+        if saved is not None and saved.complete:
+            logger.info("Using the statistics of %s.", statistics_file)
+            config.statistics = saved.statistics
+            return saved.statistics
+        collector = StatisticsCollector(model, targets, None if saved is None else saved.statistics)
+        total = num_batches(batches, max_batches)
+        with (
+            prepared_for_calibration(model, train_mode=train_mode),
+            collector.attached(),
+            tqdm(total=total, desc="Calibrating", unit="batch", disable=not progress_bar) as bar,
+        ):
+            bar.update(collector.num_batches)
+            for batch in itertools.islice(batches, collector.num_batches, max_batches):
+                collector.collect(batch, compute_loss)
+                bar.update()
+                if statistics_file is not None and collector.num_batches % save_every == 0:
+                    collector.statistics().save(statistics_file, metadata={_COMPLETE: "false"})
+    config.statistics = statistics = collector.checked_statistics()
+    if statistics_file is not None:
+        statistics.save(statistics_file, metadata={_COMPLETE: "true"})
+    return statistics
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {count}.")
+
+
+@dataclass(frozen=True)
+class _SavedStatistics:
+    statistics: CalibrationStatistics
+    complete: bool
+
+
+def _read_statistics_file(
+    path: str | os.PathLike[str] | None, targets: Mapping[str, nn.Module]
+) -> _SavedStatistics | None:
+    if path is None or not Path(path).exists():
+        return None
+    statistics = CalibrationStatistics.load(path)
+    check_statistics(statistics, targets, source=f"`statistics_file` {path}")
+    return _SavedStatistics(statistics, complete=read_metadata(path).get(_COMPLETE) == "true")
+
+
+def check_statistics(statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, source: str) -> None:
+    """Raise `ValueError` if ``statistics`` do not cover ``targets`` with the right shapes; name the module."""
+    for name, module in targets.items():
+        layer = statistics.get(name)
+        if layer is None:
+            raise ValueError(
+                f"{source} has no statistics of {name}. Calibrate with the config and model that you compress."
+            )
+        expected = tuple(dense_weight(module).shape)
+        found = (layer.gradient.dim, layer.input.dim)
+        if expected != found:
+            raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")

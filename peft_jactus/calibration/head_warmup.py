@@ -1,0 +1,93 @@
+"""A short training of the head alone: a fresh head gives noise for gradients."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from peft_jactus.calibration.batches import to_model_device
+from peft_jactus.calibration.restoring import prepared_for_calibration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import nn
+
+    from peft_jactus.calibration.batches import Batch
+    from peft_jactus.calibration.summed_loss import SummedLoss
+    from peft_jactus.config import JactusConfig
+
+# What PEFT trains beside the adapter for these tasks (peft.PeftModelForSequenceClassification and its sisters).
+_HEAD_NAMES = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class HeadWarmup:
+    """How long and how fast to train the head."""
+
+    num_steps: int
+    learning_rate: float
+
+
+def warm_up_head(
+    model: nn.Module,
+    config: JactusConfig,
+    batches: Iterable[Batch],
+    compute_loss: SummedLoss,
+    settings: HeadWarmup,
+    *,
+    progress_bar: bool,
+) -> None:
+    """Train the head of ``model`` in place, in evaluation mode; leave all else as it was.
+
+    Raises:
+        ValueError: If no head is found.
+    """
+    head_names = config.modules_to_save or _HEAD_NAMES.get(str(config.task_type).rpartition(".")[2], ())
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in head_names]
+    parameters = [parameter for head in heads for parameter in head.parameters()]
+    if not parameters:
+        raise ValueError(
+            "`head_warmup_steps` needs a head to train, and none was found. Name it in `modules_to_save`, or set "
+            "`task_type`."
+        )
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+    progress = tqdm(
+        itertools.islice(_cycled(batches), settings.num_steps),
+        desc="Warming up the head",
+        total=settings.num_steps,
+        unit="step",
+        disable=not progress_bar,
+    )
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        with prepared_for_calibration(model, train_mode=False), torch.enable_grad():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            optimizer.zero_grad()
+            for batch in progress:
+                inputs = to_model_device(batch, model)
+                torch.autograd.backward(compute_loss(model, inputs) / compute_loss.count(model, inputs))
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _cycled(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            return

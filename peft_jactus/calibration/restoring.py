@@ -1,0 +1,52 @@
+"""Context managers that leave the model and the random generators as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+
+@contextlib.contextmanager
+def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
+    """Freeze ``model`` and set its mode; restore both at the end."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore, modes, trainable)
+        model.train(train_mode)
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        if train_mode and any(getattr(module, "gradient_checkpointing", False) for module in modes):
+            # Reentrant checkpointing only runs a block again if an input of it requires a gradient.
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]  # a transformers model
+            handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
+            stack.callback(handle.remove)
+        yield
+
+
+def _restore(modes: dict[nn.Module, bool], trainable: dict[nn.Parameter, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+    for parameter, requires_grad in trainable.items():
+        parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give the random generators of torch, numpy and Python back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # the legacy one is global
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
