@@ -264,6 +264,16 @@ def test_a_loss_function_replaces_the_models_own_loss(reduction):
     assert_same_statistics(statistics, run(tiny_bert(), batches))
 
 
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_dropout_is_off_unless_asked_for(train_mode):
+    def loss_fn(model, batch):
+        assert {module.training for module in model.modules()} == {train_mode}
+        return model(**batch).loss
+
+    model = tiny_bert().train(not train_mode)
+    assert run(model, classified_texts(), loss_fn=loss_fn, train_mode=train_mode).num_batches == 4
+
+
 # -- unusual modules --------------------------------------------------------------------------------------
 
 
