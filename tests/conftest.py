@@ -2,8 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.comparisons")
 
 # Tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_jactus import JactusConfig, calibrate
 from tests import oracles
+from tests.comparisons import assert_moments_close, assert_same_statistics, assert_statistics_of
 from tests.strategies import randn
 from tests.tiny_models import (
     FLOAT32_LOSS,
-    FLOAT64,
     TASKS,
     classified_texts,
     collate,
@@ -40,39 +40,6 @@ def task(request):
 def run(model, batches, *, head="classifier", **options):
     config = JactusConfig(target_modules="all-linear", exclude_modules=[head])
     return calibrate(model, config, batches, progress_bar=False, **options)
-
-
-def assert_close(actual, expected, *, scale, rtol, what=""):
-    difference = float((actual.double() - expected.double()).norm())
-    assert difference <= rtol * scale, f"{what}: off by {difference / scale:.1e}"
-
-
-def assert_moments_close(moment, covariance, mean, *, rtol, what):
-    """Compare in norm, and means with the size of a vector: that of a key's gradients is zero."""
-    assert_close(moment.covariance, covariance, scale=covariance.norm(), rtol=rtol, what=f"{what} covariance")
-    assert_close(moment.mean, mean, scale=covariance.trace().sqrt(), rtol=rtol, what=f"{what} mean")
-
-
-def assert_same_statistics(actual, expected, *, rtol=FLOAT64):
-    assert set(actual) == set(expected)
-    for name, layer in expected.items():
-        for side in ("input", "gradient"):
-            one, other = getattr(actual[name], side), getattr(layer, side)
-            assert one.num_tokens == other.num_tokens, f"{name} {side}"
-            assert_moments_close(one, other.covariance, other.mean, rtol=rtol, what=f"{name} {side}")
-            # Twice the relative error, since these are the squared terms of the covariance.
-            assert float(one.quartic_sum) == pytest.approx(float(other.quartic_sum), rel=4 * rtol)
-
-
-def assert_statistics_of(actual, tokens, *, rtol=FLOAT64):
-    """Compare with the outer products of single tokens."""
-    assert set(actual) == set(tokens)
-    for name, expected in tokens.items():
-        layer = actual[name]
-        assert layer.num_tokens == layer.input.num_tokens == len(expected.inputs), name
-        for moment, vectors in ((layer.input, expected.inputs), (layer.gradient, expected.gradients)):
-            covariance, mean = oracles.covariance(vectors), oracles.mean(vectors)
-            assert_moments_close(moment, covariance, mean, rtol=rtol, what=name)
 
 
 # -- what is measured -------------------------------------------------------------------------------------
@@ -102,7 +69,11 @@ def test_statistics_do_not_depend_on_the_batch_size(task):
 @pytest.mark.parametrize(
     ("model_class", "options", "labels"),
     [
-        (BertForSequenceClassification, {"num_labels": 1}, [randn(0, 1), torch.tensor([-100.0]).double(), randn(2, 1)]),
+        (
+            BertForSequenceClassification,
+            {"num_labels": 1},
+            [randn(0, 1), torch.tensor([-100.0]).double(), randn(2, 1)],
+        ),
         (
             BertForSequenceClassification,
             {"problem_type": "multi_label_classification"},
@@ -272,101 +243,6 @@ def test_dropout_is_off_unless_asked_for(train_mode):
 
     model = tiny_bert().train(not train_mode)
     assert run(model, classified_texts(), loss_fn=loss_fn, train_mode=train_mode).num_batches == 4
-
-
-# -- unusual modules --------------------------------------------------------------------------------------
-
-
-def square_loss(model, batch):
-    return model(batch["x"]).square().sum()
-
-
-def run_on_vectors(model, x):
-    config = JactusConfig(target_modules="all-linear")
-    options = {"loss_fn": square_loss, "loss_reduction": "sum", "progress_bar": False}
-    return calibrate(model, config, [{"x": x}], **options)
-
-
-def vectors_tokens(model, names, x):
-    """The oracle runs each vector alone."""
-    return oracles.calibration_tokens(model, names, [{"x": row} for row in x.split(1)], square_loss)
-
-
-def two_layers(*between):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3)).double()
-
-
-@pytest.mark.parametrize("frozen_below", [True, False])
-def test_an_operation_in_place_on_the_output_changes_nothing(frozen_below):
-    """Also for the first layer, whose output starts the graph."""
-    below = [] if frozen_below else [nn.Linear(4, 4).double()]
-    in_place = nn.Sequential(*below, *two_layers(nn.ReLU(inplace=True)))
-    out_of_place = nn.Sequential(*below, *two_layers(nn.ReLU()))
-    x = randn(0, 10, 4)
-    assert_same_statistics(run_on_vectors(in_place, x), run_on_vectors(out_of_place, x))
-
-
-class Repeated(nn.Module):
-    """One layer, applied twice to what came in and once to something else."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = two_layers()[0]
-
-    def forward(self, x):
-        return self.linear(x) + self.linear(x).tanh() + self.linear(x.square())
-
-
-def test_every_call_of_a_repeated_layer_is_counted():
-    model, x = Repeated(), randn(0, 5, 4)
-    assert_statistics_of(run_on_vectors(model, x), vectors_tokens(model, ["linear"], x))
-
-
-class Routed(nn.Module):
-    """Two experts that see the tokens with a positive and a negative first entry."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList([two_layers()[0], two_layers()[0]])
-
-    def forward(self, x):
-        positive = x[:, 0] > 0
-        output = x.new_zeros(len(x), 6)
-        for expert, chosen in zip(self.experts, (positive, ~positive), strict=True):
-            output = output.index_put((chosen.nonzero()[:, 0],), expert(x[chosen]))
-        return output
-
-
-def test_experts_count_the_tokens_that_are_routed_to_them():
-    x = randn(0, 12, 4)
-    statistics = run_on_vectors(Routed(), x)
-    num_positive = int((x[:, 0] > 0).sum())
-    assert 0 < num_positive < 12
-    for name, num_tokens, vectors in (
-        ("experts.0", num_positive, x[x[:, 0] > 0]),
-        ("experts.1", 12 - num_positive, x[x[:, 0] <= 0]),
-    ):
-        assert statistics[name].num_tokens == statistics[name].input.num_tokens == num_tokens
-        covariance, mean = oracles.covariance(vectors), oracles.mean(vectors)
-        assert_moments_close(statistics[name].input, covariance, mean, rtol=FLOAT64, what=name)
-
-
-class CalledByKeyword(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = two_layers()[0]
-
-    def forward(self, x):
-        return self.linear(input=x)
-
-
-def test_a_layer_may_be_called_with_a_keyword():
-    x = randn(0, 5, 4)
-    by_position, by_keyword = nn.ModuleDict({"linear": two_layers()[0]}), CalledByKeyword()
-    by_position.forward = lambda x: by_position.linear(x)
-    assert_same_statistics(run_on_vectors(by_keyword, x), run_on_vectors(by_position, x))
 
 
 def test_calibration_works_where_gradients_are_switched_off():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
+from tests.comparisons import assert_same_statistics
 from tests.tiny_models import TASKS, collate, tiny_bert
 
 # Sums of two runs are added in another order than those of one.
@@ -43,15 +44,7 @@ def eight_batches(task):
 def assert_same(actual, expected):
     assert list(actual) == list(expected)
     assert actual.num_batches == expected.num_batches
-    for name, layer in expected.items():
-        for side in ("input", "gradient"):
-            one, other = getattr(actual[name], side), getattr(layer, side)
-            assert one.num_tokens == other.num_tokens
-            scale = float(other.outer_sum.norm())
-            for key in ("outer_sum", "vector_sum"):
-                torch.testing.assert_close(
-                    getattr(one, key), getattr(other, key), rtol=0, atol=ROUNDING * max(1, scale)
-                )
+    assert_same_statistics(actual, expected, rtol=ROUNDING)
 
 
 def refuse_to_run(*_):

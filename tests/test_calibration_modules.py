@@ -1,0 +1,138 @@
+"""Modules that are not just called once with a batch of sequences."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from peft_jactus import JactusConfig, calibrate
+from tests import oracles
+from tests.comparisons import assert_moments_close, assert_same_statistics, assert_statistics_of
+from tests.strategies import randn
+from tests.tiny_models import FLOAT64
+
+
+def square_loss(model, batch):
+    return model(batch["x"]).square().sum()
+
+
+def run_on_vectors(model, x):
+    config = JactusConfig(target_modules="all-linear")
+    options = {"loss_fn": square_loss, "loss_reduction": "sum", "progress_bar": False}
+    return calibrate(model, config, [{"x": x}], **options)
+
+
+def vectors_tokens(model, names, x):
+    """The oracle runs each vector alone."""
+    return oracles.calibration_tokens(model, names, [{"x": row} for row in x.split(1)], square_loss)
+
+
+def two_layers(*between):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3)).double()
+
+
+@pytest.mark.parametrize("frozen_below", [True, False])
+def test_an_operation_in_place_on_the_output_changes_nothing(frozen_below):
+    """Also for the first layer, whose output starts the graph."""
+    below = [] if frozen_below else [nn.Linear(4, 4).double()]
+    in_place = nn.Sequential(*below, *two_layers(nn.ReLU(inplace=True)))
+    out_of_place = nn.Sequential(*below, *two_layers(nn.ReLU()))
+    x = randn(0, 10, 4)
+    assert_same_statistics(run_on_vectors(in_place, x), run_on_vectors(out_of_place, x))
+
+
+class Repeated(nn.Module):
+    """Two layers read one tensor; one of them reads it again, and then something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = two_layers()[0], two_layers()[0]
+
+    def forward(self, x):
+        return self.linear(x) + self.other(x) + self.linear(x).tanh() + self.linear(x.square())
+
+
+def test_every_call_of_a_repeated_layer_is_counted():
+    model, x = Repeated(), randn(0, 5, 4)
+    assert_statistics_of(run_on_vectors(model, x), vectors_tokens(model, ["linear", "other"], x))
+
+
+class Reshaped(nn.Module):
+    """Sees tokens in one dimension, as experts do, or every second one."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.linear, self.reshape = two_layers()[0], reshape
+
+    def forward(self, x):
+        return self.linear(self.reshape(x))
+
+
+def run_masked(model):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    batch = {"x": randn(0, 2, 4, 4), "attention_mask": mask}
+    config = JactusConfig(target_modules="all-linear")
+    statistics = calibrate(model, config, [batch], loss_fn=square_loss, loss_reduction="sum", progress_bar=False)
+    return statistics["linear"], batch["x"][mask.bool()]
+
+
+def test_the_mask_fits_tokens_that_were_flattened(caplog):
+    layer, kept = run_masked(Reshaped(lambda x: x.flatten(0, 1)))
+    assert layer.num_tokens == 5
+    assert_moments_close(layer.input, oracles.covariance(kept), oracles.mean(kept), rtol=FLOAT64, what="linear")
+    assert not caplog.records
+
+
+def test_padding_that_cannot_be_told_apart_is_counted_with_a_warning(caplog):
+    layer, _ = run_masked(Reshaped(lambda x: x[:, ::2]))
+    assert layer.num_tokens == 4
+    (record,) = caplog.records
+    assert re.match(r"linear: its input of shape \(2, 2, 4\) does not fit .*\(2, 4\)", record.getMessage())
+
+
+class Routed(nn.Module):
+    """Two experts that see the tokens with a positive and a negative first entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([two_layers()[0], two_layers()[0]])
+
+    def forward(self, x):
+        positive = x[:, 0] > 0
+        output = x.new_zeros(len(x), 6)
+        for expert, chosen in zip(self.experts, (positive, ~positive), strict=True):
+            output = output.index_put((chosen.nonzero()[:, 0],), expert(x[chosen]))
+        return output
+
+
+def test_experts_count_the_tokens_that_are_routed_to_them():
+    x = randn(0, 12, 4)
+    statistics = run_on_vectors(Routed(), x)
+    num_positive = int((x[:, 0] > 0).sum())
+    assert 0 < num_positive < 12
+    for name, num_tokens, vectors in (
+        ("experts.0", num_positive, x[x[:, 0] > 0]),
+        ("experts.1", 12 - num_positive, x[x[:, 0] <= 0]),
+    ):
+        assert statistics[name].num_tokens == statistics[name].input.num_tokens == num_tokens
+        covariance, mean = oracles.covariance(vectors), oracles.mean(vectors)
+        assert_moments_close(statistics[name].input, covariance, mean, rtol=FLOAT64, what=name)
+
+
+class CalledByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = two_layers()[0]
+
+    def forward(self, x):
+        return self.linear(input=x)
+
+
+def test_a_layer_may_be_called_with_a_keyword():
+    x = randn(0, 5, 4)
+    by_position, by_keyword = nn.ModuleDict({"linear": two_layers()[0]}), CalledByKeyword()
+    by_position.forward = lambda x: by_position.linear(x)
+    assert_same_statistics(run_on_vectors(by_keyword, x), run_on_vectors(by_position, x))
