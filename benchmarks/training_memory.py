@@ -21,9 +21,9 @@ STEPS = 3
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--length", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--length", type=int, nargs="+", default=[128])
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
-    parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
+    parser.add_argument("--storage", nargs="+", default=["pivoted"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--stage", choices=["compress", "train"], help="used internally")
     parser.add_argument("--method", default="lora", help="used internally")

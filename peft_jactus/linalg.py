@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # A jitter beyond this share of the mean diagonal would change the metric, not repair its rounding.
 _MAX_RELATIVE_JITTER = 1e-4
+# Eigenvectors that were computed in float32 leave residuals of its rounding inside any subspace that holds them.
+_FLOAT32_RTOL = torch.finfo(torch.float32).eps ** 0.5
 
 
 class NumericalWarning(UserWarning):
@@ -186,12 +188,12 @@ def union_with_leading_eigenvectors(basis: Tensor, covariance: Tensor, energy: f
     count = leading_count(eigenvalues.double(), energy)
     dim = basis.shape[0]
     if 2 * count <= dim:
-        union = subspace_union([basis, _orthonormalized(eigenvectors[:, :count])])
+        union = subspace_union([basis, _orthonormalized(eigenvectors[:, :count])], rtol=_FLOAT32_RTOL)
         return None if union.shape[1] == dim else Subspace(basis=union)
     # Orthogonal to both is what the trailing eigenvectors span, orthogonal to the basis: a smaller problem.
     trailing = _orthonormalized(eigenvectors[:, count:])  # (dim, dim - count)
     _, overlaps, vh = torch.linalg.svd(basis.mT @ trailing)  # vh: (dim - count, dim - count)
-    rank = int((overlaps > torch.finfo(overlaps.dtype).eps ** 0.5).sum())
+    rank = int((overlaps > _FLOAT32_RTOL).sum())
     complement = trailing @ vh[rank:].mT  # (dim, dim - k)
     if complement.shape[1] == 0:
         return None

@@ -260,6 +260,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                         f"{path} is not a statistics file of format version {FORMAT_VERSION}; its header says "
                         f"{header.get('format_version')!r}. Calibrate again with this version of peft_jactus."
                     )
+                num_batches = json.loads(header["num_batches"])
                 counts = json.loads(header["num_tokens"])
                 moments = [
                     SecondMoment(**{key: file.get_tensor(f"{number}.{key}") for key in _SUMS}, num_tokens=count)
@@ -271,7 +272,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                 }
         except (SafetensorError, KeyError, json.JSONDecodeError, IndexError) as error:
             raise ValueError(f"{path} is damaged ({error}). Delete it and calibrate again.") from error
-        return cls(layers, num_batches=int(header["num_batches"]))
+        return cls(layers, num_batches=num_batches)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ def assert_same_statistics(actual, expected, *, rtol=FLOAT64):
             one, other = getattr(actual[name], side), getattr(layer, side)
             assert one.num_tokens == other.num_tokens, f"{name} {side}"
             assert_moments_close(one, other.covariance, other.mean, rtol=rtol, what=f"{name} {side}")
-            # Twice the relative error, since these are the squared terms of the covariance.
+            # Fourth powers: four times the relative error of a vector.
             assert float(one.quartic_sum) == pytest.approx(float(other.quartic_sum), rel=4 * rtol)
 
 

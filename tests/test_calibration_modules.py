@@ -94,7 +94,7 @@ def test_padding_that_cannot_be_told_apart_is_counted_with_a_warning(caplog):
 
 
 class Routed(nn.Module):
-    """Two experts that see the tokens with a positive and a negative first entry."""
+    """Two experts that see the tokens with a positive and a negative first entry; without any, they are not called."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,8 @@ class Routed(nn.Module):
         positive = x[:, 0] > 0
         output = x.new_zeros(len(x), 6)
         for expert, chosen in zip(self.experts, (positive, ~positive), strict=True):
-            output = output.index_put((chosen.nonzero()[:, 0],), expert(x[chosen]))
+            if chosen.any():
+                output = output.index_put((chosen.nonzero()[:, 0],), expert(x[chosen]))
         return output
 
 
@@ -120,6 +121,25 @@ def test_experts_count_the_tokens_that_are_routed_to_them():
         assert statistics[name].num_tokens == statistics[name].input.num_tokens == num_tokens
         covariance, mean = oracles.covariance(vectors), oracles.mean(vectors)
         assert_moments_close(statistics[name].input, covariance, mean, rtol=FLOAT64, what=name)
+
+
+def test_experts_that_one_part_of_the_data_misses_are_continued(tmp_path):
+    """The saved part has met the first expert alone, the rest the second, and the whole both."""
+
+    def interrupted():
+        yield parts[0]
+        raise KeyboardInterrupt
+
+    x = randn(0, 12, 4)
+    positive = x[:, 0] > 0
+    parts = [{"x": x[positive]}, {"x": x[~positive]}]
+    options = {"loss_fn": square_loss, "loss_reduction": "sum", "progress_bar": False}
+    config = JactusConfig(target_modules="all-linear")
+    path = tmp_path / "statistics"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(Routed(), config, interrupted(), statistics_file=path, save_every=1, **options)
+    resumed = calibrate(Routed(), config, parts, statistics_file=path, **options)
+    assert_same_statistics(resumed, calibrate(Routed(), config, parts, **options))
 
 
 class CalledByKeyword(nn.Module):

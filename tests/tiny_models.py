@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     CLIPVisionConfig,
@@ -106,6 +108,27 @@ def tiny_llava() -> PreTrainedModel:
     return seeded(LlavaForConditionalGeneration, config)
 
 
+def tiny_bart() -> PreTrainedModel:
+    """Classifies by what its decoder makes of the inputs' last end-of-sequence token."""
+    config = BartConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=8,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=12,
+        decoder_ffn_dim=12,
+        max_position_embeddings=16,
+        num_labels=3,
+        dropout=0.0,
+        init_std=0.4,
+        decoder_start_token_id=1,
+        **SPECIAL_TOKENS,
+    )
+    return seeded(BartForSequenceClassification, config)
+
+
 def tiny_vit() -> PreTrainedModel:
     options = BERT | {"image_size": 8, "patch_size": 4, "num_labels": 3}
     del options["vocab_size"], options["max_position_embeddings"]
@@ -129,6 +152,13 @@ def classified_texts() -> list[Batch]:
         }
         for seed, length in enumerate([4, 2, 6, 3])
     ]
+
+
+def ended_texts() -> list[Batch]:
+    examples = classified_texts()
+    for example in examples:
+        example["input_ids"][:, -1] = SPECIAL_TOKENS["eos_token_id"]
+    return examples
 
 
 def continued_texts() -> list[Batch]:
@@ -214,5 +244,6 @@ TASKS = {
     "vit": Task(tiny_vit, classified_images, classification_loss, "classifier"),
     "llama": Task(tiny_llama, continued_texts, next_token_loss, "lm_head", FLOAT32_LOSS),
     "gpt2": Task(tiny_gpt2, continued_texts, next_token_loss, "lm_head", FLOAT32_LOSS),
+    "bart": Task(tiny_bart, ended_texts, classification_loss, "classification_head.out_proj"),
     "t5": Task(tiny_t5, translated_texts, target_token_loss, "lm_head"),
 }

@@ -16,6 +16,7 @@ import torch
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
 from peft_jactus.statistics import CalibrationStatistics, LayerStatistics, SecondMoment
+from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,25 +85,24 @@ class StatisticsCollector:
             )
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The loss of calibration batch {self.num_batches} is {loss.item()}. Check the data, and whether the "
-                f"model's dtype ({loss.dtype}) overflows."
+                f"The loss of calibration batch {self.num_batches} is {loss.item()}. Check the data (labels that are "
+                f"all -100 have no loss), and whether the model's dtype ({loss.dtype}) overflows."
             )
         torch.autograd.backward(loss)
         self._end_batch()
         self.num_batches += 1
 
     def statistics(self) -> CalibrationStatistics:
-        """Return the sums so far; modules that always read the same tensors share theirs."""
+        """Return the sums so far, of all targets; modules that always read the same tensors share theirs."""
         layers = {
             name: LayerStatistics(self._input_of(name), self._gradients[name])
-            for name in self._targets
             if name in self._gradients
+            else _unreached(module)
+            for name, module in self._targets.items()
         }
         num_new = self.num_batches - (0 if self._start is None else self._start.num_batches)
         statistics = CalibrationStatistics(layers, num_batches=num_new)
-        if self._start is None or not layers:
-            return statistics if self._start is None else self._start
-        return self._start.merge(statistics)
+        return statistics if self._start is None else self._start.merge(statistics)
 
     def checked_statistics(self) -> CalibrationStatistics:
         """Return the sums, or raise for a module whose statistics cannot be used; name it."""
@@ -110,8 +110,8 @@ class StatisticsCollector:
             raise ValueError("`batches` is empty; calibration needs at least one batch.")
         statistics = self.statistics()
         for name in self._targets:
-            layer = statistics.get(name)
-            if layer is None or layer.num_tokens == 0:
+            layer = statistics[name]
+            if layer.num_tokens == 0:
                 raise RuntimeError(
                     f"{name}: no calibration token reached it, or none of its output reached the loss. Add the name "
                     "to `exclude_modules`, or calibrate on batches that use it."
@@ -193,6 +193,14 @@ def _kept_positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """Return the vectors ``(num_kept, dim)`` of ``(..., dim)``."""
     vectors = tensor.detach().reshape(-1, tensor.shape[-1])
     return vectors if mask is None else vectors[mask.reshape(-1).to(vectors.device)]
+
+
+def _unreached(module: nn.Module) -> LayerStatistics:
+    """Return the statistics of a module that saw no token: another part of the data may use it."""
+    weight = dense_weight(module)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
+    return LayerStatistics(inputs, gradient)
 
 
 def _empty_moment_for(vectors: Tensor) -> SecondMoment:

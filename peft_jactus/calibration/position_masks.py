@@ -51,10 +51,7 @@ class PositionMasks:
         self._encoder_mask = _two_dimensional(batch.get("attention_mask"))
         self._decoder_mask = self._encoder_mask
         if self._encoder is not None:
-            labels = _two_dimensional(batch.get("labels"))
-            self._decoder_mask = _two_dimensional(batch.get("decoder_attention_mask"))
-            if self._decoder_mask is None and labels is not None:
-                self._decoder_mask = labels != IGNORED_LABEL
+            self._decoder_mask = _decoder_mask(batch)
 
     def _is_encoder_output(self, tensor: Tensor) -> bool:
         # By address: reentrant checkpointing hands on detached tensors.
@@ -78,6 +75,17 @@ class PositionMasks:
                 tuple(mask.shape),
             )
         return None
+
+
+def _decoder_mask(batch: Batch) -> Tensor | None:
+    """Return what says which of the decoder's positions are real."""
+    mask, labels = (_two_dimensional(batch.get(name)) for name in ("decoder_attention_mask", "labels"))
+    if mask is not None:
+        return mask
+    if labels is not None:  # the decoder reads them, shifted by one
+        return labels != IGNORED_LABEL
+    # Without targets, as BART classifies, it reads the encoder's inputs, shifted by one.
+    return None if "decoder_input_ids" in batch else _two_dimensional(batch.get("attention_mask"))
 
 
 def _two_dimensional(mask: Any) -> Tensor | None:
