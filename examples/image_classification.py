@@ -29,7 +29,6 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessor,
     set_seed,
 )
 
@@ -50,8 +49,8 @@ parser.add_argument("--calibration-batches", type=int, default=16)
 parser.add_argument("--learning-rate", type=float, default=1e-3, help="of cores and head")
 parser.add_argument("--epochs", type=float, default=3)
 parser.add_argument("--batch-size", type=int, default=32)
-parser.add_argument("--max-train-samples", type=int, help="default: all, or 2000 with --small")
-parser.add_argument("--max-eval-samples", type=int, help="default: all, or 1000 with --small")
+parser.add_argument("--max-train-samples", type=int, help="default: all")
+parser.add_argument("--max-eval-samples", type=int, help="default: all")
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 
@@ -133,7 +132,9 @@ if args.small:
     set_seed(args.seed)
     args.model = str(args.output_dir / "pretrained")
     side = dataset["train"][0]["image"].width
-    processor = ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = transformers.ViTImageProcessor(  # not imported above, where it would ask for torchvision
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     odd_rows, odd_names = part_of_classes(1)
     model_config = ViTConfig(
         image_size=side,
@@ -152,8 +153,6 @@ if args.small:
     pretrained.base_model.save_pretrained(args.model)  # without its head
     processor.save_pretrained(args.model)
     dataset, class_names = part_of_classes(0)
-    args.max_train_samples = args.max_train_samples or 2000
-    args.max_eval_samples = args.max_eval_samples or 1000
 
 # -- the task -------------------------------------------------------------------------------------
 
