@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from _common import num_trainable, print_side_by_side, weight_bytes, write_results
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -97,13 +97,14 @@ rows = rows.map(to_prompt_and_answer, remove_columns=rows["train"].column_names)
 # -- with --small: a pretrained model of our own --------------------------------------------------
 
 
-def trainer_for(model: nn.Module, rows: DatasetDict, epochs: float) -> Trainer:
+def trainer_for(model: nn.Module, rows: Dataset, epochs: float, learning_rate: float) -> Trainer:
     training = TrainingArguments(
         output_dir=args.output_dir / "trainer",
         num_train_epochs=epochs,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        learning_rate=learning_rate,
         warmup_steps=0.1,
+        train_sampling_strategy="group_by_length",  # less padding
         lr_scheduler_type="cosine",
         bf16=device == "cuda",
         seed=args.seed,
@@ -112,7 +113,7 @@ def trainer_for(model: nn.Module, rows: DatasetDict, epochs: float) -> Trainer:
         report_to="none",
         dataloader_pin_memory=device == "cuda",
     )
-    return Trainer(model=model, args=training, train_dataset=rows["train"], data_collator=collator)
+    return Trainer(model=model, args=training, train_dataset=rows, data_collator=collator)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -164,7 +165,7 @@ if args.small:
     text_rows = text_rows.select(range(min(args.max_train_samples, half))).map(tokenize)
     text_rows = text_rows.map(lambda row: {"labels": row["input_ids"]})  # plain text: all tokens
     pretrained = LlamaForCausalLM(model_config)
-    trainer_for(pretrained, DatasetDict(train=text_rows), args.pretrain_epochs).train()
+    trainer_for(pretrained, text_rows, args.pretrain_epochs, learning_rate=3e-3).train()
     pretrained.save_pretrained(args.model)
     tokenizer.save_pretrained(args.model)
 
@@ -216,7 +217,7 @@ print(summary)
 plot_ranks(model).savefig(args.output_dir / "ranks.png", dpi=150)
 
 start = time.perf_counter()
-trainer_for(model, rows, args.epochs).train()
+trainer_for(model, rows["train"], args.epochs, args.learning_rate).train()
 training_seconds = time.perf_counter() - start
 loss_after_training = answer_loss(model)
 
