@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft.config import PeftConfig
 
@@ -23,8 +23,13 @@ FROM_CHECKPOINT = "empty"
 _CHOICES = {
     "allocation": ("global", "uniform"),
     "storage": ("factored", "pivoted"),
-    "decomposition": get_args(Literal["jactus", "svd"]),
+    "decomposition": ("jactus", "svd"),
 }
+_NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -241,6 +246,9 @@ class JactusConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
+        for name in _NUMBERS:
+            if not _is_number(getattr(self, name)):
+                raise TypeError(f"`{name}` must be a number; got {getattr(self, name)!r}.")
         if not 0 < self.retained_ratio <= 1:
             raise ValueError(
                 f"`retained_ratio` must be in (0, 1]; got {self.retained_ratio}. It is the kept fraction: 0.8 "
@@ -251,14 +259,15 @@ class JactusConfig(PeftConfig):
         for name in ("input_energy", "gradient_energy", "rank_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1]; got {getattr(self, name)}.")
-        known = self.shrinkage == "ledoit-wolf"
-        if not known and (isinstance(self.shrinkage, str) or not 0 <= self.shrinkage <= 1):
+        if self.shrinkage != "ledoit-wolf" and not (_is_number(self.shrinkage) and 0 <= float(self.shrinkage) <= 1):
             raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"`damping` must be positive and finite; got {self.damping}.")
         self._check_rank_pattern()
 
     def _check_rank_pattern(self) -> None:
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"`rank_pattern` must be a dict of ranks by module name; got {self.rank_pattern!r}.")
         for pattern, rank in self.rank_pattern.items():
             if type(rank) is not int or rank < 1:  # JSON also gives floats and booleans
                 raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")

@@ -67,22 +67,23 @@ def cholesky_root(matrix: Tensor) -> Tensor:
     scale = float(matrix.diagonal().mean())
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    relative_jitter = torch.finfo(torch.float64).eps * matrix.shape[0]
+    needed, relative_jitter = 0.0, torch.finfo(torch.float64).eps * matrix.shape[0]
     while int(info) != 0:
         if not (scale > 0 and relative_jitter <= _MAX_RELATIVE_JITTER):
             raise ValueError(
                 f"`matrix` must be positive definite; got one with {tuple(matrix.shape)=} and mean diagonal "
                 f"{scale:.3g}. Raise `damping` or `shrinkage`."
             )
-        warnings.warn(
-            f"Cholesky factorization needed a jitter of {relative_jitter:.1e} of the mean diagonal.",
-            NumericalWarning,
-            stacklevel=2,
-        )
         jittered = matrix.clone()
         jittered.diagonal().add_(relative_jitter * scale)
         factor, info = torch.linalg.cholesky_ex(jittered)
-        relative_jitter *= 10
+        needed, relative_jitter = relative_jitter, 10 * relative_jitter
+    if needed > 0:
+        warnings.warn(
+            f"Cholesky factorization needed a jitter of {needed:.1e} of the mean diagonal.",
+            NumericalWarning,
+            stacklevel=2,
+        )
     return factor
 
 
@@ -150,7 +151,7 @@ def subspace_union(bases: Sequence[Tensor], *, rtol: float | None = None) -> Ten
 
 @dataclass(frozen=True)
 class Subspace:
-    """A proper subspace, held by an orthonormal basis of itself or of its orthogonal complement, whichever is smaller.
+    """A proper subspace, held by an orthonormal basis of itself or of its orthogonal complement.
 
     Attributes:
         basis: ``(dim, k)``, or ``None``.

@@ -48,7 +48,7 @@ OTHER_VALUES = {
         "input_energy": [-0.1, 1.1, math.nan],
         "gradient_energy": [-0.1, 1.1, math.nan],
         "rank_floor": [-0.1, 1.1, math.nan],
-        "shrinkage": [-0.1, 1.1, math.nan, "oas"],
+        "shrinkage": [-0.1, 1.1, math.nan, "oas", None, True],
         "damping": [0, -1e-6, math.nan, math.inf],
         "rank_pattern": [{"query": 0}, {"query": -1}, {"query": 2.5}, {"query": "8"}, {"query": None}],
         "allocation": ["greedy", None],
@@ -61,6 +61,21 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"^`{name}` must"):
             JactusConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor"]
+)
+@pytest.mark.parametrize("value", ["0.8", None, True], ids=repr)
+def test_what_is_no_number_is_refused_by_the_name_of_its_field(name, value):
+    with pytest.raises(TypeError, match=f"^`{name}` must be a number; got {value!r}"):
+        JactusConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [None, ["query"], 8], ids=repr)
+def test_a_rank_pattern_is_a_dict(value):
+    with pytest.raises(TypeError, match=r"^`rank_pattern` must be a dict"):
+        JactusConfig(rank_pattern=value)
 
 
 @pytest.mark.parametrize(
