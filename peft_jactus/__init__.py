@@ -7,18 +7,27 @@ from peft_jactus._registration import register as _register
 from peft_jactus._version import __version__ as __version__
 from peft_jactus.calibration import calibrate
 from peft_jactus.config import JactusConfig
+from peft_jactus.export import export_compressed
+from peft_jactus.integrity import DamagedCheckpointError
 from peft_jactus.linalg import NumericalWarning
+from peft_jactus.loading import loading_options
+from peft_jactus.low_rank import LowRankLinear, PivotedLinear
 from peft_jactus.model import JactusModel
 from peft_jactus.statistics import CalibrationStatistics
 from peft_jactus.summary import RankSummary, plot_ranks, rank_summary
 
 __all__ = [
     "CalibrationStatistics",
+    "DamagedCheckpointError",
     "JactusConfig",
     "JactusModel",
+    "LowRankLinear",
     "NumericalWarning",
+    "PivotedLinear",
     "RankSummary",
     "calibrate",
+    "export_compressed",
+    "loading_options",
     "plot_ranks",
     "rank_summary",
 ]

@@ -1,4 +1,4 @@
-"""The only writer of PEFT's registries."""
+"""The only writer of PEFT's and transformers' registries."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 
 from peft_jactus._peft_type import NAME, jactus_peft_type
 from peft_jactus.config import JactusConfig
+from peft_jactus.loading import QUANT_METHOD, CompressionConfig, JactusQuantizer
 from peft_jactus.model import JactusModel
 
 if TYPE_CHECKING:
@@ -18,11 +24,28 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Make PEFT know the tuner ``JACTUS``. Calling it again changes nothing.
+    """Make PEFT know the tuner ``JACTUS``, and transformers its checkpoints. Calling it again changes nothing.
 
-    Raises:
-        ImportError: If another package registered a PEFT method of this name.
+    An `ImportError` says if another package registered a method of this name.
     """
+    _register_tuner()
+    _register_quantizer()
+
+
+def _register_quantizer() -> None:
+    registered = AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD)
+    if registered is CompressionConfig:
+        return
+    if registered is not None:
+        raise ImportError(
+            f"transformers has a quantisation method {QUANT_METHOD} already, from {registered.__module__}. Import "
+            "either that or peft_jactus."
+        )
+    register_quantization_config(QUANT_METHOD)(CompressionConfig)
+    register_quantizer(QUANT_METHOD)(JactusQuantizer)
+
+
+def _register_tuner() -> None:
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(jactus_peft_type())
     if registered is JactusConfig:
         return

@@ -49,16 +49,6 @@ class FreedBase(nn.Module):
         del args, kwargs
         raise_base_weights_freed("run the base layer")
 
-    def dense_layer(self, weight: Tensor, bias: Tensor | None) -> nn.Linear | Conv1D:
-        """Return a plain layer of the original kind with ``weight``, as that kind stores it, and ``bias``."""
-        layer: nn.Linear | Conv1D
-        if self.is_conv1d:
-            layer = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
-        else:
-            layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        _assign(layer, weight, bias)
-        return layer
-
     def extra_repr(self) -> str:
         """Show the features."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -213,7 +203,7 @@ class JactusLayer(BaseTunerLayer):
         wide = torch.promote_types(core.dtype, torch.float32)
         weight = (left.to(wide) @ core.detach().to(wide)) @ right.to(wide).mT  # (out, in)
         weight = weight.to(left.dtype)
-        return weight.mT if self._is_conv1d() else weight
+        return weight.mT if self.is_conv1d else weight
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight less the dense one, as the base layer stores it."""
@@ -228,7 +218,9 @@ class JactusLayer(BaseTunerLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         return bias is None or torch.equal(self.jactus_bias[adapter_name], bias)
 
-    def _is_conv1d(self) -> bool:
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether the dense layer is transformers' Conv1D, which stores its weight transposed."""
         base = self.get_base_layer()
         return base.is_conv1d if isinstance(base, FreedBase) else isinstance(base, Conv1D)
 
@@ -272,7 +264,9 @@ class JactusLayer(BaseTunerLayer):
         weight = self.get_dense_weight(name)
         self._check_merged(weight, name, safe_merge=safe_merge)
         freed = cast("FreedBase", self.get_base_layer())
-        self.base_layer = freed.dense_layer(weight, self.adapter_tensors(name).get("jactus_bias"))
+        weight = weight.mT if freed.is_conv1d else weight
+        bias = self.adapter_tensors(name).get("jactus_bias")
+        self.base_layer = make_dense_layer(weight, bias, is_conv1d=freed.is_conv1d)
         self._dense_is_merged = True
         self.merged_adapters.append(name)
 
@@ -374,6 +368,19 @@ class Linear(nn.Module, JactusLayer):
 
     def __repr__(self) -> str:
         return "jactus." + super().__repr__()
+
+
+def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> nn.Linear | Conv1D:
+    """Return a plain, frozen layer with a weight ``(out, in)``, which a Conv1D stores as ``(in, out)``."""
+    out_features, in_features = weight.shape
+    layer: nn.Linear | Conv1D
+    with torch.device("meta"):
+        if is_conv1d:
+            layer = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
+        else:
+            layer = nn.Linear(in_features, out_features, bias=bias is not None)
+    _assign(layer, weight.mT if is_conv1d else weight, bias)
+    return layer
 
 
 def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:

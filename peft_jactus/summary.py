@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from peft_jactus.allocation import stored_parameters
+from peft import PeftModel
+
+from peft_jactus.allocation import stays_dense, stored_parameters
 from peft_jactus.config import JactusConfig
 from peft_jactus.layer import JactusLayer
+from peft_jactus.loading import DENSE, JactusQuantizer
+from peft_jactus.low_rank import FactorizedLinear
+from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
+
+    from peft_jactus.allocation import Storage
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class LayerRank:
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         rank: Rank of the layer; full where it stays dense.
-        num_stored: Parameters that the deployed layer stores.
+        storage: How it is stored when deployed: ``"factored"``, ``"pivoted"`` or ``"dense"``.
         energy_kept: Share of the weighted energy that is kept, in [0, 1]; ``None`` if it is not known.
     """
 
@@ -32,7 +39,7 @@ class LayerRank:
     out_features: int
     in_features: int
     rank: int
-    num_stored: int
+    storage: str
     energy_kept: float | None
 
     @property
@@ -41,24 +48,35 @@ class LayerRank:
         return self.out_features * self.in_features
 
     @property
+    def num_stored(self) -> int:
+        """Parameters that the deployed layer stores."""
+        if self.stays_dense:
+            return self.num_dense
+        return stored_parameters(self.rank, self.out_features, self.in_features, cast("Storage", self.storage))
+
+    @property
     def stays_dense(self) -> bool:
         """Whether factors don't pay, so that the layer is deployed as one weight."""
-        return self.num_stored == self.num_dense
+        return self.storage == DENSE
 
 
 @dataclass(frozen=True)
 class RankSummary:
-    """Ranks of all targeted layers of one adapter; prints as a table.
+    """Ranks of all targeted layers; prints as a table.
 
     Attributes:
         rows: One for each targeted layer, in the model's order.
-        storage: Deployed form that `num_stored` counts.
-        asked_ratio: ``retained_ratio`` of the config.
+        asked_ratio: ``retained_ratio`` of the config; ``None`` if it is not known.
     """
 
     rows: list[LayerRank]
-    storage: str
-    asked_ratio: float
+    asked_ratio: float | None
+
+    @property
+    def storage(self) -> str:
+        """Form of most factorised layers."""
+        forms = [row.storage for row in self.rows if not row.stays_dense]
+        return max(set(forms), key=forms.count) if forms else DENSE
 
     @property
     def retained_ratio(self) -> float:
@@ -80,38 +98,52 @@ class RankSummary:
         )
         lines.append(
             f"{len(self.rows)} targeted layers keep {stored:,} of {dense:,} parameters: {self.retained_ratio:.1%} "
-            f"({self.storage}), asked for {self.asked_ratio:.1%}"
+            f"({self.storage})" + ("" if self.asked_ratio is None else f", asked for {self.asked_ratio:.1%}")
         )
         return "\n".join(lines)
 
 
 def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary:
-    """Return the ranks that an adapter's layers got.
+    """Return the ranks that the targeted layers got.
 
     Args:
-        model: A `PeftModel` with a JACTUS adapter, or a transformers model that loaded one.
+        model: A `PeftModel` with a JACTUS adapter, a transformers model that loaded one, or a compressed model.
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: If the model has no such adapter.
+        ValueError: If the model has no such adapter and is not compressed.
     """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, JactusQuantizer):
+        return _summary_of_compressed(model, quantizer)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, JactusConfig):
         raise ValueError(f"`model` has no JACTUS adapter named {adapter_name!r}.")  # noqa: TRY004  # a name, no type
-    modules = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, JactusLayer)
-    }
     rows = []
-    for name, rank in config.layer_ranks.items():
+    for module_name, layer in model.named_modules():
+        name = module_name.removeprefix("base_model.model.")
+        if isinstance(layer, JactusLayer) and name in config.layer_ranks:
+            rank, shape = config.layer_ranks[name], (layer.out_features, layer.in_features)
+            storage = DENSE if stays_dense(rank, *shape, config.storage) else config.storage
+            rows.append(LayerRank(name, *shape, rank, storage, config.layer_energy.get(name)))
+    return RankSummary(rows, config.retained_ratio)
+
+
+def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> RankSummary:
+    if isinstance(model, PeftModel):  # an adapter on top
+        model = model.get_base_model()
+    modules = dict(model.named_modules())
+    rows = []
+    for name, form in quantizer.module_forms.items():
         layer = modules[name]
-        out_features, in_features = layer.out_features, layer.in_features
-        stored = stored_parameters(rank, out_features, in_features, config.storage)
-        rows.append(LayerRank(name, out_features, in_features, rank, stored, config.layer_energy.get(name)))
+        if isinstance(layer, FactorizedLinear):
+            out_features, in_features = layer.out_features, layer.in_features
+        else:
+            out_features, in_features = dense_weight(layer).shape
+        rows.append(LayerRank(name, out_features, in_features, form.rank, form.storage, form.energy_kept))
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])
-    return RankSummary(rows, config.storage, config.retained_ratio)
+    return RankSummary(rows, quantizer.quantization_config.retained_ratio)
 
 
 def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") -> Figure:

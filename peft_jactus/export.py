@@ -1,0 +1,336 @@
+"""Write what was trained as a compressed checkpoint: a normal Hub repository with no dense targeted weight in it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from huggingface_hub import HfApi
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from peft_jactus.allocation import Storage, stays_dense
+from peft_jactus.config import JactusConfig
+from peft_jactus.layer import JactusLayer, make_dense_layer
+from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
+from peft_jactus.loading import DENSE, LayerForm, attach_compression
+from peft_jactus.low_rank import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear
+from peft_jactus.model_card import write_model_card
+from peft_jactus.summary import plot_ranks, rank_summary
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+logger = logging.getLogger(__name__)
+
+# Rounding errors of a weight below this are nothing beside those of any computation with it.
+_NEGLIGIBLE_ERROR = 1e-5
+
+
+def export_compressed(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    storage: Storage | None = None,
+    dtype: torch.dtype | None = None,
+    processor: PreTrainedTokenizerBase | ProcessorMixin | Any | None = None,
+    max_shard_size: int | str = "5GB",
+    metrics: Mapping[str, float] | None = None,
+    datasets: str | list[str] | None = None,
+    overwrite: bool = False,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    progress_bar: bool = True,
+    **hub_kwargs: Any,
+) -> Path:
+    """Fold the trained cores and write a checkpoint that holds the factors, and no dense targeted weight.
+
+    ``import peft_jactus; AutoModel*.from_pretrained(save_directory)`` gives the model back. The directory appears
+    whole or not at all; ``model`` stays as it is.
+
+    Args:
+        model: A `PeftModel` with a JACTUS adapter, trained or not, or a transformers model that loaded one.
+        save_directory: Where to. Must not exist, or be empty, unless ``overwrite``.
+        storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers a layer, ``"factored"`` stores
+            ``rank * (out + in)``. Default: the form that the config's budget was reckoned in.
+        dtype: Of the checkpoint. Default: the model's. In a bfloat16 checkpoint, the parts of pivoted layers are
+            float16, which keeps them as accurate as bfloat16 factors.
+        processor: Tokenizer, image processor or processor to write beside the model.
+        max_shard_size: Largest file, as for `save_pretrained`.
+        metrics: Figures for the model card, for instance ``trainer.evaluate()``.
+        datasets: Hub names of the training data, for the model card.
+        overwrite: Replace what is in ``save_directory``.
+        push_to_hub: Upload the directory, too.
+        repo_id: Where to upload to, ``user/name``. Default: the name of ``save_directory``.
+        progress_bar: Show a bar over the layers.
+        **hub_kwargs: For `huggingface_hub.HfApi`: ``token``, ``private``, ``commit_message``, ``revision``,
+            ``create_pr``.
+
+    Returns:
+        ``save_directory``.
+
+    Raises:
+        TypeError: If the base model is not a transformers model, or ``hub_kwargs`` has an unknown name. A `ValueError`
+            says if no single JACTUS adapter is active, a weight is not finite, or ``save_directory`` holds
+            something.
+    """
+    target = Path(save_directory)
+    _check_target(target, overwrite=overwrite)
+    unknown = set(hub_kwargs) - {"token", "private", "commit_message", "revision", "create_pr"}
+    if unknown:
+        raise TypeError(f"export_compressed() got unexpected keyword arguments {sorted(unknown)}.")
+    compressed = compressed_copy(model, storage=storage, dtype=dtype, progress_bar=progress_bar)
+    with _appearing_whole(target) as folder:
+        compressed.save_pretrained(folder, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        summary = rank_summary(compressed)
+        has_plot = _save_plot(compressed, folder / "ranks.png")
+        write_model_card(
+            folder,
+            compressed.config,
+            summary,
+            metrics=metrics,
+            datasets=datasets,
+            plot="ranks.png" if has_plot else None,
+        )
+    if push_to_hub:
+        _upload(target, repo_id or target.name, **hub_kwargs)
+    return target
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"`save_directory` {target} is a file; give a directory.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"`save_directory` {target} is not empty. Give another one, or `overwrite=True`.")
+
+
+@contextmanager
+def _appearing_whole(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``target``, and move it there once everything is in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    try:
+        folder.chmod(0o755)  # as mkdir would make it; mkdtemp makes folders for one user
+        yield folder
+        if target.exists():
+            replaced = folder.with_suffix(".replaced")
+            target.rename(replaced)
+            folder.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_plot(model: nn.Module, path: Path) -> bool:
+    try:
+        plot_ranks(model).savefig(path, dpi=120)
+    except ImportError:
+        logger.info("No plot of the ranks: matplotlib is not installed.")
+        return False
+    return True
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload compressed checkpoint",
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+    )
+
+
+# -- the compressed model ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compressed_copy(
+    model: nn.Module,
+    *,
+    storage: Storage | None = None,
+    dtype: torch.dtype | None = None,
+    progress_bar: bool = False,
+) -> PreTrainedModel:
+    """Return the model with deployed layers in place of adapted ones; arguments as for `export_compressed`.
+
+    Tensors outside of the adapted layers are shared with ``model``, unless ``dtype`` changes them; ``model`` stays as
+    it is.
+
+    Raises:
+        ValueError: If ``storage`` is unknown, or as `export_compressed` says.
+    """
+    base, config, adapter_name = _adapted(model)
+    storage = config.storage if storage is None else storage
+    if storage not in FORMS:
+        raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
+    copied = _structural_copy(base)
+    dtype = copied.dtype if dtype is None else dtype
+    layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
+    forms, conv1d_layers = {}, []
+    for name, layer in tqdm(layers.items(), desc="Folding", unit="layer", disable=not progress_bar):
+        deployed = _deployed_layer(name, layer, adapter_name, storage, dtype)
+        copied.set_submodule(name, deployed)
+        kept = config.layer_energy.get(name)
+        if isinstance(deployed, FactorizedLinear):
+            forms[name] = LayerForm(deployed.storage, deployed.rank, kept)
+            conv1d_layers += [name] if layer.is_conv1d else []
+        else:
+            forms[name] = LayerForm(DENSE, min(layer.in_features, layer.out_features), kept)
+    _unwrap_trained_modules(copied)
+    _cast(copied, dtype)
+    attach_compression(
+        copied,
+        forms,
+        conv1d_layers,
+        retained_ratio=config.retained_ratio,
+        base_model=_model_name(config.base_model_name_or_path or base.config.name_or_path),
+    )
+    return copied
+
+
+def _model_name(name_or_path: str | None) -> str | None:
+    """Return a Hub name as it is, and only the last part of a local path, which means nothing to others."""
+    if not name_or_path:
+        return None
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+
+
+def _adapted(model: nn.Module) -> tuple[PreTrainedModel, JactusConfig, str]:
+    """Return the base model, the config and the name of the one active JACTUS adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not any(isinstance(module, JactusLayer) for module in base.modules()):
+        raise ValueError(
+            "`model` has no JACTUS layers. Give the model that `get_peft_model` or `PeftModel.from_pretrained` "
+            "returned; a model that is compressed already is saved with `save_pretrained`."
+        )
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"Only transformers models have compressed checkpoints; got a {type(base).__name__}. `merge_and_unload` "
+            "gives plain layers for any model."
+        )
+    adapters: Any = model.active_adapters  # a method of transformers models, a property of PEFT's
+    active: list[str] = adapters() if callable(adapters) else adapters
+    config = cast("dict[str, Any]", model.peft_config)[active[0]]
+    if len(active) != 1 or not isinstance(config, JactusConfig):
+        raise ValueError(f"One JACTUS adapter must be active; got {active}. Use `set_adapter`.")
+    return base, config, active[0]
+
+
+def _structural_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with modules of its own that shares all tensors."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for layer in model.modules():
+        if isinstance(layer, JactusLayer):  # what a merge has put aside is in no list of parameters
+            shared |= {id(tensor): tensor for pair in layer._unmerged for tensor in pair if tensor is not None}
+    copied = copy.deepcopy(model, shared)
+    remove_hook_from_module(copied, recurse=True)
+    copied._hf_peft_config_loaded = False
+    vars(copied).pop("peft_config", None)
+    return copied
+
+
+def _deployed_layer(
+    name: str, layer: JactusLayer, adapter_name: str, storage: Storage, dtype: torch.dtype
+) -> nn.Module:
+    tensors = layer.adapter_tensors(adapter_name)
+    for tensor_name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name}: `{tensor_name}` has no values in memory; load the model without offloading.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: `{tensor_name}` is not finite. The training diverged, or nothing was loaded.")
+    left, core, right = (to_decomposition_dtype(tensors[f"jactus_{part}"]) for part in ("left", "core", "right"))
+    bias = tensors.get("jactus_bias")
+    if stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
+        weight = (left @ core @ right.mT).to(tensors["jactus_left"].device, dtype)
+        return make_dense_layer(weight, None if bias is None else bias.to(dtype), is_conv1d=layer.is_conv1d)
+    deployed = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
+    if isinstance(deployed, PivotedLinear):
+        deployed = _factored_if_more_accurate(name, deployed, (left, core, right, bias), dtype)
+    return deployed.to(tensors["jactus_left"].device)
+
+
+def _factored_if_more_accurate(
+    name: str, pivoted: PivotedLinear, factors: tuple[Tensor, Tensor, Tensor, Tensor | None], dtype: torch.dtype
+) -> FactorizedLinear:
+    """Return ``pivoted``, or factors where its rounding errors are larger than those of bfloat16 factors."""
+    left, core, right, _ = factors
+    weight = left @ core @ right.mT
+
+    def error(layer: FactorizedLinear) -> float:
+        return float(torch.linalg.norm(layer.dense_weight() - weight) / torch.linalg.norm(weight))
+
+    pivoted_error = error(pivoted)
+    if pivoted_error <= _NEGLIGIBLE_ERROR or pivoted_error <= error(
+        LowRankLinear.from_factors(*factors, dtype=torch.bfloat16)
+    ):
+        return pivoted
+    factored = LowRankLinear.from_factors(*factors, dtype=dtype)
+    factored_error = error(factored)
+    if factored_error >= pivoted_error:
+        return pivoted
+    warnings.warn(
+        f"{name}: stored pivoted in {dtype}, its weight would be off by {pivoted_error:.1e}; it is stored factored, "
+        f"which takes {pivoted.rank**2:,} parameters more (error {factored_error:.1e}).",
+        NumericalWarning,
+        stacklevel=5,
+    )
+    return factored
+
+
+def _unwrap_trained_modules(model: PreTrainedModel) -> None:
+    """Put what `modules_to_save` trained in the place of its wrappers."""
+    modules = dict(model.named_modules())
+    for name, wrapper in modules.items():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            trained = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            model.set_submodule(name, trained)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what is saved outside of deployed layers another dtype, without touching tensors that are shared."""
+    casts: dict[Tensor, Tensor] = {}  # tied tensors stay tied
+
+    def cast_to_dtype(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        if tensor not in casts:
+            casts[tensor] = tensor.detach().to(dtype)
+        return casts[tensor]
+
+    deployed = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear))
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(deployed):
+            continue
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            value = cast_to_dtype(parameter)
+            if value is not parameter:
+                module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if key not in module._non_persistent_buffers_set:
+                module._buffers[key] = cast_to_dtype(buffer)

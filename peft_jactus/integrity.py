@@ -1,0 +1,212 @@
+"""Is a checkpoint the one that was saved? Headers and digests of safetensors files.
+
+Each file of a compressed checkpoint carries, in its header, a digest of every tensor of the whole checkpoint. Reading
+headers and the edges of each tensor costs next to nothing, and finds missing, exchanged and foreign tensors; reading
+everything also finds a flipped bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+METADATA_KEY = "jactus_digests"
+# In place of digests, where tensors were not at hand when the checkpoint was saved (sharded over devices).
+NOT_COMPUTED = "not computed"
+
+_EDGE_BYTES = 4096
+_EDGE_DIGEST_LENGTH = 16  # hex digits
+_HASHING_THREADS = 4  # hashlib releases the GIL
+_REMEDY = "Download or export it again."
+
+
+class DamagedCheckpointError(ValueError):
+    """A file of a checkpoint is not what was saved."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The headers of all safetensors files of a checkpoint.
+
+    Attributes:
+        entries: In which file each tensor lies, and its shape.
+        digests: Digests by tensor name, ``(edges, all bytes)``; ``None`` if they were not computed on saving.
+    """
+
+    entries: dict[str, _Entry]
+    digests: dict[str, tuple[str, str]] | None
+
+    @classmethod
+    def read(cls, paths: Sequence[str | os.PathLike[str]]) -> CheckpointFiles:
+        """Read the headers and check that they belong together.
+
+        Args:
+            paths: All files of the checkpoint.
+
+        Returns:
+            What the headers say.
+
+        Raises:
+            DamagedCheckpointError: If a file cannot be read, if files contradict each other or their index, or
+                if the tensors are not those that were saved.
+        """
+        files = [Path(path) for path in paths]
+        _check_names(files)
+        entries: dict[str, _Entry] = {}
+        digests: set[str | None] = set()
+        for file in files:
+            with _opened(file) as reader:
+                digests.add((reader.metadata() or {}).get(METADATA_KEY))
+                for name in reader.keys():  # noqa: SIM118  # not a mapping
+                    if name in entries:
+                        raise DamagedCheckpointError(f"{file} and {entries[name].file} both hold {name}. {_REMEDY}")
+                    entries[name] = _Entry(file, tuple(reader.get_slice(name).get_shape()))
+        if len(digests) != 1:
+            raise DamagedCheckpointError(
+                f"The files in {files[0].parent} are of different checkpoints: their digests differ. {_REMEDY}"
+            )
+        _check_index(files, entries)
+        checked = cls(entries, _parse_digests(digests.pop(), files[0]))
+        checked._check_tensor_names(files[0].parent)
+        return checked
+
+    def _check_tensor_names(self, folder: Path) -> None:
+        if self.digests is None:
+            return
+        missing, unknown = sorted(set(self.digests) - set(self.entries)), sorted(set(self.entries) - set(self.digests))
+        if missing or unknown:
+            raise DamagedCheckpointError(
+                f"{folder} does not hold the tensors that were saved: missing {missing[:5]}, unknown {unknown[:5]}. "
+                f"{_REMEDY}"
+            )
+
+    def check_contents(self, *, all_bytes: bool) -> None:
+        """Compare tensors with their digests.
+
+        Args:
+            all_bytes: Read everything. Default: 4 KiB at both ends of each tensor, which finds exchanged and foreign
+                tensors, but not one flipped bit.
+
+        Raises:
+            DamagedCheckpointError: Naming tensors that differ, or if there are no digests to compare ``all_bytes``
+                with.
+        """
+        if self.digests is None:
+            if all_bytes:
+                raise DamagedCheckpointError(
+                    "The checkpoint carries no digests: it was saved from a model spread over devices. Load it on one "
+                    "device and save it again."
+                )
+            return
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            differing = pool.map(lambda file: self._differing(file, all_bytes=all_bytes), self._files())
+            names = [name for found in differing for name in found]
+        if names:
+            raise DamagedCheckpointError(
+                f"{len(names)} tensors in {self._files()[0].parent} are not what was saved: {names[:5]}. {_REMEDY}"
+            )
+
+    def _files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def _differing(self, file: Path, *, all_bytes: bool) -> list[str]:
+        assert self.digests is not None
+        found = []
+        with _opened(file) as reader:
+            for name in reader.keys():  # noqa: SIM118  # not a mapping
+                edges, whole = self.digests[name]
+                tensor = reader.get_tensor(name)
+                if edges != _edge_digest(tensor) or (all_bytes and whole != _digest(tensor)):
+                    found.append(name)
+        return found
+
+
+def digest_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the header entry for a checkpoint of these tensors; all of them, also if they go to several files."""
+    digests = {name: (_edge_digest(tensor), _digest(tensor)) for name, tensor in tensors.items()}
+    return {METADATA_KEY: json.dumps(digests)}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor as safetensors stores them; without a copy where that is possible."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _edge_digest(tensor: Tensor) -> str:
+    data = _bytes_of(tensor)
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(data[:_EDGE_BYTES])
+    digest.update(data[-_EDGE_BYTES:])
+    return digest.hexdigest()[:_EDGE_DIGEST_LENGTH]
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise DamagedCheckpointError(f"{file} cannot be read as safetensors: {error}. {_REMEDY}") from error
+
+
+def _check_names(files: Sequence[Path]) -> None:
+    folders = {file.parent for file in files}
+    if len(folders) > 1:
+        raise DamagedCheckpointError(f"The checkpoint's index names files outside of its folder: {sorted(folders)}.")
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise DamagedCheckpointError(f"{file} is not a safetensors file; a compressed checkpoint has no other.")
+
+
+def _check_index(files: Sequence[Path], entries: Mapping[str, _Entry]) -> None:
+    """Compare the headers with the index beside them, if there is one."""
+    for path in sorted(files[0].parent.glob("*.safetensors.index.json")):
+        weight_map = _read_weight_map(path)
+        if not {file.name for file in files} & set(weight_map.values()):
+            continue  # another variant's
+        wrong = [name for name, file in weight_map.items() if name not in entries or entries[name].file.name != file]
+        if wrong:
+            raise DamagedCheckpointError(f"{path} does not say where these tensors are: {wrong[:5]}. {_REMEDY}")
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read as the index of a checkpoint. {_REMEDY}") from error
+
+
+def _parse_digests(text: str | None, file: Path) -> dict[str, tuple[str, str]] | None:
+    if text == NOT_COMPUTED:
+        return None
+    try:
+        digests = json.loads(text or "")
+        return {str(name): (str(edges), str(whole)) for name, (edges, whole) in digests.items()}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{file} carries no digests of its tensors in its header (`{METADATA_KEY}`), as each compressed "
+            f"checkpoint does. {_REMEDY}"
+        ) from error

@@ -1,0 +1,348 @@
+"""The deployed layers: plain modules that hold a low-rank weight in one of two forms, and how to get there.
+
+*Factored*: ``W = up @ down``, ``rank * (out + in)`` numbers. *Pivoted*: a matrix of rank r has r rows that span all
+of them, so ``W[rows] = Z`` and ``W[others] = T Z``, ``rank * (out + in - rank)`` numbers for the same function (an
+interpolative decomposition: Cheng et al., SIAM J. Sci. Comput. 26, 2005).
+
+Their parts are `torch.nn.Linear` modules, so that what works on a linear layer works on them: LoRA, quantisation,
+tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from peft_jactus.linalg import to_decomposition_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A row is exchanged as long as that makes the spanned volume this much larger; more exchanges bring little.
+_MAXVOL_TOLERANCE = 1.05
+
+
+@dataclass(frozen=True)
+class RowInterpolation:
+    """All rows of a matrix as combinations of some of them: ``A[others] = coefficients @ A[rows]``.
+
+    Attributes:
+        rows: ``(rank,)``, int64: indices of the rows that span the others.
+        others: ``(dim - rank,)``, int64, ascending.
+        coefficients: ``(dim - rank, rank)``, float64; largest absolute value close to 1.
+    """
+
+    rows: Tensor
+    others: Tensor
+    coefficients: Tensor
+
+
+def interpolate_rows(basis: Tensor) -> RowInterpolation:
+    """Choose rows of a tall matrix that span all rows well.
+
+    LU with partial pivoting chooses rows, then rows are exchanged while that makes the determinant of the chosen ones
+    at least 1.05 times as large (maxvol), which bounds the coefficients by 1.05.
+
+    Args:
+        basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
+
+    Returns:
+        The choice, on the device of ``basis``.
+
+    Raises:
+        ValueError: If ``basis`` has more columns than rows, or does not have full column rank.
+
+    References:
+        Goreinov et al., "How to find a good submatrix", 2010.
+    """
+    basis = to_decomposition_dtype(basis)
+    dim, rank = basis.shape
+    if rank > dim:
+        raise ValueError(f"`basis` must have at least as many rows as columns; got {tuple(basis.shape)=}.")
+    factors, pivots = torch.linalg.lu_factor(basis)
+    diagonal = factors.diagonal().abs()
+    if not bool(diagonal.min() > torch.finfo(torch.float64).eps * dim * diagonal.max()):
+        raise ValueError(f"`basis` must have full column rank; got a singular one with {tuple(basis.shape)=}.")
+    order = _permutation(pivots, dim)
+    lower = factors.tril(-1)
+    lower.diagonal().fill_(1.0)
+    coefficients = torch.linalg.solve_triangular(  # (dim - rank, rank)
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    _exchange_rows_(order, coefficients, rank)
+    rows, others = order[:rank], order[rank:].sort().values
+    # Once more from the matrix itself: exchanges accumulate rounding.
+    coefficients = torch.linalg.solve(basis[rows], basis[others], left=False)
+    return RowInterpolation(rows, others, coefficients)
+
+
+def _permutation(pivots: Tensor, dim: int) -> Tensor:
+    """Return the order of rows that LAPACK's row exchanges lead to."""
+    order = list(range(dim))
+    for position, pivot in enumerate(pivots.tolist()):  # counted from 1
+        order[position], order[pivot - 1] = order[pivot - 1], order[position]
+    return torch.tensor(order, device=pivots.device)
+
+
+def _exchange_rows_(order: Tensor, coefficients: Tensor, rank: int) -> None:
+    """Exchange chosen rows for others in place, while a coefficient is larger than the tolerance."""
+    for _ in range(2 * rank if coefficients.numel() else 0):  # a bound; a few dozen are usual
+        other, chosen = divmod(int(coefficients.abs().argmax()), rank)
+        pivot = coefficients[other, chosen].clone()
+        if abs(float(pivot)) <= _MAXVOL_TOLERANCE:
+            return
+        order[chosen], order[rank + other] = order[rank + other].clone(), order[chosen].clone()
+        column = coefficients[:, chosen].clone()
+        row = coefficients[other].clone()
+        row[chosen] -= 1
+        column[other] += 1  # the row that leaves becomes an "other": e_chosen in the old rows
+        coefficients.addr_(column, row, alpha=-1 / float(pivot))
+
+
+def balanced_factors(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a core into two factors of equal norm: ``left core right^T = up down``.
+
+    Args:
+        left: ``(out, rank)``, orthonormal columns.
+        core: ``(rank, rank)``.
+        right: ``(in, rank)``, orthonormal columns.
+
+    Returns:
+        ``up`` ``(out, rank)`` and ``down`` ``(rank, in)``, float64: the singular vectors, each scaled by the root of
+        its singular value.
+    """
+    left, core, right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+    vectors, singular_values, covectors = torch.linalg.svd(core)
+    roots = singular_values.sqrt()
+    return left @ (vectors * roots), (roots.unsqueeze(1) * covectors) @ right.mT
+
+
+class FactorizedLinear(nn.Module, ABC):
+    """A linear layer whose weight has low rank; ``forward`` maps ``(..., in)`` to ``(..., out)``.
+
+    Attributes:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        rank: Its rank, in [1, min(out, in)).
+        weight: One number, not used. A loader that does not know this package stops at its shape, instead of filling
+            a dense layer with random numbers; and some models read the ``dtype`` and ``device`` of a layer's weight.
+    """
+
+    storage: str
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank < min(in_features, out_features):
+            raise ValueError(
+                f"`rank` must be at least 1 and less than both features; got {rank} for {out_features} x "
+                f"{in_features}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+
+    @classmethod
+    @abstractmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> FactorizedLinear:
+        """Return a layer whose values mean nothing, for a checkpoint to fill."""
+
+    @classmethod
+    @abstractmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> FactorizedLinear:
+        """Return the layer for ``left @ core @ right.T``.
+
+        Args:
+            left: ``(out, rank)``, orthonormal columns.
+            core: ``(rank, rank)``.
+            right: ``(in, rank)``, orthonormal columns.
+            bias: ``(out,)`` or ``None``.
+            dtype: Of the model that the layer belongs to.
+        """
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+
+    def extra_repr(self) -> str:
+        """Show features and rank."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(FactorizedLinear):
+    """Two thin layers, one after the other: ``y = up(down(x))``; the bias is that of ``up``.
+
+    Args:
+        down: ``in`` to ``rank`` features, no bias.
+        up: ``rank`` to ``out`` features.
+    """
+
+    storage = "factored"
+
+    def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
+        super().__init__(down.in_features, up.out_features, down.out_features)
+        self.down = down
+        self.up = up
+        self.register_buffer("weight", up.weight.detach().new_zeros(1))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias ``(out,)``, or ``None``."""
+        return self.up.bias
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LowRankLinear:
+        """Return a layer whose values mean nothing, for a checkpoint to fill."""
+        return cls(
+            nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype),
+            nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype),
+        )
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> LowRankLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        up, down = balanced_factors(left, core, right)
+        return cls(_linear(down, None, dtype, left.device), _linear(up, bias, dtype, left.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        output: Tensor = self.up(self.down(x))
+        return output
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+        return _wide(self.up.weight) @ _wide(self.down.weight)
+
+
+class PivotedLinear(FactorizedLinear):
+    """Some outputs from the input, the others from those: ``z = rows(x)``, ``y = [z, others(z)]`` in their order.
+
+    In a bfloat16 model the two parts are float16, and so are their products: the others' coefficients combine rows
+    that are nearly dependent, which magnifies rounding two- to sixfold, and float16 rounds eightfold
+    finer at the same size and speed. Values must stay below 65,504, then.
+
+    Args:
+        rows: ``in`` to ``rank`` features, no bias.
+        others: ``rank`` to ``out - rank`` features, no bias.
+        row_index: ``(out,)``, int32: where output ``i`` stands in ``[z, others(z)]``.
+        bias: ``(out,)`` or ``None``.
+        dtype: Of the model.
+    """
+
+    storage = "pivoted"
+    row_index: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, rows: nn.Linear, others: nn.Linear, row_index: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__(rows.in_features, rows.out_features + others.out_features, rows.out_features)
+        self.rows = rows
+        self.others = others
+        self.register_buffer("row_index", row_index)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.register_buffer("weight", rows.weight.detach().new_zeros(1, dtype=dtype))
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PivotedLinear:
+        """Return a layer whose values mean nothing, for a checkpoint to fill."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        part = pivoted_dtype(dtype)
+        return cls(
+            nn.Linear(in_features, rank, bias=False, device=device, dtype=part),
+            nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=part),
+            torch.empty(out_features, device=device, dtype=torch.int32),
+            torch.empty(out_features, device=device, dtype=dtype) if bias else None,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> PivotedLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        interpolation = interpolate_rows(left)
+        wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+        rows = (wide_left[interpolation.rows] @ wide_core) @ wide_right.mT
+        position = torch.empty(left.shape[0], dtype=torch.int32, device=rows.device)
+        order = torch.cat([interpolation.rows, interpolation.others])
+        position[order] = torch.arange(len(order), dtype=torch.int32, device=rows.device)
+        part = pivoted_dtype(dtype)
+        return cls(
+            _linear(rows, None, part, left.device),
+            _linear(interpolation.coefficients, None, part, left.device),
+            position.to(left.device),
+            None if bias is None else bias.detach().to(dtype, copy=True),
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        chosen = self.rows(x.to(self.rows.weight.dtype))  # (..., rank)
+        output = torch.cat([chosen, self.others(chosen)], dim=-1)
+        output = output.index_select(-1, self.row_index).to(x.dtype)
+        return output if self.bias is None else output + self.bias
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+        rows = _wide(self.rows.weight)
+        weight: Tensor = torch.cat([rows, _wide(self.others.weight) @ rows])[self.row_index]
+        return weight
+
+
+FORMS: dict[str, type[FactorizedLinear]] = {form.storage: form for form in (LowRankLinear, PivotedLinear)}
+
+
+def pivoted_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a pivoted layer's parts in a model of ``dtype``."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """Return a linear layer with these values."""
+    out_features, in_features = weight.shape
+    layer = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(device=device, dtype=dtype).contiguous())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
+    return layer
