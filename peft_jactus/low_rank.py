@@ -1,8 +1,8 @@
 """The deployed layers: plain modules that hold a low-rank weight in one of two forms, and how to get there.
 
 *Factored*: ``W = up @ down``, ``rank * (out + in)`` numbers. *Pivoted*: a matrix of rank r has r rows that span all
-of them, so ``W[rows] = Z`` and ``W[others] = T Z``, ``rank * (out + in - rank)`` numbers for the same function (an
-interpolative decomposition: Cheng et al., SIAM J. Sci. Comput. 26, 2005).
+of them, so ``W[rows] = Z`` and ``W[others] = T Z``, ``rank * (out + in - rank)`` numbers for the same function; or the
+same with columns (an interpolative decomposition: Cheng et al., SIAM J. Sci. Comput. 26, 2005).
 
 Their parts are `torch.nn.Linear` modules, so that what works on a linear layer works on them: LoRA, quantisation,
 tensor parallelism.
@@ -242,11 +242,44 @@ class LowRankLinear(FactorizedLinear):
 
 
 class PivotedLinear(FactorizedLinear):
-    """Some outputs from the input, the others from those: ``z = rows(x)``, ``y = [z, others(z)]`` in their order.
+    """A weight of rank r as r of its rows or columns, and the coefficients that make the others from them.
 
-    In a bfloat16 model the two parts are float16, and so are their products: the others' coefficients combine rows
-    that are nearly dependent, which magnifies rounding two- to sixfold, and float16 rounds eightfold
-    finer at the same size and speed. Values must stay below 65,504, then.
+    `RowPivotedLinear` where there are fewer rows, `ColumnPivotedLinear` otherwise: that side is put in order at each
+    call, so the shorter one costs less.
+
+    In a bfloat16 model the two parts are float16, and so are their products: the coefficients combine rows that are
+    nearly dependent, which magnifies rounding two- to sixfold, and float16 rounds eightfold finer at the same
+    size and speed. Values must stay below 65,504, then.
+    """
+
+    storage = "pivoted"
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PivotedLinear:
+        """Return a layer whose values mean nothing, for a checkpoint to fill."""
+        form = RowPivotedLinear if out_features < in_features else ColumnPivotedLinear
+        return form.empty(in_features, out_features, rank, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> PivotedLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        form = RowPivotedLinear if left.shape[0] < right.shape[0] else ColumnPivotedLinear
+        return form.from_factors(left, core, right, bias, dtype=dtype)
+
+
+class RowPivotedLinear(PivotedLinear):
+    """Some outputs from the input, the others from those: ``z = rows(x)``, ``y = [z, others(z)]`` in their order.
 
     Args:
         rows: ``in`` to ``rank`` features, no bias.
@@ -256,9 +289,7 @@ class PivotedLinear(FactorizedLinear):
         dtype: Of the model.
     """
 
-    storage = "pivoted"
     row_index: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self, rows: nn.Linear, others: nn.Linear, row_index: Tensor, bias: Tensor | None, *, dtype: torch.dtype
@@ -280,34 +311,32 @@ class PivotedLinear(FactorizedLinear):
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> PivotedLinear:
+    ) -> RowPivotedLinear:
         """Return a layer whose values mean nothing, for a checkpoint to fill."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
         part = pivoted_dtype(dtype)
         return cls(
             nn.Linear(in_features, rank, bias=False, device=device, dtype=part),
             nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=part),
-            torch.empty(out_features, device=device, dtype=torch.int32),
-            torch.empty(out_features, device=device, dtype=dtype) if bias else None,
+            torch.zeros(out_features, device=device, dtype=torch.int32),
+            torch.zeros(out_features, device=device, dtype=dtype) if bias else None,
             dtype=dtype,
         )
 
     @classmethod
     def from_factors(
         cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
-    ) -> PivotedLinear:
+    ) -> RowPivotedLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
         interpolation = interpolate_rows(left)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
-        rows = (wide_left[interpolation.rows] @ wide_core) @ wide_right.mT
-        position = torch.empty(left.shape[0], dtype=torch.int32, device=rows.device)
+        rows = (wide_left[interpolation.rows] @ wide_core) @ wide_right.mT  # (rank, in)
         order = torch.cat([interpolation.rows, interpolation.others])
-        position[order] = torch.arange(len(order), dtype=torch.int32, device=rows.device)
         part = pivoted_dtype(dtype)
         return cls(
             _linear(rows, None, part, left.device),
             _linear(interpolation.coefficients, None, part, left.device),
-            position.to(left.device),
+            order.argsort().to(left.device, torch.int32),
             None if bias is None else bias.detach().to(dtype, copy=True),
             dtype=dtype,
         )
@@ -315,15 +344,92 @@ class PivotedLinear(FactorizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         chosen = self.rows(x.to(self.rows.weight.dtype))  # (..., rank)
-        output = torch.cat([chosen, self.others(chosen)], dim=-1)
-        output = output.index_select(-1, self.row_index).to(x.dtype)
-        return output if self.bias is None else output + self.bias
+        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index).to(x.dtype)
+        return output if self.bias is None else output.add_(self.bias)  # in place: one large allocation less
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""
         rows = _wide(self.rows.weight)
         weight: Tensor = torch.cat([rows, _wide(self.others.weight) @ rows])[self.row_index]
         return weight
+
+
+class ColumnPivotedLinear(PivotedLinear):
+    """Inputs that count for others are added to these first: ``y = columns(x[chosen] + others(x[rest]))``.
+
+    Args:
+        others: ``in - rank`` to ``rank`` features, no bias.
+        columns: ``rank`` to ``out`` features; its bias is the layer's.
+        column_index: ``(in,)``, int32: the chosen inputs, then the rest.
+        dtype: Of the model.
+    """
+
+    column_index: Tensor
+
+    def __init__(self, others: nn.Linear, columns: nn.Linear, column_index: Tensor, *, dtype: torch.dtype) -> None:
+        super().__init__(others.in_features + others.out_features, columns.out_features, columns.in_features)
+        self.others = others
+        self.columns = columns
+        self.register_buffer("column_index", column_index)
+        self.register_buffer("weight", columns.weight.detach().new_zeros(1, dtype=dtype))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias ``(out,)``, or ``None``."""
+        return self.columns.bias
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ColumnPivotedLinear:
+        """Return a layer whose values mean nothing, for a checkpoint to fill."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        part = pivoted_dtype(dtype)
+        return cls(
+            nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=part),
+            nn.Linear(rank, out_features, bias=bias, device=device, dtype=part),
+            torch.zeros(in_features, device=device, dtype=torch.int32),
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> ColumnPivotedLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        interpolation = interpolate_rows(right)
+        wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+        columns = wide_left @ (wide_core @ wide_right[interpolation.rows].mT)  # (out, rank)
+        order = torch.cat([interpolation.rows, interpolation.others])
+        part = pivoted_dtype(dtype)
+        return cls(
+            _linear(interpolation.coefficients.mT, None, part, left.device),
+            _linear(columns, bias, part, left.device),
+            order.to(left.device, torch.int32),
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        narrow = x.to(self.columns.weight.dtype)
+        chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
+        combined = self.others(narrow.index_select(-1, rest)).add_(narrow.index_select(-1, chosen))  # (..., rank)
+        output: Tensor = self.columns(combined)
+        return output.to(x.dtype)
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+        columns = _wide(self.columns.weight)
+        weight = torch.cat([columns, columns @ _wide(self.others.weight)], dim=1)
+        order: Tensor = self.column_index.argsort()
+        return weight[:, order]
 
 
 FORMS: dict[str, type[FactorizedLinear]] = {form.storage: form for form in (LowRankLinear, PivotedLinear)}
