@@ -1,5 +1,6 @@
 """What a result depends on, written into every result file."""
 
+import json
 import platform
 import subprocess
 from importlib.metadata import version
@@ -29,3 +30,11 @@ def environment(device="cpu"):
         "threads": torch.get_num_threads(),
         "commit": commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else ""),
     }
+
+
+def write_result(path, result):
+    """Write a result file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)

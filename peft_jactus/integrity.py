@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -41,6 +42,10 @@ class DamagedCheckpointError(ValueError):
 class _Entry:
     file: Path
     shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
+
+    def __str__(self) -> str:
+        return _described(self.shape, is_floating=self.dtype.startswith(("F", "BF")))
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class CheckpointFiles:
     """The headers of all safetensors files of a checkpoint.
 
     Attributes:
-        entries: In which file each tensor lies, and its shape.
+        entries: In which file each tensor lies, its shape and dtype.
         digests: Digests by tensor name, ``(edges, all bytes)``; ``None`` if they were not computed on saving.
     """
 
@@ -56,11 +61,14 @@ class CheckpointFiles:
     digests: dict[str, tuple[str, str]] | None
 
     @classmethod
-    def read(cls, paths: Sequence[str | os.PathLike[str]]) -> CheckpointFiles:
+    def read(
+        cls, paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] | None = None
+    ) -> CheckpointFiles:
         """Read the headers and check that they belong together.
 
         Args:
             paths: All files of the checkpoint.
+            folder: Where they must be, if it is a directory.
 
         Returns:
             What the headers say.
@@ -70,7 +78,7 @@ class CheckpointFiles:
                 if the tensors are not those that were saved.
         """
         files = [Path(path) for path in paths]
-        _check_names(files)
+        _check_names(files, None if folder is None else Path(folder))
         entries: dict[str, _Entry] = {}
         digests: set[str | None] = set()
         for file in files:
@@ -79,7 +87,8 @@ class CheckpointFiles:
                 for name in reader.keys():  # noqa: SIM118  # not a mapping
                     if name in entries:
                         raise DamagedCheckpointError(f"{file} and {entries[name].file} both hold {name}. {_REMEDY}")
-                    entries[name] = _Entry(file, tuple(reader.get_slice(name).get_shape()))
+                    part = reader.get_slice(name)
+                    entries[name] = _Entry(file, tuple(part.get_shape()), part.get_dtype())
         if len(digests) != 1:
             raise DamagedCheckpointError(
                 f"The files in {files[0].parent} are of different checkpoints: their digests differ. {_REMEDY}"
@@ -97,6 +106,49 @@ class CheckpointFiles:
             raise DamagedCheckpointError(
                 f"{folder} does not hold the tensors that were saved: missing {missing[:5]}, unknown {unknown[:5]}. "
                 f"{_REMEDY}"
+            )
+
+    def check_layer_names(self, names: Collection[str]) -> None:
+        """Check that each of the layers in ``config.json`` has tensors, and each factorised layer is one of them.
+
+        Args:
+            names: Of the layers that ``config.json`` lists.
+
+        Raises:
+            DamagedCheckpointError: Naming the layers for which this does not hold.
+        """
+        suffix = ".weight"
+        weights = {name.removesuffix(suffix): entry for name, entry in self.entries.items() if name.endswith(suffix)}
+        with_parts = {name.rpartition(".")[0] for name in weights}
+        # The weight of a factorised layer is one number beside its parts.
+        factorised = {name for name, entry in weights.items() if entry.shape == (1,) and name in with_parts}
+        missing, unlisted = sorted(set(names) - set(weights)), sorted(factorised - set(names))
+        if missing or unlisted:
+            raise DamagedCheckpointError(
+                f"config.json: `quantization_config.layers` lists {missing[:5]}, which the checkpoint does not hold, "
+                f"or does not list {unlisted[:5]}, which it holds factorised. {_REMEDY}"
+            )
+
+    def check_layer(self, name: str, tensors: Mapping[str, Tensor], description: str) -> None:
+        """Check shapes, and what is a floating point number.
+
+        Args:
+            name: Of a layer in the checkpoint.
+            tensors: What it must hold, by the name inside of the layer; may be on the meta device.
+            description: What ``config.json`` says about the layer.
+
+        Raises:
+            DamagedCheckpointError: If the layer has other tensors.
+        """
+        expected = {
+            f"{name}.{key}": _described(tensor.shape, is_floating=tensor.is_floating_point())
+            for key, tensor in tensors.items()
+        }
+        found = {key: str(entry) for key, entry in self.entries.items() if key.startswith(f"{name}.")}
+        if expected != found:
+            raise DamagedCheckpointError(
+                f"{name}: config.json describes a {description}, with tensors {expected}; the checkpoint holds "
+                f"{found}. {_REMEDY}"
             )
 
     def check_contents(self, *, all_bytes: bool) -> None:
@@ -146,6 +198,11 @@ def digest_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {METADATA_KEY: json.dumps(digests)}
 
 
+def _described(shape: Sequence[int], *, is_floating: bool) -> str:
+    """Return what a tensor must be, for comparisons and messages: its precision may differ."""
+    return f"{'floating' if is_floating else 'integer'} {list(shape)}"
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor as safetensors stores them; without a copy where that is possible."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -164,20 +221,32 @@ def _edge_digest(tensor: Tensor) -> str:
     return digest.hexdigest()[:_EDGE_DIGEST_LENGTH]
 
 
-def _opened(file: Path) -> safe_open:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as reader:
+            yield reader
     except (SafetensorError, OSError) as error:
         raise DamagedCheckpointError(f"{file} cannot be read as safetensors: {error}. {_REMEDY}") from error
 
 
-def _check_names(files: Sequence[Path]) -> None:
-    folders = {file.parent for file in files}
-    if len(folders) > 1:
-        raise DamagedCheckpointError(f"The checkpoint's index names files outside of its folder: {sorted(folders)}.")
+def _check_names(files: Sequence[Path], folder: Path | None) -> None:
+    is_outside = len({file.parent for file in files}) > 1
+    if folder is not None and folder.is_dir():
+        is_outside |= any(not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts for file in files)
+    if is_outside:
+        raise DamagedCheckpointError(
+            f"The checkpoint's index names files outside of its folder: {sorted(map(str, files))[:5]}."
+        )
     for file in files:
         if file.suffix != ".safetensors":
             raise DamagedCheckpointError(f"{file} is not a safetensors file; a compressed checkpoint has no other.")
+
+
+def check_index(folder: str | os.PathLike[str]) -> None:
+    """Check the form of the index in ``folder``, if there is one; a `DamagedCheckpointError` says what is wrong."""
+    for path in Path(folder).glob("*.safetensors.index.json"):
+        _read_weight_map(path)
 
 
 def _check_index(files: Sequence[Path], entries: Mapping[str, _Entry]) -> None:
@@ -193,10 +262,20 @@ def _check_index(files: Sequence[Path], entries: Mapping[str, _Entry]) -> None:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map, metadata = index["weight_map"], index["metadata"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read as the index of a checkpoint. {_REMEDY}") from error
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+        or not isinstance(metadata, dict)
+    ):
+        raise DamagedCheckpointError(
+            f"{path} must have `metadata`, and `weight_map` with the file of each tensor. {_REMEDY}"
+        )
+    return weight_map
 
 
 def _parse_digests(text: str | None, file: Path) -> dict[str, tuple[str, str]] | None:

@@ -6,126 +6,37 @@ factorised layers, and the quantizer puts them into the empty model before the t
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peft_jactus._version import __version__
-from peft_jactus.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, DamagedCheckpointError, digest_metadata
+from peft_jactus.checkpoint_names import Renaming, checkpoint_names, without_numbers
+from peft_jactus.compression_config import DENSE, QUANT_METHOD, CompressionConfig, LayerForm
+from peft_jactus.integrity import (
+    METADATA_KEY,
+    NOT_COMPUTED,
+    CheckpointFiles,
+    DamagedCheckpointError,
+    check_index,
+    digest_metadata,
+)
 from peft_jactus.layer import make_dense_layer
-from peft_jactus.low_rank import FORMS, FactorizedLinear
+from peft_jactus.low_rank import FORMS, FactorizedLinear, PivotedLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
-
-QUANT_METHOD = "jactus"
-FORMAT_VERSION = 1
-DENSE = "dense"  # storage of a targeted layer for which factors don't pay
-
-
-@dataclass(frozen=True)
-class LayerForm:
-    """How one targeted layer is stored.
-
-    Attributes:
-        storage: ``"factored"``, ``"pivoted"``, or ``"dense"``: a plain layer, because factors don't pay.
-        rank: Its rank; full for a dense one.
-        energy_kept: Share of the weighted energy that the rank keeps, in [0, 1]; ``None`` if it is not known.
-    """
-
-    storage: str
-    rank: int
-    energy_kept: float | None = None
-
-    @classmethod
-    def parse(cls, name: str, values: object) -> LayerForm:
-        """Return the form that a ``config.json`` gives to a layer; a `ValueError` says what is wrong with it."""
-        where = f"config.json: `quantization_config.layers[{name!r}]`"
-        if not isinstance(values, dict) or not {"storage", "rank"} <= set(values) <= {
-            "storage",
-            "rank",
-            "energy_kept",
-        }:
-            raise ValueError(f"{where} must have `storage`, `rank` and perhaps `energy_kept`; got {values!r:.200}.")
-        form = cls(**values)
-        if form.storage not in (*FORMS, DENSE):
-            raise ValueError(f"{where}: `storage` must be one of {(*FORMS, DENSE)}; got {form.storage!r:.200}.")
-        if type(form.rank) is not int or form.rank < 1:  # JSON also has booleans and floats
-            raise ValueError(f"{where}: `rank` must be a positive integer; got {form.rank!r:.200}.")
-        return form
-
-
-class CompressionConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a compressed checkpoint.
-
-    Args:
-        layers: `LayerForm`, or its JSON, of each targeted layer, by the name of the layer in the checkpoint's files.
-        format_version: Of this format.
-        retained_ratio: Share of the targeted parameters that was asked for.
-        base_model: Name or path of the model that was compressed.
-        peft_jactus_version: Package that wrote the checkpoint.
-        transformers_version: Package that the checkpoint was written with.
-        quant_method: ``"jactus"``.
-
-    Raises:
-        ValueError: If a value is not what this package writes.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, Any] | None = None,
-        *,
-        format_version: int = FORMAT_VERSION,
-        retained_ratio: float | None = None,
-        base_model: str | None = None,
-        peft_jactus_version: str = __version__,
-        transformers_version: str = transformers.__version__,
-        quant_method: str = QUANT_METHOD,
-        **unknown: Any,
-    ) -> None:
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint has format version {format_version!r:.200} (written by peft-jactus "
-                f"{peft_jactus_version!r:.200}); this is peft-jactus {__version__}, which reads version "
-                f"{FORMAT_VERSION}. Upgrade peft-jactus."
-            )
-        if quant_method != QUANT_METHOD or unknown:
-            raise ValueError(f"config.json: `quantization_config` has fields that it cannot have: {sorted(unknown)}.")
-        if not isinstance(layers, dict) or not layers:
-            raise ValueError("config.json: `quantization_config.layers` must say how each layer is stored.")
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
-        self.format_version = format_version
-        self.layers = {
-            name: form if isinstance(form, LayerForm) else LayerForm.parse(name, form) for name, form in layers.items()
-        }
-        self.retained_ratio = retained_ratio
-        self.base_model = base_model
-        self.peft_jactus_version = peft_jactus_version
-        self.transformers_version = transformers_version
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what goes into ``config.json``."""
-        return {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -175,51 +86,71 @@ class JactusQuantizer(HfQuantizer):
 
     # -- loading ------------------------------------------------------------------------------------------
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Check the index of a local checkpoint: this is the last call before transformers reads it."""
+        if config.name_or_path:
+            check_index(config.name_or_path)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         del kwargs
         files = None
         if checkpoint_files is not None:
-            files = CheckpointFiles.read(checkpoint_files)
+            files = CheckpointFiles.read(checkpoint_files, model.config.name_or_path)
             files.check_contents(all_bytes=self.options.verify)
-        renamed = _Renaming(model)
+            files.check_layer_names(self.quantization_config.layers)
+        renamed = Renaming(model)
         layers = {name: renamed(name) for name in self.quantization_config.layers}
-        unknown = [name for name, module_name in layers.items() if module_name is None]
-        if unknown and files is not None and renamed.without_tensors(files.entries):
-            raise ValueError(
-                f"{type(model).__name__} has no layers {unknown[:5]}, which the checkpoint holds, and has layers that "
-                "the checkpoint does not hold. Load it with the class it was made for (`architectures` in "
-                "config.json), or with the version of transformers that it was written with: "
-                f"{self.quantization_config.transformers_version}."
-            )
+        if files is not None:
+            self._check_class(model, layers, renamed.without_tensors(files.entries))
         for name, module_name in layers.items():
             form = self.quantization_config.layers[name]
             if module_name is None:
                 continue
             self.module_forms[module_name] = form
-            if form.storage == DENSE:
-                continue
             layer = self._empty_layer(model.get_submodule(module_name), module_name, form)
             if files is not None:
-                _check_shapes(name, layer, files)
+                files.check_layer(name, layer.state_dict(), f"{form.storage} layer of rank {form.rank}")
             model.set_submodule(module_name, layer)
         return model
 
-    def _empty_layer(self, dense: nn.Module, module_name: str, form: LayerForm) -> FactorizedLinear:
+    def _check_class(
+        self, model: PreTrainedModel, layers: Mapping[str, str | None], without_tensors: Sequence[str]
+    ) -> None:
+        unknown = [name for name, module_name in layers.items() if module_name is None]
+        is_other_class = unknown and any(name.startswith(f"{model.base_model_prefix}.") for name in without_tensors)
+        # The blocks of a stack differ in a number alone: here some have no place, or no tensors.
+        known = {without_numbers(name) for pair in layers.items() if pair[1] is not None for name in pair if name}
+        is_other_depth = any(without_numbers(name) in known for name in (*unknown, *without_tensors))
+        if is_other_class or is_other_depth:
+            raise ValueError(
+                f"{type(model).__name__} has no layers {unknown[:5]}, which the checkpoint holds, or has layers that "
+                f"the checkpoint does not hold: {without_tensors[:5]}. Load it with the class it was made for "
+                "(`architectures` in config.json), at its depth, with the version of transformers that it was "
+                f"written with: {self.quantization_config.transformers_version}."
+            )
+
+    def _empty_layer(self, dense: nn.Module, module_name: str, form: LayerForm) -> nn.Module:
         if isinstance(dense, Conv1D):
-            self.conv1d_layers.add(module_name)
             in_features, out_features = dense.weight.shape
         elif isinstance(dense, nn.Linear):
             out_features, in_features = dense.weight.shape
         else:
             raise DamagedCheckpointError(
-                f"config.json lists {module_name} as a factorised layer; in this model it is a {type(dense).__name__}."
+                f"config.json lists {module_name} as a linear layer; in this model it is a {type(dense).__name__}."
             )
-        if form.rank >= min(in_features, out_features):
+        full_rank, is_dense = min(in_features, out_features), form.storage == DENSE
+        if form.rank > full_rank or is_dense != (form.rank == full_rank):
             raise DamagedCheckpointError(
-                f"config.json gives {module_name} rank {form.rank}; its weight is {out_features} x {in_features}."
+                f"config.json gives the {form.storage} {module_name} rank {form.rank}; its weight is {out_features} x "
+                f"{in_features}."
             )
+        if is_dense:
+            return dense
+        if isinstance(dense, Conv1D):
+            self.conv1d_layers.add(module_name)
         return FORMS[form.storage].empty(
             in_features,
             out_features,
@@ -231,6 +162,9 @@ class JactusQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         del kwargs
+        for name, layer in model.named_modules():
+            if isinstance(layer, PivotedLinear):
+                _check_index_tensors(name, layer)
         if self.options.dense:
             self._dequantize(model)
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
@@ -256,10 +190,14 @@ class JactusQuantizer(HfQuantizer):
     # -- saving -------------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Return the digests of the tensors as `save_pretrained` is about to write them."""
+        """Return the digests of what `save_pretrained` is about to write, and name the layers in config.json alike."""
         tensors = model.state_dict()
         if any(tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors.values()):
             return None, {METADATA_KEY: NOT_COMPUTED}
+        if not model._hf_peft_config_loaded:
+            # Not those of the checkpoint that was loaded, if that was of another class, with or without a head.
+            names = checkpoint_names(model, self.module_forms)
+            self.quantization_config.layers = {names[name]: form for name, form in self.module_forms.items()}
         tensors = {name: t for name, t in tensors.items() if name not in (model._keys_to_ignore_on_save or ())}
         tensors = remove_tied_weights_from_state_dict(tensors, model)
         return None, digest_metadata(revert_weight_conversion(model, tensors))
@@ -282,57 +220,6 @@ class JactusQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """That `torch.compile` works."""
         return True
-
-
-class _Renaming:
-    """Where transformers puts the tensors of a checkpoint: some families are stored under older names."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        conversions = get_model_conversion_mapping(model)
-        self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-        self._converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._tensors = model.state_dict()
-        self._modules = dict(model.named_modules())
-
-    def __call__(self, checkpoint_name: str) -> str | None:
-        """Return the name of the module, ``None`` if this model has none of that name."""
-        name = self._key(f"{checkpoint_name}.weight").removesuffix(".weight")
-        return name if name in self._modules else None
-
-    def _key(self, key: str) -> str:
-        key, _ = rename_source_key(key, self._renamings, self._converters, self._prefix, self._tensors)
-        return key
-
-    def without_tensors(self, keys: Iterable[str]) -> list[str]:
-        """Return the linear layers of the model's body whose weight is not among a checkpoint's tensors."""
-        found = {self._key(key) for key in keys}
-        return [
-            name
-            for name, module in self._modules.items()
-            if name.startswith(f"{self._prefix}.")
-            and isinstance(module, (nn.Linear, Conv1D))
-            and f"{name}.weight" not in found
-        ]
-
-
-def checkpoint_names(model: PreTrainedModel, module_names: Iterable[str]) -> dict[str, str]:
-    """Return under which names `save_pretrained` writes modules.
-
-    Raises:
-        ValueError: If a module's weight is not written by itself.
-    """
-    weights = {f"{name}.weight": cast("Tensor", model.get_submodule(name).weight) for name in module_names}
-    written = {tensor.data_ptr(): key for key, tensor in revert_weight_conversion(model, weights).items()}
-    names = {}
-    for key, tensor in weights.items():
-        if not written.get(tensor.data_ptr(), "").endswith(".weight"):
-            raise ValueError(
-                f"{key}: transformers stores this weight merged with others, so that its layer has no factors of its "
-                "own in a checkpoint. Add the layer to `exclude_modules`."
-            )
-        names[key.removesuffix(".weight")] = written[tensor.data_ptr()].removesuffix(".weight")
-    return names
 
 
 def attach_compression(
@@ -369,11 +256,13 @@ def _set_attributes(model: PreTrainedModel, **values: object) -> None:
         setattr(model, name, value)
 
 
-def _check_shapes(name: str, layer: FactorizedLinear, files: CheckpointFiles) -> None:
-    expected = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
-    found = {key: entry.shape for key, entry in files.entries.items() if re.match(rf"{re.escape(name)}\.", key)}
-    if expected != found:
-        raise DamagedCheckpointError(
-            f"{name}: config.json describes a {layer.storage} layer of rank {layer.rank}, with tensors {expected}; "
-            f"the checkpoint holds {found}. Download or export it again."
-        )
+def _check_index_tensors(name: str, layer: PivotedLinear) -> None:
+    """Check that nothing is read beside a tensor: `index_select` on a GPU would not raise an error."""
+    for key, index in layer.named_buffers(recurse=False):
+        if not key.endswith("_index") or index.is_meta:
+            continue
+        order = torch.arange(len(index), dtype=torch.int32, device=index.device)
+        if index.dtype != order.dtype or not torch.equal(index.sort().values, order):
+            raise DamagedCheckpointError(
+                f"{name}.{key} must hold each of 0 to {len(index) - 1} once. Download or export the checkpoint again."
+            )

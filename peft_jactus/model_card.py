@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from peft_jactus.loading import CompressionConfig
+    from peft_jactus.compression_config import CompressionConfig
     from peft_jactus.summary import RankSummary
 
 

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, cast
 from peft import PeftModel
 
 from peft_jactus.allocation import stays_dense, stored_parameters
+from peft_jactus.compression_config import DENSE
 from peft_jactus.config import JactusConfig
+from peft_jactus.integrity import DamagedCheckpointError
 from peft_jactus.layer import JactusLayer
-from peft_jactus.loading import DENSE, JactusQuantizer
+from peft_jactus.loading import JactusQuantizer
 from peft_jactus.low_rank import FactorizedLinear
 from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.figure import Figure
     from torch import nn
 
     from peft_jactus.allocation import Storage
+    from peft_jactus.compression_config import CompressionConfig, LayerForm
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,80 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])
     return RankSummary(rows, quantizer.quantization_config.retained_ratio)
+
+
+def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:
+    """Return the ranks of a compressed checkpoint from its headers alone.
+
+    A `DamagedCheckpointError` says if it does not hold the layers that ``config.json`` describes.
+
+    Args:
+        compression: The ``quantization_config`` of its ``config.json``.
+        shapes: Of all its tensors, by name.
+    """
+    rows = [
+        LayerRank(name, *_stored_features(name, form, shapes), form.rank, form.storage, form.energy_kept)
+        for name, form in sorted(compression.layers.items(), key=lambda item: _with_numbers(item[0]))
+    ]
+    return RankSummary(rows, compression.retained_ratio)
+
+
+def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:
+    """Return the ranks of a saved adapter from its headers alone.
+
+    Args:
+        config: Its ``adapter_config.json``.
+        shapes: Of all its tensors, by name.
+
+    Raises:
+        ValueError: If the file does not hold the layers that the config describes.
+    """
+    rows = []
+    for name, rank in sorted(config.layer_ranks.items(), key=lambda item: _with_numbers(item[0])):
+        left, right = (shapes.get(f"base_model.model.{name}.jactus_{side}", ()) for side in ("left", "right"))
+        if len(left) != 2 or len(right) != 2 or {left[1], right[1]} != {rank}:
+            raise ValueError(
+                f"{name}: adapter_config.json gives it rank {rank}; the adapter's file holds bases of {left} and "
+                f"{right}. It is damaged; save it again."
+            )
+        features = (left[0], right[0])
+        storage = DENSE if stays_dense(rank, *features, config.storage) else config.storage
+        rows.append(LayerRank(name, *features, rank, storage, config.layer_energy.get(name)))
+    if not rows:
+        raise ValueError(
+            "adapter_config.json has no `layer_ranks`: this is not an adapter that `get_peft_model` made."
+        )
+    return RankSummary(rows, config.retained_ratio)
+
+
+def _stored_features(name: str, form: LayerForm, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return (out, in) of a layer, from the shapes of its parts in a checkpoint."""
+    parts = {key.removeprefix(f"{name}."): shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
+    try:
+        if form.storage == DENSE:
+            out_features, in_features = parts["weight"]
+            # Conv1D stores its weight transposed; it always has a bias.
+            is_transposed = parts.get("bias", (out_features,)) != (out_features,)
+            features = (in_features, out_features) if is_transposed else (out_features, in_features)
+        elif form.storage == "factored":
+            features = (parts["up.weight"][0], parts["down.weight"][1])
+        elif "rows.weight" in parts:
+            features = (parts["rows.weight"][0] + parts["others.weight"][0], parts["rows.weight"][1])
+        else:
+            features = (parts["columns.weight"][0], parts["columns.weight"][1] + parts["others.weight"][1])
+    except (KeyError, IndexError, ValueError):
+        features = (0, 0)
+    if form.rank > min(features):
+        raise DamagedCheckpointError(
+            f"{name}: config.json describes a {form.storage} layer of rank {form.rank}; the checkpoint holds {parts}. "
+            "Download or export it again."
+        )
+    return features
+
+
+def _with_numbers(name: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts block 10 after block 9."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") -> Figure:

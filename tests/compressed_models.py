@@ -39,6 +39,38 @@ def tiny_gpt2(*, seed=0, dtype=torch.float32):
     return _build(transformers.GPT2LMHeadModel, config, seed, dtype)
 
 
+def tiny_vit(*, seed=0, dtype=torch.float32):
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return _build(transformers.ViTForImageClassification, config, seed, dtype)
+
+
+def tiny_t5(*, seed=0, dtype=torch.float32):
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return _build(transformers.T5ForConditionalGeneration, config, seed, dtype)
+
+
 def _build(cls, config, seed, dtype):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -66,14 +98,42 @@ def causal_batches(num_batches=4, batch_size=4, length=12, *, seed=0):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def image_batches(num_batches=4, batch_size=4, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_batches):
+        yield {
+            "pixel_values": torch.randn(batch_size, 3, 8, 8, generator=generator),
+            "labels": torch.randint(0, 3, (batch_size,), generator=generator),
+        }
+
+
+def translation_batches(num_batches=4, batch_size=4, length=8, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_batches):
+        ids, labels = torch.randint(2, VOCABULARY, (2, batch_size, length), generator=generator)
+        decoder_ids = torch.cat([torch.zeros(batch_size, 1, dtype=torch.long), labels[:, :-1]], dim=1)
+        mask = torch.ones_like(ids)
+        yield {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids, "labels": labels}
+
+
 def batches_for(model, **kwargs):
-    classifies = isinstance(model, transformers.BertForSequenceClassification)
-    return list((classification_batches if classifies else causal_batches)(**kwargs))
+    make = {
+        transformers.BertForSequenceClassification: classification_batches,
+        transformers.ViTForImageClassification: image_batches,
+        transformers.T5ForConditionalGeneration: translation_batches,
+    }
+    return list(make.get(type(model), causal_batches)(**kwargs))
 
 
 def jactus_config(model, **fields):
-    task = "SEQ_CLS" if isinstance(model, transformers.BertForSequenceClassification) else "CAUSAL_LM"
-    return JactusConfig(task_type=task, target_modules="all-linear", **{"retained_ratio": 0.6, **fields})
+    tasks = {
+        transformers.BertForSequenceClassification: {"task_type": "SEQ_CLS"},
+        # PEFT has no task type for images: the head is named.
+        transformers.ViTForImageClassification: {"exclude_modules": ["classifier"], "modules_to_save": ["classifier"]},
+        transformers.T5ForConditionalGeneration: {"task_type": "SEQ_2_SEQ_LM"},
+    }
+    task = tasks.get(type(model), {"task_type": "CAUSAL_LM"})
+    return JactusConfig(**{"target_modules": "all-linear", "retained_ratio": 0.6, **task, **fields})
 
 
 def compressed(model, **fields):

@@ -18,7 +18,9 @@ NUMERICS = (
     "decomposition",
     "allocation",
     "factorization",
+    "interpolation",
     "low_rank",
+    "benchmarking",
 )
 ORDER = (
     *NUMERICS,
@@ -30,10 +32,13 @@ ORDER = (
     "layer",
     "model",
     "integrity",
+    "compression_config",
+    "checkpoint_names",
     "loading",
     "summary",
     "model_card",
     "export",
+    "remote_code",
     "parse",
     "cli",
     "_registration",

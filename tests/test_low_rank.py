@@ -1,0 +1,388 @@
+"""The deployed layers against dense products in float64, and what tools for PyTorch models make of them."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from peft_jactus import LowRankLinear, PivotedLinear
+from peft_jactus.allocation import stays_dense, stored_parameters
+from peft_jactus.interpolation import interpolate_rows
+from peft_jactus.low_rank import FORMS, ColumnPivotedLinear, FactorizedLinear, RowPivotedLinear, balanced_factors
+from tests.strategies import dims, orthonormal, randn, random_orthonormal, seeds, spectra, weights
+
+FLOAT64 = 1e-12
+FLOAT32 = 2e-6
+LARGEST_COEFFICIENT = 1.05
+# Exchanges stop on coefficients that rounding has touched; they are then computed once more.
+ROUNDING = 1e-9
+SHAPES = [(7, 12), (12, 7), (9, 9), (2, 5), (5, 2), (2, 2)]
+KINDS = [LowRankLinear, RowPivotedLinear, ColumnPivotedLinear]
+
+
+def relative_error(actual, expected):
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+# -- interpolation ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def tall_bases(draw):
+    """Orthonormal columns, rows of any size, repeated rows; and the same without orthonormal columns."""
+    dim = draw(dims)
+    rank = draw(st.integers(1, dim))
+    spread = draw(st.integers(0, 6))
+    scales = torch.logspace(0, -spread, dim, dtype=torch.float64)[draw(st.permutations(range(dim)))]
+    basis = scales[:, None] * randn(draw(seeds), dim, rank)
+    if dim > rank and draw(st.booleans()):
+        basis[draw(st.integers(0, dim - 1))] = basis[draw(st.integers(0, dim - 1))]
+    orthonormal_columns = torch.linalg.qr(basis).Q
+    return orthonormal_columns if draw(st.booleans()) else basis
+
+
+@given(basis=tall_bases())
+def test_chosen_rows_give_the_others_with_small_coefficients(basis):
+    try:
+        found = interpolate_rows(basis)
+    except ValueError:
+        assert torch.linalg.matrix_rank(basis, rtol=1e-9) < basis.shape[1]
+        return
+    dim, rank = basis.shape
+    assert sorted(torch.cat([found.rows, found.others]).tolist()) == list(range(dim))
+    assert found.others.tolist() == sorted(found.others.tolist())
+    assert found.rows.shape == (rank,)
+    assert found.coefficients.shape == (dim - rank, rank)
+    assert found.coefficients.dtype == torch.float64
+    assert bool((found.coefficients.abs() <= LARGEST_COEFFICIENT + ROUNDING).all())
+    torch.testing.assert_close(
+        found.coefficients @ basis[found.rows], basis[found.others], rtol=0, atol=FLOAT64 * float(basis.abs().max())
+    )
+
+
+@given(seed=seeds, rank=st.integers(1, 4), num_others=st.integers(1, 4))
+def test_no_exchange_of_two_rows_spans_a_larger_volume_by_more_than_the_tolerance(seed, rank, num_others):
+    basis = random_orthonormal(seed, rank + num_others, rank)
+    found = interpolate_rows(basis)
+    volume = torch.linalg.det(basis[found.rows]).abs()
+    for position, other in itertools.product(range(rank), found.others):
+        exchanged = found.rows.clone()
+        exchanged[position] = other
+        assert torch.linalg.det(basis[exchanged]).abs() <= (LARGEST_COEFFICIENT + ROUNDING) * volume
+
+
+def test_volume_is_close_to_the_largest_of_all_choices():
+    basis = random_orthonormal(0, 9, 4)
+    volumes = [torch.linalg.det(basis[list(rows)]).abs() for rows in itertools.combinations(range(9), 4)]
+    chosen = torch.linalg.det(basis[interpolate_rows(basis).rows]).abs()
+    assert chosen >= 0.5 * max(volumes)
+
+
+def test_exchanges_bring_a_large_basis_below_the_tolerance():
+    basis = random_orthonormal(1, 400, 150)
+    pivots = torch.linalg.lu(basis)[0].mT @ basis
+    without = torch.linalg.solve(pivots[:150], pivots[150:], left=False)
+    assert without.abs().max() > 1.2 * LARGEST_COEFFICIENT
+    assert interpolate_rows(basis).coefficients.abs().max() <= LARGEST_COEFFICIENT + ROUNDING
+
+
+@given(seed=seeds, dim=dims)
+def test_a_square_basis_has_no_others(seed, dim):
+    found = interpolate_rows(random_orthonormal(seed, dim, dim))
+    assert sorted(found.rows.tolist()) == list(range(dim))
+    assert found.coefficients.shape == (0, dim)
+
+
+def test_one_column_is_spanned_by_its_largest_entry():
+    column = torch.tensor([[1.0], [-4.0], [0.0], [2.0]])
+    found = interpolate_rows(column)
+    assert found.rows.tolist() == [1]
+    assert found.coefficients.flatten().tolist() == [-0.25, 0.0, -0.5]
+
+
+def test_a_wide_basis_is_refused():
+    with pytest.raises(ValueError, match="at least as many rows as columns"):
+        interpolate_rows(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "basis",
+    [
+        torch.zeros(4, 2),
+        torch.ones(4, 2),
+        torch.eye(5, 3) @ torch.diag(torch.tensor([1.0, 1.0, 0.0])),
+        torch.full((4, 2), torch.nan),
+    ],
+    ids=["zero", "equal columns", "zero column", "nan"],
+)
+def test_a_basis_without_full_column_rank_is_refused(basis):
+    with pytest.raises(ValueError, match="full column rank"):
+        interpolate_rows(basis)
+
+
+# -- balanced factors -------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), out_features=dims, in_features=dims)
+def test_factors_have_equal_norms_and_the_product_of_the_core(data, out_features, in_features):
+    rank = data.draw(st.integers(1, min(out_features, in_features)))
+    left = random_orthonormal(data.draw(seeds), out_features, rank)
+    right = random_orthonormal(data.draw(seeds), in_features, rank)
+    core = data.draw(weights(rank, rank))
+    up, down = balanced_factors(left, core, right)
+    assert up.shape == (out_features, rank)
+    assert down.shape == (rank, in_features)
+    torch.testing.assert_close(up @ down, left @ core @ right.mT, rtol=0, atol=FLOAT64)
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=0, atol=FLOAT64)
+
+
+def test_factors_are_float64_whatever_comes_in():
+    up, down = balanced_factors(*(torch.eye(3, 2, dtype=torch.bfloat16)[: 2 if core else 3] for core in (0, 1, 0)))
+    assert up.dtype == down.dtype == torch.float64
+
+
+# -- layers -----------------------------------------------------------------------------------------------
+
+
+def factors_for(out_features, in_features, rank, *, seed=0, exponent=2):
+    """Return left, core, right and bias as a trained adapter has them."""
+    left = random_orthonormal(seed, out_features, rank)
+    right = random_orthonormal(seed + 1, in_features, rank)
+    singular_values = torch.logspace(0, -exponent, rank, dtype=torch.float64)
+    core = random_orthonormal(seed + 2, rank, rank) * singular_values @ random_orthonormal(seed + 3, rank, rank)
+    return left, core, right, randn(seed + 4, out_features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
+@given(data=st.data(), out_features=st.integers(2, 12), in_features=st.integers(2, 12), has_bias=st.booleans())
+def test_output_is_that_of_the_dense_weight(kind, dtype, tolerance, data, out_features, in_features, has_bias):
+    rank = data.draw(st.integers(1, min(out_features, in_features) - 1))
+    left = data.draw(orthonormal(out_features, min_columns=rank))[:, :rank]
+    right = data.draw(orthonormal(in_features, min_columns=rank))[:, :rank]
+    core = data.draw(weights(rank, rank))
+    bias = randn(data.draw(seeds), out_features) if has_bias else None
+    layer = kind.from_factors(left, core, right, bias, dtype=dtype)
+    weight = left @ core @ right.mT
+    x = randn(data.draw(seeds), 2, 3, in_features).to(dtype)
+    expected = linear(x.double(), weight, None if bias is None else bias.to(dtype).double())
+    scale = float(x.norm()) + float(expected.norm())
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(layer.dense_weight().double(), weight, rtol=0, atol=tolerance)
+    assert (layer.in_features, layer.out_features, layer.rank) == (in_features, out_features, rank)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), exponent=st.integers(0, 8))
+def test_a_core_of_any_condition_keeps_its_weight(kind, data, exponent):
+    left, _, right, _ = factors_for(10, 8, 5, seed=data.draw(st.integers(0, 999)))
+    core = torch.diag(data.draw(spectra(5, max_exponent=exponent)))
+    layer = kind.from_factors(left, core, right, None, dtype=torch.float64)
+    torch.testing.assert_close(layer.dense_weight(), left @ core @ right.mT, rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (0, 3), (2, 0, 3), (2, 4, 5, 3)])
+def test_inputs_may_have_any_leading_dimensions(kind, shape):
+    left, core, right, bias = factors_for(4, 3, 2)
+    layer = kind.from_factors(left, core, right, bias, dtype=torch.float64)
+    x = randn(0, *shape)
+    torch.testing.assert_close(layer(x), linear(x, left @ core @ right.mT, bias), rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_is_not_written_to(kind):
+    layer = kind.from_factors(*factors_for(6, 5, 3), dtype=torch.float64)
+    x = randn(0, 4, 5)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_parts_do_not_share_memory_with_the_factors(kind, dtype):
+    left, core, right, bias = (tensor.to(dtype) for tensor in factors_for(6, 5, 3))
+    layer = kind.from_factors(left, core, right, bias, dtype=dtype)
+    sources = {tensor.data_ptr() for tensor in (left, core, right, bias)}
+    assert not sources & {tensor.data_ptr() for tensor in layer.state_dict().values()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dense_layer(kind):
+    left, core, right, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(left, core, right, bias, dtype=torch.float64)
+    x = randn(0, 5, 7).requires_grad_()
+    dense = x.detach().clone().requires_grad_()
+    cotangent = randn(1, 5, 6)
+    layer(x).backward(cotangent)
+    linear(dense, left @ core @ right.mT, bias).backward(cotangent)
+    torch.testing.assert_close(x.grad, dense.grad, rtol=0, atol=FLOAT64)
+    torch.testing.assert_close(layer.bias.grad, cotangent.sum(0), rtol=0, atol=FLOAT64)
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_parts_agree_with_finite_differences(kind):
+    layer = kind.from_factors(*factors_for(4, 5, 2), dtype=torch.float64)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def run(*values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), randn(3, 3, 5))
+
+    assert torch.autograd.gradcheck(run, values)
+
+
+# -- what is stored ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", list(FORMS))
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_stored_numbers_are_those_of_the_budget(storage, out_features, in_features, has_bias):
+    for rank in range(1, min(out_features, in_features)):
+        if stays_dense(rank, out_features, in_features, storage):
+            continue
+        left, core, right, bias = factors_for(out_features, in_features, rank)
+        layer = FORMS[storage].from_factors(left, core, right, bias if has_bias else None, dtype=torch.float32)
+        marker = 1
+        index = min(out_features, in_features) if storage == "pivoted" else 0
+        weights_and_bias = stored_parameters(rank, out_features, in_features, storage) + has_bias * out_features
+        stored = layer.state_dict()
+        assert sum(tensor.numel() for tensor in stored.values()) == weights_and_bias + index + marker
+        assert sum(parameter.numel() for parameter in layer.parameters()) == weights_and_bias
+        assert stored["weight"].shape == (1,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_names_and_shapes(kind):
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.bfloat16)
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.state_dict().items()}
+    half, model = torch.float16, torch.bfloat16
+    assert (
+        shapes
+        == {
+            LowRankLinear: {
+                "weight": ((1,), model),
+                "down.weight": ((4, 7), model),
+                "up.weight": ((6, 4), model),
+                "up.bias": ((6,), model),
+            },
+            RowPivotedLinear: {
+                "weight": ((1,), model),
+                "rows.weight": ((4, 7), half),
+                "others.weight": ((2, 4), half),
+                "row_index": ((6,), torch.int32),
+                "bias": ((6,), model),
+            },
+            ColumnPivotedLinear: {
+                "weight": ((1,), model),
+                "others.weight": ((4, 3), half),
+                "columns.weight": ((6, 4), half),
+                "columns.bias": ((6,), half),
+                "column_index": ((7,), torch.int32),
+            },
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_the_shorter_side_is_pivoted(out_features, in_features):
+    kind = RowPivotedLinear if out_features < in_features else ColumnPivotedLinear
+    factors = factors_for(out_features, in_features, 1)
+    assert type(PivotedLinear.from_factors(*factors, dtype=torch.float32)) is kind
+    assert type(PivotedLinear.empty(in_features, out_features, 1, bias=True)) is kind
+
+
+@pytest.mark.parametrize("kind", [*KINDS, PivotedLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_empty_layer_takes_the_values_of_another(kind, dtype, has_bias):
+    *factors, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(*factors, bias if has_bias else None, dtype=dtype)
+    empty = kind.empty(7, 6, 4, bias=has_bias, device="meta", dtype=dtype)
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == wanted
+    assert all(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    filled = kind.empty(7, 6, 4, bias=has_bias, dtype=dtype)
+    filled.load_state_dict(layer.state_dict())
+    x = randn(0, 3, 7).to(dtype)
+    assert torch.equal(filled(x), layer(x))
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "rank"), [(5, 7, 5), (7, 5, 5), (5, 7, 6)])
+def test_ranks_that_are_not_low_are_refused(in_features, out_features, rank):
+    with pytest.raises(ValueError, match="`rank` must be at least 1 and less than both features; got"):
+        LowRankLinear.empty(in_features, out_features, rank, bias=False)
+
+
+def test_printing_a_layer_shows_features_and_rank():
+    assert "in_features=7, out_features=6, rank=4" in repr(LowRankLinear.empty(7, 6, 4, bias=False))
+
+
+# -- reduced precision ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [64, 128, 256, 384])
+@pytest.mark.parametrize("exponent", [0, 3])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_pivoted_parts_are_more_accurate_in_bfloat16_than_factors(dim, exponent, has_bias):
+    for rank in (dim // 8, dim // 2, 3 * dim // 4):
+        left, core, right, bias = factors_for(dim, dim, rank, exponent=exponent)
+        core = 5 * core  # outputs larger than the bias
+        bias = bias.bfloat16().double() if has_bias else None  # as an adapter of a bfloat16 model holds it
+        x = randn(9, 64, dim).bfloat16()
+        expected = linear(x.double(), left @ core @ right.mT, bias)
+        factored, rows, columns = (
+            relative_error(kind.from_factors(left, core, right, bias, dtype=torch.bfloat16)(x), expected)
+            for kind in KINDS
+        )
+        assert max(rows, columns) < factored, rank
+        if bias is None:  # else rounding the sum, which all do, covers part of the difference
+            assert max(rows, columns) < 0.7 * factored, rank
+
+
+@pytest.mark.parametrize("kind", [RowPivotedLinear, ColumnPivotedLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_have_the_dtype_of_the_inputs(kind, dtype):
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.bfloat16)
+    assert layer(randn(0, 2, 7).to(dtype)).dtype == dtype
+
+
+# -- tools ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_to_one_graph(kind, dtype, backend):
+    torch._dynamo.reset()
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=dtype)
+    x = randn(0, 3, 7).to(dtype)
+    run = torch.compile(layer, fullgraph=True, backend=backend)
+    torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
+    run(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exports_with_a_dynamic_batch(kind, dtype):
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=dtype)
+    program = torch.export.export(
+        layer, (randn(0, 3, 7).to(dtype),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}}
+    )
+    x = randn(1, 11, 7).to(dtype)
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=0)
+
+
+def test_all_forms_are_tested():
+    def leaves(kind):
+        return {kind} if not kind.__subclasses__() else set().union(*map(leaves, kind.__subclasses__()))
+
+    assert {kind for kind in leaves(FactorizedLinear) if kind.__module__.startswith("peft_jactus")} == set(KINDS)
