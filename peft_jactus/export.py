@@ -26,7 +26,7 @@ from peft_jactus.config import JactusConfig
 from peft_jactus.layer import JactusLayer, make_dense_layer
 from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
 from peft_jactus.loading import attach_compression
-from peft_jactus.low_rank import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear
+from peft_jactus.low_rank import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear, arrange_parts_
 from peft_jactus.model_card import write_model_card
 from peft_jactus.summary import plot_ranks, rank_summary
 
@@ -284,7 +284,9 @@ def _deployed_layer(
     deployed = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
     if isinstance(deployed, PivotedLinear):
         deployed = _factored_if_more_accurate(name, deployed, (left, core, right, bias), dtype)
-    return deployed.to(tensors["jactus_left"].device)
+    deployed = deployed.to(tensors["jactus_left"].device)
+    arrange_parts_(deployed)
+    return deployed
 
 
 def _factored_if_more_accurate(

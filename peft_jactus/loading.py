@@ -30,7 +30,7 @@ from peft_jactus.integrity import (
     digest_metadata,
 )
 from peft_jactus.layer import make_dense_layer
-from peft_jactus.low_rank import FORMS, FactorizedLinear, PivotedLinear
+from peft_jactus.low_rank import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -165,6 +165,8 @@ class JactusQuantizer(HfQuantizer):
         for name, layer in model.named_modules():
             if isinstance(layer, PivotedLinear):
                 _check_index_tensors(name, layer)
+            if isinstance(layer, FactorizedLinear):
+                arrange_parts_(layer)
         if self.options.dense:
             self._dequantize(model)
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]

@@ -73,6 +73,7 @@ def export_remote_code(
         _remote_config(model, layers).save_pretrained(folder)
         (folder / f"{_MODULE}.py").write_text(_model_code(model), encoding="utf-8")
         tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
     return target
 

@@ -11,7 +11,14 @@ from torch.nn.functional import linear
 from peft_jactus import LowRankLinear, PivotedLinear
 from peft_jactus.allocation import stays_dense, stored_parameters
 from peft_jactus.interpolation import interpolate_rows
-from peft_jactus.low_rank import FORMS, ColumnPivotedLinear, FactorizedLinear, RowPivotedLinear, balanced_factors
+from peft_jactus.low_rank import (
+    FORMS,
+    ColumnPivotedLinear,
+    FactorizedLinear,
+    RowPivotedLinear,
+    arrange_parts_,
+    balanced_factors,
+)
 from tests.strategies import dims, orthonormal, randn, random_orthonormal, seeds, spectra, weights
 
 FLOAT64 = 1e-12
@@ -386,3 +393,19 @@ def test_all_forms_are_tested():
         return {kind} if not kind.__subclasses__() else set().union(*map(leaves, kind.__subclasses__()))
 
     assert {kind for kind in leaves(FactorizedLinear) if kind.__module__.startswith("peft_jactus")} == set(KINDS)
+
+
+# -- layout -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [LowRankLinear, RowPivotedLinear, ColumnPivotedLinear])
+def test_parts_with_more_rows_than_columns_are_laid_out_by_columns_and_compute_the_same(form):
+    layer = form.empty(40, 56 if form is not RowPivotedLinear else 24, 8, bias=True)
+    x = torch.randn(3, 40)
+    expected = layer(x)
+    arrange_parts_(layer)
+    parts = [part for part in layer.children() if isinstance(part, torch.nn.Linear)]
+    tall = [part.out_features > part.in_features for part in parts]
+    assert any(tall)
+    assert [part.weight.mT.is_contiguous() for part in parts] == tall
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
