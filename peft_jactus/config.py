@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft.config import PeftConfig
 
 from peft_jactus._peft_type import jactus_peft_type
 from peft_jactus._version import __version__
-from peft_jactus.decomposition import DecompositionOptions
+from peft_jactus.decomposition import Decomposition, DecompositionOptions
 from peft_jactus.factorization import FactorizationOptions
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FROM_CHECKPOINT = "empty"
 _CHOICES = {
     "allocation": ("global", "uniform"),
     "storage": ("factored", "pivoted"),
-    "decomposition": ("jactus", "svd"),
+    "decomposition": get_args(Decomposition),
 }
 _NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
 
@@ -106,12 +106,14 @@ class JactusConfig(PeftConfig):
             )
         },
     )
-    decomposition: Literal["jactus", "svd"] = field(
+    decomposition: Decomposition = field(
         default="jactus",
         metadata={
             "help": (
-                "'jactus' weighs both sides of each layer with calibration statistics. 'svd' truncates the weight's "
-                "singular value decomposition: a start without data, and much less accurate."
+                "'jactus' weighs both sides of each layer with calibration statistics, inside a union of subspaces; "
+                "'kfac' does so in the whole space. 'svd-llm' and 'asvd' weigh the inputs only, 'fwsvd' the rows of "
+                "the weight. 'svd' truncates its singular value decomposition: a start without data, and much less "
+                "accurate."
             )
         },
     )

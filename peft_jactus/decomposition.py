@@ -7,6 +7,18 @@ truncated singular value decomposition (generalised inverses and Eckart & Young,
 
 JACTUS (Ge et al., arXiv:2605.02829) takes as subspaces the union of the weight's own leading singular
 directions with the leading input directions on the right, and with the leading gradient directions on the left.
+
+Its peers are the same problem in the whole space and in another metric:
+
+    ============  ===========================================  ========================================================
+    name          metric                                       source
+    ============  ===========================================  ========================================================
+    ``svd``       ``K_g = I``, ``K_x = I``                     Eckart & Young, Psychometrika 1, 1936
+    ``fwsvd``     ``K_g = diag(row Fisher sums)^1/2``          Hsu et al., arXiv:2207.00112
+    ``asvd``      ``K_x = diag(mean |x|)^1/2``                 Yuan et al., arXiv:2312.05821
+    ``svd-llm``   ``K_x K_x^T = C_x``                          Wang et al., arXiv:2403.07378
+    ``kfac``      ``K_g K_g^T = C_g``, ``K_x K_x^T = C_x``     Martens & Grosse, arXiv:1503.05671 (the metric)
+    ============  ===========================================  ========================================================
 """
 
 from __future__ import annotations
@@ -29,7 +41,11 @@ if TYPE_CHECKING:
     from peft_jactus.linalg import Subspace
     from peft_jactus.statistics import LayerStatistics, SecondMoment
 
-Decomposition = Literal["jactus", "svd"]
+Decomposition = Literal["jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd"]
+
+# ASVD: exponent of the mean absolute activation, and what is added to it, as in the authors' code.
+_ASVD_EXPONENT = 0.5
+_ASVD_OFFSET = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,11 @@ class DecompositionOptions:
     def needs_statistics(self) -> bool:
         """Whether the approximation depends on calibration data."""
         return self.decomposition != "svd"
+
+    @property
+    def needs_row_fisher(self) -> bool:
+        """Whether the calibration must sum the squared gradients of each row."""
+        return self.decomposition == "fwsvd"
 
 
 @dataclass(frozen=True)
@@ -233,12 +254,69 @@ def project_weight(
         raise ValueError(f"`statistics` must be given for decomposition={options.decomposition!r}; got None.")
     weight = to_decomposition_dtype(weight)
     statistics = statistics.to(weight.device)
-    gradient_root, input_root = (
-        cholesky_root(regularized_covariance(moment, shrinkage=options.shrinkage, damping=options.damping))
-        for moment in (statistics.gradient, statistics.input)
-    )
+    gradient_root, input_root = _roots(statistics, options)
+    if options.decomposition != "jactus":
+        return project(weight, gradient_root=gradient_root, input_root=input_root)
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k_weight = max(1, leading_count(sigma.square(), options.weight_energy))  # a zero weight has rank one, too
     left = union_with_leading_eigenvectors(u[:, :k_weight], statistics.gradient.covariance, options.gradient_energy)
     right = union_with_leading_eigenvectors(vh[:k_weight].mT, statistics.input.covariance, options.input_energy)
     return project(weight, gradient_root=gradient_root, input_root=input_root, left=left, right=right)
+
+
+def _roots(statistics: LayerStatistics, options: DecompositionOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``K_g`` and ``K_x`` of a decomposition's metric; ``None`` is the identity."""
+
+    def root(moment: SecondMoment, shrinkage: float | str) -> Tensor:
+        return cholesky_root(regularized_covariance(moment, shrinkage=shrinkage, damping=options.damping))
+
+    if options.decomposition == "fwsvd":
+        return torch.diag(fisher_row_scales(statistics, options.damping)), None
+    if options.decomposition == "asvd":
+        return None, torch.diag(activation_scales(statistics.input))
+    if options.decomposition == "svd-llm":
+        return None, root(statistics.input, 0.0)  # shrinkage is not part of the method
+    return root(statistics.gradient, options.shrinkage), root(statistics.input, options.shrinkage)
+
+
+def fisher_row_scales(statistics: LayerStatistics, damping: float) -> Tensor:
+    """Return FWSVD's scale of each row: the root of the sum of its entries' empirical Fisher information.
+
+    Args:
+        statistics: Of one layer, with ``row_fisher``.
+        damping: Least Fisher information of a row, as a share of the mean: a row without would have no scale.
+
+    Returns:
+        ``(out,)``, float64, positive.
+
+    Raises:
+        ValueError: If ``row_fisher`` was not collected, or is zero everywhere.
+
+    References:
+        Hsu et al., "Language model compression with weighted low-rank factorization", arXiv:2207.00112, equation 8.
+    """
+    if statistics.row_fisher is None:
+        raise ValueError(
+            "these statistics have no Fisher information of rows. Calibrate with "
+            '`decomposition="fwsvd"` in the config.'
+        )
+    row_fisher = to_decomposition_dtype(statistics.row_fisher)
+    mean = float(row_fisher.mean())
+    if not mean > 0:
+        raise ValueError("the Fisher information is zero in every row; the layer has no gradient.")
+    return (row_fisher + damping * mean).sqrt()
+
+
+def activation_scales(moment: SecondMoment) -> Tensor:
+    """Return ASVD's scale of each column: ``mean |x_j| ^ 0.5 + 1e-6``.
+
+    Args:
+        moment: Sums of the layer's inputs.
+
+    Returns:
+        ``(in,)``, float64, positive.
+
+    References:
+        Yuan et al., "ASVD: Activation-aware singular value decomposition", arXiv:2312.05821, equations 6 and 8.
+    """
+    return moment.mean_absolute**_ASVD_EXPONENT + _ASVD_OFFSET

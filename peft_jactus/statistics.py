@@ -25,8 +25,9 @@ from torch import Tensor
 
 from peft_jactus.linalg import to_decomposition_dtype
 
-FORMAT_VERSION = 1
-_SUMS = ("outer_sum", "vector_sum", "quartic_sum")
+FORMAT_VERSION = 2  # 1 had no sums of absolute values, and no Fisher information of rows
+_SUMS = ("outer_sum", "vector_sum", "quartic_sum", "absolute_sum")
+_ROW_FISHER = "row_fisher."  # and the layer's name: key of a statistics file
 
 
 @dataclass
@@ -37,12 +38,14 @@ class SecondMoment:
         outer_sum: ``(dim, dim)``, sum of ``x x^T``.
         vector_sum: ``(dim,)``, sum of ``x``.
         quartic_sum: ``()``, float64, sum of ``|x|^4``; what the Ledoit-Wolf estimator needs beyond ``outer_sum``.
+        absolute_sum: ``(dim,)``, sum of the absolute values of ``x``, entry by entry; what ASVD scales with.
         num_tokens: How many vectors were added.
     """
 
     outer_sum: Tensor
     vector_sum: Tensor
     quartic_sum: Tensor
+    absolute_sum: Tensor
     num_tokens: int = 0
 
     @classmethod
@@ -59,6 +62,7 @@ class SecondMoment:
             outer_sum=torch.zeros(dim, dim, dtype=dtype, device=device),
             vector_sum=torch.zeros(dim, dtype=dtype, device=device),
             quartic_sum=torch.zeros((), dtype=quartic_dtype, device=device),
+            absolute_sum=torch.zeros(dim, dtype=dtype, device=device),
         )
 
     @property
@@ -76,12 +80,18 @@ class SecondMoment:
         """The mean ``(dim,)``, float64."""
         return to_decomposition_dtype(self.vector_sum) / self.num_tokens
 
+    @property
+    def mean_absolute(self) -> Tensor:
+        """The mean of the absolute values ``(dim,)``, float64."""
+        return to_decomposition_dtype(self.absolute_sum) / self.num_tokens
+
     def update_(self, vectors: Tensor) -> None:
         """Add ``vectors`` ``(num_vectors, dim)``, in the precision of the sums."""
         vectors = vectors.detach().to(self.outer_sum.dtype)
         self.outer_sum.addmm_(vectors.mT, vectors)
         self.vector_sum.add_(vectors.sum(0))
         self.quartic_sum.add_(vectors.square().sum(1).to(self.quartic_sum.dtype).square().sum())
+        self.absolute_sum.add_(vectors.abs().sum(0))
         self.num_tokens += vectors.shape[0]
 
     def merge_(self, other: SecondMoment) -> None:
@@ -136,10 +146,13 @@ class LayerStatistics:
     Attributes:
         input: Sums of the layer's input vectors. Layers fed by the same tensor share this object.
         gradient: Sums of the gradient of the summed loss with respect to the layer's output vectors.
+        row_fisher: ``(out,)``, sum over examples and over a row's entries of the squared gradient of the weight; only
+            FWSVD asks for it, ``None`` otherwise.
     """
 
     input: SecondMoment
     gradient: SecondMoment
+    row_fisher: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +161,8 @@ class LayerStatistics:
 
     def to(self, device: torch.device) -> LayerStatistics:
         """Return the statistics on ``device``."""
-        return LayerStatistics(self.input.to(device), self.gradient.to(device))
+        row_fisher = None if self.row_fisher is None else self.row_fisher.to(device)
+        return LayerStatistics(self.input.to(device), self.gradient.to(device), row_fisher)
 
 
 class CalibrationStatistics(Mapping[str, LayerStatistics]):
@@ -201,7 +215,11 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
             return moments[key]
 
         layers = {
-            name: LayerStatistics(merged(layer.input, other[name].input), merged(layer.gradient, other[name].gradient))
+            name: LayerStatistics(
+                merged(layer.input, other[name].input),
+                merged(layer.gradient, other[name].gradient),
+                _added(layer.row_fisher, other[name].row_fisher),
+            )
             for name, layer in self.items()
         }
         return CalibrationStatistics(layers, num_batches=self.num_batches + other.num_batches)
@@ -226,6 +244,8 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                     counts.append(moment.num_tokens)
                     tensors |= {f"{number}.{key}": getattr(moment, key).cpu().contiguous() for key in _SUMS}
             index[name] = [moments[id(layer.input)], moments[id(layer.gradient)]]
+            if layer.row_fisher is not None:
+                tensors[_ROW_FISHER + name] = layer.row_fisher.cpu()
         header = {
             **(metadata or {}),
             "format_version": str(FORMAT_VERSION),
@@ -266,13 +286,18 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                     SecondMoment(**{key: file.get_tensor(f"{number}.{key}") for key in _SUMS}, num_tokens=count)
                     for number, count in enumerate(counts)
                 ]
+                row_fisher = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ROW_FISHER)}  # noqa: SIM118
                 layers = {
-                    name: LayerStatistics(*(moments[number] for number in numbers))
-                    for name, numbers in json.loads(header["layers"]).items()
+                    name: LayerStatistics(moments[inputs], moments[gradients], row_fisher.get(_ROW_FISHER + name))
+                    for name, (inputs, gradients) in json.loads(header["layers"]).items()
                 }
         except (SafetensorError, KeyError, json.JSONDecodeError, IndexError) as error:
             raise ValueError(f"{path} is damaged ({error}). Delete it and calibrate again.") from error
         return cls(layers, num_batches=num_batches)
+
+
+def _added(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    return None if mine is None or theirs is None else mine + theirs.to(mine)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -85,6 +85,7 @@ def moment_of(covariance: Tensor, *, num_tokens: int = 100) -> SecondMoment:
         outer_sum=num_tokens * covariance,
         vector_sum=covariance.new_zeros(len(covariance)),
         quartic_sum=covariance.new_zeros(()),
+        absolute_sum=covariance.new_zeros(covariance.shape[0]),
         num_tokens=num_tokens,
     )
 

@@ -36,6 +36,7 @@ class _Reading:
     version: int
     readers: list[str]
     added: bool = False
+    gram: Tensor | None = None
 
 
 class StatisticsCollector:
@@ -50,12 +51,15 @@ class StatisticsCollector:
         model: nn.Module,
         targets: Mapping[str, nn.Module],
         start: CalibrationStatistics | None,
+        *,
+        row_fisher: bool = False,
     ) -> None:
         self._model = model
         self._targets = targets
         self._start = start
         self._inputs: dict[tuple[str, ...], SecondMoment] = {}
         self._gradients: dict[str, SecondMoment] = {}
+        self._row_fisher: dict[str, Tensor] | None = {} if row_fisher else None
         self._readings: dict[int, _Reading] = {}
         self._masks = PositionMasks(encoder_of(model))
         self.num_batches = 0 if start is None else start.num_batches
@@ -95,9 +99,9 @@ class StatisticsCollector:
     def statistics(self) -> CalibrationStatistics:
         """Return the sums so far, of all targets; modules that always read the same tensors share theirs."""
         layers = {
-            name: LayerStatistics(self._input_of(name), self._gradients[name])
+            name: LayerStatistics(self._input_of(name), self._gradients[name], (self._row_fisher or {}).get(name))
             if name in self._gradients
-            else _unreached(module)
+            else _unreached(module, row_fisher=self._row_fisher is not None)
             for name, module in self._targets.items()
         }
         num_new = self.num_batches - (0 if self._start is None else self._start.num_batches)
@@ -157,6 +161,11 @@ class StatisticsCollector:
         return reading
 
     def _on_gradient(self, name: str, reading: _Reading, gradient: Tensor) -> None:
+        if self._row_fisher is not None:
+            if reading.gram is None:
+                reading.gram = _gram_of_examples(reading.tensor, reading.mask)
+            sums = _squared_gradient_of_rows(reading.gram, gradient)
+            self._row_fisher[name] = self._row_fisher[name] + sums if name in self._row_fisher else sums
         gradient = _kept_positions(gradient, reading.mask)
         if name not in self._gradients:
             self._gradients[name] = _empty_moment_for(gradient)
@@ -195,12 +204,30 @@ def _kept_positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return vectors if mask is None else vectors[mask.reshape(-1).to(vectors.device)]
 
 
-def _unreached(module: nn.Module) -> LayerStatistics:
+def _gram_of_examples(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``(examples, positions, positions)``: products of the inputs ``(examples, ..., dim)`` that are kept."""
+    inputs = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+    if mask is not None:
+        inputs = inputs * mask.to(inputs.device).reshape(*inputs.shape[:-1], 1)
+    inputs = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    return inputs @ inputs.mT
+
+
+def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``(out,)``: the weight's gradient of each example is ``G = sum_t g_t x_t^T``; its squares, summed.
+
+    ``sum_j G_ij^2 = sum_st g_si (x_s . x_t) g_ti`` needs no ``G``, which is as large as the weight.
+    """
+    gradient = gradient.detach().to(gram).reshape(*gram.shape[:2], -1)  # (examples, positions, out)
+    return (gradient * (gram @ gradient)).sum((0, 1))
+
+
+def _unreached(module: nn.Module, *, row_fisher: bool) -> LayerStatistics:
     """Return the statistics of a module that saw no token: another part of the data may use it."""
     weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
-    return LayerStatistics(inputs, gradient)
+    return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.vector_sum) if row_fisher else None)
 
 
 def _empty_moment_for(vectors: Tensor) -> SecondMoment:

@@ -111,7 +111,9 @@ def calibrate(
             logger.info("Using the statistics of %s.", statistics_file)
             config.statistics = saved.statistics
             return saved.statistics
-        collector = StatisticsCollector(model, targets, None if saved is None else saved.statistics)
+        start = None if saved is None else saved.statistics
+        needs_row_fisher = config.factorization_options().decomposition.needs_row_fisher
+        collector = StatisticsCollector(model, targets, start, row_fisher=needs_row_fisher)
         total = num_batches(batches, max_batches)
         with (
             prepared_for_calibration(model, train_mode=train_mode),
