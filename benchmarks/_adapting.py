@@ -1,0 +1,56 @@
+"""Every method of the comparison as one function: a fresh model comes in, a model that is ready to train goes out."""
+
+import time
+
+from peft import LoraConfig, get_peft_model
+
+from peft_jactus import JactusConfig, calibrate, rank_summary
+from peft_jactus.export import compressed_copy
+
+RANK = 16
+LORA = {
+    "lora": {"lora_alpha": 2 * RANK},
+    "dora": {"lora_alpha": 2 * RANK, "use_dora": True},
+    # As its authors do: no scaling, so that the adapter starts as the leading directions of the weight.
+    "pissa": {"lora_alpha": RANK, "init_lora_weights": "pissa"},
+    "rslora": {"lora_alpha": 2 * RANK, "use_rslora": True},
+}
+
+
+def adapt(model, case, task_type, calibration_batches):
+    """Return the adapted model and figures about it; the head trains whole in each."""
+    if case.method == "full":
+        return model.requires_grad_(True), {}
+    if case.method in LORA:
+        return with_lora(model, case.method, task_type), {}
+    if case.method == "jactus":
+        return compressed(model, case, task_type, calibration_batches, "jactus", "global")
+    decomposition, _, on_top = case.method.partition("+")
+    model, figures = compressed(model, case, task_type, calibration_batches, decomposition, "uniform")
+    return with_lora(compressed_copy(model), on_top, task_type), figures
+
+
+def with_lora(model, name, task_type):
+    config = LoraConfig(task_type=task_type, target_modules="all-linear", r=RANK, **LORA[name])
+    return get_peft_model(model, config)
+
+
+def compressed(model, case, task_type, calibration_batches, decomposition, allocation):
+    config = JactusConfig(
+        task_type=task_type,
+        target_modules="all-linear",
+        retained_ratio=case.retained_ratio,
+        storage=case.storage,
+        decomposition=decomposition,
+        allocation=allocation,
+    )
+    started = time.perf_counter()
+    if config.factorization_options().decomposition.needs_statistics:
+        calibrate(model, config, calibration_batches, progress_bar=False)
+    calibrated = time.perf_counter()
+    model = get_peft_model(model, config)
+    return model, {
+        "calibration_seconds": calibrated - started,
+        "factorization_seconds": time.perf_counter() - calibrated,
+        "retained_ratio_reached": rank_summary(model).retained_ratio,
+    }

@@ -1,0 +1,75 @@
+"""The cases of the comparison: what is run, under which settings, and in which file its result lies."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TEXT_TASKS = ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news")
+RATIOS = (0.8, 0.6, 0.4)
+SEEDS = (0, 1, 2)
+
+# Methods that keep every parameter.
+FULL_SIZE = ("full", "lora", "dora", "pissa", "rslora")
+# Compress with a peer, then train LoRA on the factors, and merge it into them.
+COMPRESS_THEN_ADAPT = ("svd+lora", "svd-llm+lora", "svd-llm+dora")
+# Chosen by `compare.py choose-learning-rates`, on held-out training rows: results/learning_rates.json.
+LEARNING_RATE_GRID = {
+    "full": (2e-5, 5e-5, 1e-4),
+    "default": (5e-4, 1e-3, 2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run.
+
+    Attributes:
+        task: Folder of the data.
+        method: One of `FULL_SIZE`, `COMPRESS_THEN_ADAPT`, or ``"jactus"``.
+        retained_ratio: Of the targeted parameters; 1 for methods that keep all.
+        storage: Whose parameter count the budget is reckoned in.
+        seed: Of the new head, the order of the batches, and the method.
+        learning_rate: Peak.
+        num_rows: Training rows at most.
+        epochs: Over them.
+        scored_on: ``"test"``, or ``"held-out"`` training rows.
+    """
+
+    task: str
+    method: str
+    retained_ratio: float = 1.0
+    storage: str = "factored"
+    seed: int = 0
+    learning_rate: float = 1e-3
+    num_rows: int = 2000
+    epochs: float = 3
+    scored_on: str = "test"
+
+    @property
+    def label(self) -> str:
+        """What a table calls the method."""
+        if self.retained_ratio == 1.0:
+            return self.method
+        storage = f" {self.storage}" if self.method == "jactus" else ""
+        return f"{self.method}{storage} {self.retained_ratio:g}"
+
+    @property
+    def file_name(self) -> str:
+        """Name of the result file; different settings, different file."""
+        parts = [self.task, self.label.replace(" ", "-"), f"lr{self.learning_rate:g}"]
+        parts += [f"{self.num_rows}rows", f"ep{self.epochs:g}", *(["held-out"] if self.scored_on != "test" else [])]
+        return "_".join(parts) + f"_seed{self.seed}.json"
+
+    def path(self, folder: Path) -> Path:
+        return folder / self.file_name
+
+    def settings(self) -> dict:
+        return asdict(self) | {"label": self.label}
+
+
+def budgets(ratios=RATIOS):
+    """Return (method, ratio, storage) of every row of a table."""
+    rows = [(method, 1.0, "factored") for method in ("full", "lora", "dora", "pissa")]
+    for ratio in ratios:
+        rows += [("jactus", ratio, storage) for storage in ("pivoted", "factored")]
+        rows += [(method, ratio, "factored") for method in ("svd+lora", "svd-llm+lora")]
+    return rows

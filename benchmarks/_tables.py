@@ -1,0 +1,82 @@
+"""From result files to a Markdown table and a plot."""
+
+import json
+import statistics
+from pathlib import Path
+
+COLORS = {"jactus pivoted": "C0", "jactus factored": "C1", "svd+lora": "C2", "svd-llm+lora": "C3"}
+
+
+def load_results(folder):
+    """Return the results of the table's cases: those that were scored on the test split."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
+    return [result for result in results if result["scored_on"] == "test"]
+
+
+def by_seed(results):
+    """Return {label: {seed: {task: accuracy in percent}}}."""
+    table = {}
+    for result in results:
+        seeds = table.setdefault(result["label"], {})
+        seeds.setdefault(result["seed"], {})[result["task"]] = 100 * result["accuracy"]
+    return table
+
+
+def mean_and_spread(values):
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def markdown(results):
+    """Return a row for each method: mean and standard deviation over seeds, by task and over all tasks."""
+    tasks = sorted({result["task"] for result in results})
+    kept = {}
+    for result in results:
+        kept.setdefault(result["label"], []).append(result.get("retained_ratio_reached", 1.0))
+    lines = [f"| method | kept | {' | '.join(tasks)} | mean | seeds |", "|---" * (4 + len(tasks)) + "|"]
+    for label, seeds in sorted(by_seed(results).items(), key=lambda row: (-statistics.mean(kept[row[0]]), row[0])):
+        cells = [
+            mean_and_spread(s[task] for s in seeds.values() if task in s)
+            if any(task in s for s in seeds.values())
+            else ""
+            for task in tasks
+        ]
+        whole = [statistics.mean(s.values()) for s in seeds.values() if len(s) == len(tasks)]
+        mean = f"**{mean_and_spread(whole)}**" if whole else ""
+        share = f"{100 * statistics.mean(kept[label]):.0f} %"
+        lines.append(f"| {label} | {share} | {' | '.join(cells)} | {mean} | {len(whole)} of {len(seeds)} |")
+    return "\n".join(lines)
+
+
+def plot(results, path):
+    """Draw accuracy against kept parameters, a line for each method, with the spread over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    tasks = {result["task"] for result in results}
+    lines = {}
+    for label, seeds in by_seed(results).items():
+        means = [statistics.mean(scores.values()) for scores in seeds.values() if len(scores) == len(tasks)]
+        if not means:
+            continue
+        name, _, ratio = label.rpartition(" ")
+        point = (100 * float(ratio) if name else 100.0, statistics.mean(means), statistics.pstdev(means))
+        lines.setdefault(name or label, []).append(point)
+    for name, points in sorted(lines.items()):
+        x, y, spread = zip(*sorted(points), strict=True)
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=COLORS.get(name))
+    axes.set_xlabel("kept of the targeted parameters, %")
+    axes.set_ylabel("accuracy, mean over tasks, %")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def write_report(folder: Path):
+    """Write ``text.md`` and ``text.png`` beside the folder of results."""
+    results = load_results(folder)
+    table = markdown(results)
+    folder.with_suffix(".md").write_text(table + "\n")
+    plot(results, folder.with_suffix(".png"))
+    print(table)
