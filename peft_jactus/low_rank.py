@@ -22,6 +22,8 @@ from peft_jactus.linalg import to_decomposition_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
+    _Device = torch.device | str | None
+
 
 def balanced_factors(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Fold a core into two factors of equal norm: ``left core right^T = up down``.
@@ -58,17 +60,12 @@ class FactorizedLinear(nn.Module, ABC):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        if not 1 <= rank < min(in_features, out_features):
-            raise ValueError(
-                f"`rank` must be at least 1 and less than both features; got {rank} for {out_features} x "
-                f"{in_features}."
-            )
+        _check_rank(rank, in_features, out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
 
     @classmethod
-    @abstractmethod
     def empty(
         cls,
         in_features: int,
@@ -80,6 +77,15 @@ class FactorizedLinear(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> FactorizedLinear:
         """Return a layer whose values mean nothing, for a checkpoint to fill."""
+        _check_rank(rank, in_features, out_features)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        return cls._empty(in_features, out_features, rank, bias, device, dtype)
+
+    @classmethod
+    @abstractmethod
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
+    ) -> FactorizedLinear: ...
 
     @classmethod
     @abstractmethod
@@ -127,17 +133,9 @@ class LowRankLinear(FactorizedLinear):
         return self.up.bias
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
     ) -> LowRankLinear:
-        """Return a layer whose values mean nothing, for a checkpoint to fill."""
         return cls(
             nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype),
             nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype),
@@ -175,19 +173,11 @@ class PivotedLinear(FactorizedLinear):
     storage = "pivoted"
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
     ) -> PivotedLinear:
-        """Return a layer whose values mean nothing, for a checkpoint to fill."""
         form = RowPivotedLinear if out_features < in_features else ColumnPivotedLinear
-        return form.empty(in_features, out_features, rank, bias=bias, device=device, dtype=dtype)
+        return form._empty(in_features, out_features, rank, bias, device, dtype)
 
     @classmethod
     def from_factors(
@@ -222,18 +212,9 @@ class RowPivotedLinear(PivotedLinear):
         self.register_buffer("weight", rows.weight.detach().new_zeros(1, dtype=dtype))
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
     ) -> RowPivotedLinear:
-        """Return a layer whose values mean nothing, for a checkpoint to fill."""
-        dtype = torch.get_default_dtype() if dtype is None else dtype
         part = pivoted_dtype(dtype)
         return cls(
             nn.Linear(in_features, rank, bias=False, device=device, dtype=part),
@@ -299,18 +280,9 @@ class ColumnPivotedLinear(PivotedLinear):
         return self.columns.bias
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
     ) -> ColumnPivotedLinear:
-        """Return a layer whose values mean nothing, for a checkpoint to fill."""
-        dtype = torch.get_default_dtype() if dtype is None else dtype
         part = pivoted_dtype(dtype)
         return cls(
             nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=part),
@@ -350,6 +322,13 @@ class ColumnPivotedLinear(PivotedLinear):
         weight = torch.cat([columns, columns @ _wide(self.others.weight)], dim=1)
         order: Tensor = self.column_index.argsort()
         return weight[:, order]
+
+
+def _check_rank(rank: int, in_features: int, out_features: int) -> None:
+    if not 1 <= rank < min(in_features, out_features):
+        raise ValueError(
+            f"`rank` must be at least 1 and less than both features; got {rank} for {out_features} x {in_features}."
+        )
 
 
 FORMS: dict[str, type[FactorizedLinear]] = {form.storage: form for form in (LowRankLinear, PivotedLinear)}
