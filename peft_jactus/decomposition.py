@@ -23,6 +23,7 @@ Its peers are the same problem in the whole space and in another metric:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -161,13 +162,19 @@ class ProjectedWeight:
         singular_values: Tensor = torch.linalg.svdvals(self.core)
         return singular_values[: self.max_rank].square()
 
+    @functools.cached_property
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The singular value decomposition of `core`, for as many ranks as are asked for."""
+        p, sigma, zh = torch.linalg.svd(self.core, full_matrices=False)
+        return p, sigma, zh
+
     def truncate(self, rank: int) -> LowRankFactors:
         """Return the best approximation of at most ``rank``, as a singular value decomposition of its own.
 
         The squared weighted error is ``total_energy`` less the first ``rank`` gains.
         """
         rank = min(rank, self.max_rank)
-        p, sigma, zh = torch.linalg.svd(self.core, full_matrices=False)
+        p, sigma, zh = self._svd
         scale = sigma[:rank].sqrt()
         left = self._left.unwhiten(p[:, :rank] * scale)  # (out, rank)
         right = self._right.unwhiten(zh[:rank].mT * scale)  # (in, rank)
