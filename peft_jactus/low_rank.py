@@ -128,7 +128,7 @@ class LowRankLinear(FactorizedLinear):
         self.register_buffer("weight", up.weight.detach().new_zeros(1))
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
         """The bias ``(out,)``, or ``None``."""
         return self.up.bias
 
@@ -275,7 +275,7 @@ class ColumnPivotedLinear(PivotedLinear):
         self.register_buffer("weight", columns.weight.detach().new_zeros(1, dtype=dtype))
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
         """The bias ``(out,)``, or ``None``."""
         return self.columns.bias
 

@@ -286,7 +286,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                     SecondMoment(**{key: file.get_tensor(f"{number}.{key}") for key in _SUMS}, num_tokens=count)
                     for number, count in enumerate(counts)
                 ]
-                row_fisher = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ROW_FISHER)}  # noqa: SIM118
+                row_fisher = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ROW_FISHER)}  # noqa: SIM118  # not a mapping
                 layers = {
                     name: LayerStatistics(moments[inputs], moments[gradients], row_fisher.get(_ROW_FISHER + name))
                     for name, (inputs, gradients) in json.loads(header["layers"]).items()

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import transformers
 import typer
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from peft_jactus.cli.options import DtypeOption, OverwriteOption, StorageOption, to_dtype
-from peft_jactus.cli.places import find_processor, local_folder, model_class
+from peft_jactus.cli.places import find_processor, load_adapter_config, local_folder, model_class
 from peft_jactus.config import JactusConfig
 from peft_jactus.export import check_target, export_compressed
 
@@ -55,9 +55,7 @@ def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusCo
     """
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is no adapter: it has no adapter_config.json.")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, JactusConfig):
-        raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a JACTUS one.")  # noqa: TRY004  # a file
+    config = load_adapter_config(folder)
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     if not config.base_model_name_or_path:
         raise ValueError("The adapter's config does not say what its base model is; give --base-model.")

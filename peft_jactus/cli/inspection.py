@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from peft_jactus.cli.places import local_folder
+from peft_jactus.cli.places import load_adapter_config, local_folder
 from peft_jactus.compression_config import CompressionConfig
-from peft_jactus.config import JactusConfig
 from peft_jactus.integrity import CheckpointFiles
 from peft_jactus.summary import RankSummary, plot_ranks, summary_of_adapter, summary_of_checkpoint
 
@@ -100,9 +98,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _inspect_adapter(folder: Path) -> Inspection:
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, JactusConfig):
-        raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a JACTUS one.")  # noqa: TRY004  # a file
+    config = load_adapter_config(folder)
     try:
         with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as reader:
             names = reader.keys()  # not a mapping

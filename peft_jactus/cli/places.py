@@ -5,8 +5,11 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
+from peft import PeftConfig
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import has_file
+
+from peft_jactus.config import JactusConfig
 
 
 def local_folder(directory_or_name: str) -> Path:
@@ -60,3 +63,11 @@ def find_processor(*places: str) -> Any | None:
         if has_features:
             return AutoImageProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
     return None
+
+
+def load_adapter_config(folder: Path) -> JactusConfig:
+    """Return the config of an adapter in a directory; a `ValueError` says if it is another tuner's."""
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, JactusConfig):
+        raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a JACTUS one.")  # noqa: TRY004  # a file
+    return config
