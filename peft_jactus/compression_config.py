@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_jactus._version import __version__
 from peft_jactus.low_rank import FORMS
+from peft_jactus.routing import RouterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,6 +63,7 @@ class CompressionConfig(QuantizationConfigMixin):
         peft_jactus_version: Package that wrote the checkpoint.
         transformers_version: Package that the checkpoint was written with.
         quant_method: ``"jactus"``.
+        router: `RouterConfig`, or its JSON, of a model that chooses ranks by prompt.
 
     Raises:
         ValueError: If a value is not what this package writes.
@@ -78,6 +80,7 @@ class CompressionConfig(QuantizationConfigMixin):
         peft_jactus_version: str = __version__,
         transformers_version: str = transformers.__version__,
         quant_method: str = QUANT_METHOD,
+        router: RouterConfig | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if type(format_version) is not int or format_version != FORMAT_VERSION:  # JSON also has booleans and floats
@@ -104,10 +107,22 @@ class CompressionConfig(QuantizationConfigMixin):
         self.base_model = base_model
         self.peft_jactus_version = peft_jactus_version
         self.transformers_version = transformers_version
+        self.router = _parse_router(router)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into ``config.json``."""
-        return {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
+        values = {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
+        router = values.pop("router")
+        return values if router is None else {**values, "router": router.to_dict()}
+
+
+def _parse_router(router: RouterConfig | Mapping[str, Any] | None) -> RouterConfig | None:
+    if router is None or isinstance(router, RouterConfig):
+        return router
+    try:
+        return RouterConfig.parse(router)
+    except ValueError as error:
+        raise ValueError(f"config.json: `quantization_config.router`: {error}") from error
 
 
 def _check_field(field: str, value: object, holds: bool, must: str) -> None:

@@ -168,16 +168,29 @@ class ProjectedWeight:
         p, sigma, zh = torch.linalg.svd(self.core, full_matrices=False)
         return p, sigma, zh
 
-    def truncate(self, rank: int) -> LowRankFactors:
-        """Return the best approximation of at most ``rank``, as a singular value decomposition of its own.
+    def terms(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return rank-one terms in order: the sum of the first k is the best approximation of rank k, for every k.
 
-        The squared weighted error is ``total_energy`` less the first ``rank`` gains.
+        Args:
+            rank: Number of terms, at most; there are `max_rank`.
+
+        Returns:
+            ``left`` ``(out, rank)`` and ``right`` ``(in, rank)``; term i is ``left[:, i] right[:, i]^T``. Their columns are
+            orthogonal in the metric, not as they stand.
         """
         rank = min(rank, self.max_rank)
         p, sigma, zh = self._svd
         scale = sigma[:rank].sqrt()
         left = self._left.unwhiten(p[:, :rank] * scale)  # (out, rank)
         right = self._right.unwhiten(zh[:rank].mT * scale)  # (in, rank)
+        return left, right
+
+    def truncate(self, rank: int) -> LowRankFactors:
+        """Return the best approximation of at most ``rank``, as a singular value decomposition of its own.
+
+        The squared weighted error is ``total_energy`` less the first ``rank`` gains.
+        """
+        left, right = self.terms(rank)
         left_basis, left_triangle = torch.linalg.qr(left)
         right_basis, right_triangle = torch.linalg.qr(right)
         u, singular_values, vh = torch.linalg.svd(left_triangle @ right_triangle.mT)  # (rank, rank)

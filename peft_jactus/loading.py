@@ -30,13 +30,16 @@ from peft_jactus.integrity import (
     digest_metadata,
 )
 from peft_jactus.layer import make_dense_layer
-from peft_jactus.low_rank import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
+from peft_jactus.low_rank import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear, arrange_parts_
+from peft_jactus.routing import ROUTER_NAME, install_router, remove_router, router_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from peft_jactus.routing import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,28 @@ class JactusQuantizer(HfQuantizer):
             if files is not None:
                 files.check_layer(name, layer.state_dict(), f"{form.storage} layer of rank {form.rank}")
             model.set_submodule(module_name, layer)
+        if self.quantization_config.router is not None:
+            self._install_router(model, self.quantization_config.router, layers, files)
         return model
+
+    def _install_router(
+        self,
+        model: PreTrainedModel,
+        config: RouterConfig,
+        layers: Mapping[str, str | None],
+        files: CheckpointFiles | None,
+    ) -> None:
+        if self.options.dense:  # all ranks run
+            ignored = rf"^{ROUTER_NAME}\."
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
+            return
+        names = [layers[name] for name in sorted(layers)]
+        names = [name for name in names if name is not None and isinstance(model.get_submodule(name), LowRankLinear)]
+        if not names:
+            raise DamagedCheckpointError("config.json describes a router, but no layer that it could steer.")
+        router = install_router(model, names, config)
+        if files is not None:
+            files.check_layer(ROUTER_NAME, router.state_dict(), f"router of {len(router.table)} experts")
 
     def _check_class(
         self, model: PreTrainedModel, layers: Mapping[str, str | None], without_tensors: Sequence[str]
@@ -187,6 +211,7 @@ class JactusQuantizer(HfQuantizer):
                 raise ValueError(f"{name} is offloaded to disk; load the model without offloading to make it dense.")
             weight = layer.dense_weight().to(layer.weight.dtype)
             model.set_submodule(name, make_dense_layer(weight, layer.bias, is_conv1d=name in self.conv1d_layers))
+        remove_router(model)
         return model
 
     # -- saving -------------------------------------------------------------------------------------------
@@ -200,6 +225,8 @@ class JactusQuantizer(HfQuantizer):
             # Not those of the checkpoint that was loaded, if that was of another class, with or without a head.
             names = checkpoint_names(model, self.module_forms)
             self.quantization_config.layers = {names[name]: form for name, form in self.module_forms.items()}
+        router = router_of(model)
+        self.quantization_config.router = None if router is None else router.router_config
         tensors = {name: t for name, t in tensors.items() if name not in (model._keys_to_ignore_on_save or ())}
         tensors = remove_tied_weights_from_state_dict(tensors, model)
         return None, digest_metadata(revert_weight_conversion(model, tensors))
@@ -220,8 +247,8 @@ class JactusQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """That `torch.compile` works."""
-        return True
+        """That `torch.compile` works: not with a router, which chooses by values."""
+        return self.quantization_config.router is None
 
 
 def attach_compression(

@@ -147,7 +147,14 @@ class LowRankLinear(FactorizedLinear):
     ) -> LowRankLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
         up, down = balanced_factors(left, core, right)
-        return cls(_linear(down, None, dtype, left.device), _linear(up, bias, dtype, left.device))
+        return cls.from_product(up, down, bias, dtype=dtype, device=left.device)
+
+    @classmethod
+    def from_product(
+        cls, up: Tensor, down: Tensor, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
+    ) -> LowRankLinear:
+        """Return the layer for ``up @ down``, ``(out, rank)`` and ``(rank, in)``, with copies of the values."""
+        return cls(_linear(down, None, dtype, device), _linear(up, bias, dtype, device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""

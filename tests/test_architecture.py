@@ -32,6 +32,7 @@ ORDER = (
     "layer",
     "model",
     "integrity",
+    "routing",
     "compression_config",
     "checkpoint_names",
     "loading",

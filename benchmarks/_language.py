@@ -1,0 +1,72 @@
+"""Language-model text: tokens in blocks of one length, from folders of parquet files."""
+
+import math
+from itertools import chain
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+# By corpus: which column holds the text, and what parts one row from the next.
+COLUMNS = {
+    "novels": "text",
+    "ptb": "sentence",
+    "wikitext2": "text",
+    "ag_news": "text",
+    "gsm8k": "question",
+}
+
+
+def load_texts(data_dir, corpus, split, *, seed=None):
+    """Return the texts of one split that are not empty, shuffled if a seed is given."""
+    rows = load_dataset("parquet", data_dir=str(Path(data_dir) / corpus), split=split)
+    rows = rows if seed is None else rows.shuffle(seed=seed)
+    return [text.strip() for text in rows[COLUMNS[corpus]] if text.strip()]
+
+
+def load_blocks(data_dir, corpus, split, tokenizer, *, length, max_blocks=None, seed=None):
+    """Return ``(blocks, length)`` token ids: rows are joined, with a newline between, and cut.
+
+    Args:
+        data_dir: Folder of the corpora.
+        corpus: One of `COLUMNS`.
+        split: Of the corpus.
+        tokenizer: Its ids.
+        length: Tokens in a block.
+        max_blocks: Return so many at most.
+        seed: Shuffle rows of novels, which are long, before they are joined; and then the blocks.
+    """
+    texts = load_texts(data_dir, corpus, split, seed=seed if corpus == "novels" else None)
+    tokens, needed = [], math.inf if max_blocks is None else max_blocks * length
+    for start in range(0, len(texts), 1000):
+        batch = [text + "\n" for text in texts[start : start + 1000]]
+        tokens += chain.from_iterable(tokenizer(batch, add_special_tokens=False)["input_ids"])
+        if len(tokens) >= needed and corpus == "novels":  # of the others, blocks are shuffled over all text
+            break
+    blocks = torch.tensor(tokens[: len(tokens) // length * length]).reshape(-1, length)
+    if seed is not None:
+        blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+    return blocks[:max_blocks]
+
+
+def as_dataset(blocks):
+    """Return blocks as rows of a data set for the Trainer."""
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+
+
+def train_tokenizer(texts, vocab_size):
+    """Train a byte-level BPE that starts each text with ``<s>``, as Llama's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")

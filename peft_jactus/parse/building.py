@@ -1,0 +1,112 @@
+"""From a compressed model to a routed one: rank-one terms in order, and a router that knows nothing yet."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from peft_jactus.checkpoint_names import checkpoint_names
+from peft_jactus.compression_config import LayerForm
+from peft_jactus.decomposition import DecompositionOptions, project_weight
+from peft_jactus.layer import JactusLayer
+from peft_jactus.loading import JactusQuantizer
+from peft_jactus.low_rank import FactorizedLinear, LowRankLinear, arrange_parts_
+from peft_jactus.routing import install_router, router_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peft_jactus.decomposition import Decomposition
+    from peft_jactus.routing import RouterConfig
+    from peft_jactus.statistics import CalibrationStatistics, LayerStatistics
+
+
+@torch.no_grad()
+def add_router(
+    model: PreTrainedModel,
+    config: RouterConfig,
+    *,
+    statistics: CalibrationStatistics | None = None,
+    decomposition: Decomposition | None = None,
+    progress_bar: bool = True,
+) -> PreTrainedModel:
+    """Return a model whose factorised layers are made of rank experts, with an untrained router that chooses among them.
+
+    The weight of each factorised layer is written as a sum of rank-one terms in the order of their worth, whatever form
+    it was stored in; with all experts at work it is the same weight. Train the router next: `RouterTrainer`.
+
+    Args:
+        model: A compressed model: what `from_pretrained` loaded from what `export_compressed` wrote. It stays as it is;
+            tensors outside of its factorised layers are shared.
+        config: Budget, size of the experts, and so on.
+        statistics: Of the layers, from `calibrate`, under the names of the model. They put the terms in the order of what
+            they do to the loss; without, they are in the order of the singular values.
+        decomposition: In whose metric the terms are put in order, as in `JactusConfig`; ``"jactus"`` is ``"kfac"`` here,
+            since the union was decided when the model was compressed. Default: ``"kfac"`` with ``statistics``, ``"svd"``
+            without.
+        progress_bar: Show a bar over the layers.
+
+    Returns:
+        The routed model; its router is ``model.rank_router``.
+
+    Raises:
+        ValueError: If ``model`` has no factorised layers, has a router already, or if ``statistics`` miss a layer or are
+            needed and missing.
+    """
+    layers = _factorized_layers(model)
+    decomposition = decomposition or ("svd" if statistics is None else "kfac")
+    options = DecompositionOptions(decomposition="kfac" if decomposition == "jactus" else decomposition)
+    missing = [name for name in layers if statistics is None or name not in statistics]
+    if options.needs_statistics and missing:
+        raise ValueError(
+            f"`decomposition`={decomposition!r} needs `statistics` of every factorised layer; there are none for {missing[:5]}. "
+            "Pass what `calibrate` returned for this model."
+        )
+    names = checkpoint_names(model, layers)
+    ordered = sorted(layers, key=names.__getitem__)  # as a loader finds them again
+    routed = _structural_copy(model)
+    quantizer = routed.hf_quantizer
+    assert isinstance(quantizer, JactusQuantizer)
+    for name in tqdm(ordered, desc="Ordering ranks", unit="layer", disable=not progress_bar):
+        layer_statistics = statistics[name] if options.needs_statistics and statistics is not None else None
+        routed.set_submodule(name, _in_order(layers[name], layer_statistics, options))
+        form = quantizer.module_forms[name]
+        quantizer.module_forms[name] = LayerForm(LowRankLinear.storage, form.rank, form.energy_kept)
+    install_router(routed, ordered, config)
+    return routed
+
+
+def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
+    if router_of(model) is not None:
+        raise ValueError("`model` has a router already. Set `model.rank_router.active_ratio`, or start from a static model.")
+    if any(isinstance(module, JactusLayer) for module in model.modules()):
+        raise ValueError(
+            "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "
+            "`from_pretrained`; or `peft_jactus.export.compressed_copy(model)`."
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    if not layers:
+        raise ValueError(
+            "`model` has no factorised layers. Compress it first: `calibrate`, `get_peft_model`, `export_compressed`."
+        )
+    return layers
+
+
+def _structural_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with modules of its own that shares all tensors."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _in_order(
+    layer: FactorizedLinear, statistics: LayerStatistics | None, options: DecompositionOptions
+) -> LowRankLinear:
+    """Return the layer as rank-one terms in the order of the metric."""
+    left, right = project_weight(layer.dense_weight(), statistics, options).terms(layer.rank)
+    dtype, device = layer.weight.dtype, layer.weight.device
+    ordered = LowRankLinear.from_product(left, right.mT, layer.bias, dtype=dtype, device=device)
+    arrange_parts_(ordered)
+    return ordered.train(layer.training)

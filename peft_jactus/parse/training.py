@@ -1,0 +1,249 @@
+"""Train a router offline: the routed model's predictions shall be those of the dense one, over a broad corpus."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+
+from peft_jactus.parse.importance import counted_positions, expert_importance, logits_of
+from peft_jactus.routing import router_of
+from peft_jactus.routing.router import pool_embeddings
+from peft_jactus.routing.selection import relaxed_gates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+    from transformers.trainer_utils import TrainOutput
+
+    from peft_jactus.parse.importance import Batch
+    from peft_jactus.routing import RankRouter
+
+# Least importance of an expert, as a share of the mean: the logarithm needs one.
+_IMPORTANCE_FLOOR = 1e-6
+# Penalties of the ridge regression, over the largest squared singular value, in powers of ten; the last is as good as
+# no regression.
+_PENALTIES = [exponent / 2 for exponent in range(-8, 9)]
+
+
+def embeddings_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return what the router of ``model`` sees, before it is averaged: the embeddings ``(batch, ..., dim)``."""
+    inputs = batch.get("input_ids")
+    if inputs is None:
+        inputs = batch[model.main_input_name]
+    embeddings: Tensor = model.get_input_embeddings()(inputs)
+    return embeddings
+
+
+class RouterTrainer(Trainer):
+    """A `transformers.Trainer` of the router alone; the model and its teacher stay as they are.
+
+    The loss is the divergence ``KL(teacher || routed model)`` of their predictions. The forward pass takes the hard
+    choice of experts, the backward pass a soft one (`relaxed_gates`). Checkpoints hold the router; resuming, logging, learning
+    rate schedules and the rest are those of the Trainer.
+
+    Args:
+        model: What `add_router` returned, or loaded from its checkpoint.
+        teacher: The dense model, with the same vocabulary or classes. Frozen and in evaluation mode.
+        args: As for the Trainer. Default: those of `default_arguments`.
+        train_dataset: Broad text, or other inputs of the model; not just what the model was calibrated on.
+        active_ratios: Each step draws its budget from this range, so that the router serves all of it.
+        prompt_tokens: Each row's router sees so many tokens from its start, drawn from this range, as it does when it is
+            asked to go on with a prompt. Default: all tokens.
+        temperature: Of the soft choice, in units of the scores; see `relaxed_gates`.
+        initial_batches: Before the first step, as many batches give the router its standardisation and the average worth
+            of each expert (`initialize_router_`); 0 leaves the router as it is.
+        **trainer_options: ``eval_dataset``, ``data_collator``, ``callbacks`` and other arguments of the Trainer.
+
+    Raises:
+        ValueError: If the model has no router, the corpus is empty, or a range is not one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Any,
+        active_ratios: tuple[float, float] | None = None,
+        prompt_tokens: tuple[int, int] | None = None,
+        temperature: float = 0.5,
+        initial_batches: int = 8,
+        **trainer_options: Any,
+    ) -> None:
+        router = router_of(model)
+        if router is None:
+            raise ValueError("`model` has no router; use `add_router`.")
+        if len(train_dataset) == 0:
+            raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
+        if model.is_gradient_checkpointing:
+            raise ValueError("`model` uses gradient checkpointing, which routing does not survive; disable it.")
+        self.router: RankRouter = router
+        self.active_ratios = _checked_range("active_ratios", active_ratios or (router.active_ratio,) * 2)
+        for ratio in self.active_ratios:
+            router.budgets(ratio)
+        self.prompt_tokens = None if prompt_tokens is None else _checked_range("prompt_tokens", prompt_tokens)
+        self.temperature = temperature
+        self.initial_batches = initial_batches
+        self.routed = model.eval()
+        self.teacher = teacher.eval()
+        args = TrainingArguments(**default_arguments()) if args is None else args
+        super().__init__(model=router, args=args, train_dataset=train_dataset, **trainer_options)
+        self.routed.to(args.device)
+        self.teacher.to(args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; as `Trainer.train`."""
+        if not resume_from_checkpoint and self.initial_batches:
+            batches = islice(self.get_train_dataloader(), self.initial_batches)
+            initialize_router_(self.routed, (self._prepare_inputs(batch) for batch in batches), seed=self.args.seed)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the divergence from the teacher, in nats a prediction."""
+        del num_items_in_batch
+        with torch.no_grad():
+            expected = logits_of(self.teacher, inputs)
+            pooled = pool_embeddings(embeddings_of(self.routed, inputs), self._prompt_mask(inputs))
+        low, high = self.active_ratios
+        ratio = low + (high - low) * (float(torch.rand(())) if model.training else 0.5)
+        budgets = self.router.budgets(ratio)
+        allocation = self.router.router_config.allocation
+        gates = relaxed_gates(model(pooled), self.router.table, budgets, allocation, temperature=self.temperature)
+        with self.router.gated(gates):
+            logits = logits_of(self.routed, inputs)
+        loss = divergence(expected, logits)[counted_positions(inputs, logits)].mean()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _prompt_mask(self, inputs: Batch) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        if self.prompt_tokens is None:
+            return mask
+        mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        low, high = self.prompt_tokens
+        lengths = torch.randint(low, high + 1, (len(mask), 1), device=mask.device)
+        return mask * (mask.cumsum(1) <= lengths)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch of the evaluation set; the predictions themselves are of no use."""
+        del prediction_loss_only, ignore_keys
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The columns that the model reads, not those of the router.
+        trained, self.model = self.model, self.routed
+        try:
+            super()._set_signature_columns_if_needed()
+        finally:
+            self.model = trained
+
+
+def default_arguments() -> dict[str, Any]:
+    """Return arguments of `TrainingArguments` that serve as a start."""
+    return {
+        "output_dir": "router",
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 1,
+        "report_to": [],
+    }
+
+
+def divergence(expected: Tensor, logits: Tensor) -> Tensor:
+    """Return ``KL(softmax(expected) || softmax(logits))`` over the last dimension, in nats, float32."""
+    expected = functional.log_softmax(expected.float(), dim=-1)
+    logits = functional.log_softmax(logits.float(), dim=-1)
+    return (expected.exp() * (expected - logits)).sum(-1)
+
+
+@torch.no_grad()
+def initialize_router_(
+    model: PreTrainedModel, batches: Iterable[Batch], *, seed: int = 0, progress_bar: bool = True
+) -> None:
+    """Give an untrained router what can be had without training.
+
+    Its input is standardised over the prompts of ``batches``. Its scores become the log of the average worth of
+    each expert's parameters, the best static choice to second order, and for a linear router a ridge regression of
+    how each prompt's worth differs from the average.
+
+    Args:
+        model: A routed model.
+        batches: On the model's device.
+        seed: Of the labels that are drawn.
+        progress_bar: Show one.
+
+    Raises:
+        ValueError: If there are no batches, or the model has no router.
+    """
+    router = router_of(model)
+    if router is None:
+        raise ValueError("`model` has no router; use `add_router`.")
+    generator = torch.Generator(router.weight.device).manual_seed(seed)
+    importance, pooled = [], []
+    for batch in tqdm(batches, desc="Weighing experts", unit="batch", disable=not progress_bar):
+        importance.append(expert_importance(model, batch, generator=generator))
+        pooled.append(pool_embeddings(embeddings_of(model, batch), batch.get("attention_mask")))
+    if not pooled:
+        raise ValueError("`batches` is empty; a router needs at least one.")
+    inputs, worth = torch.cat(pooled), torch.cat(importance).double()
+    average = worth.mean(0)
+    average = average + _IMPORTANCE_FLOOR * average.mean()
+    scores = (average / router.table.costs.to(average)).log()
+    router.bias.copy_(scores - scores.mean())
+    router.input_mean.copy_(inputs.mean(0))
+    if len(inputs) > 1:
+        deviation = inputs.std(0)
+        router.input_scale.copy_(1 / deviation.clamp(min=1e-3 * float(deviation.mean()) + 1e-12))
+        if router.router_config.router_kind == "linear":
+            slopes = ridge_regression(router.features(inputs).double(), worth / average - 1)
+            router.weight.copy_(slopes.mT)
+
+
+def ridge_regression(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the coefficients of a ridge regression whose penalty is chosen by generalised cross-validation.
+
+    Args:
+        inputs: ``(num, in)``, float64.
+        targets: ``(num, out)``, float64; all share one penalty.
+
+    Returns:
+        ``(in, out)``.
+
+    References:
+        Golub, Heath & Wahba, Technometrics 21, 1979.
+    """
+    u, sigma, vh = torch.linalg.svd(inputs, full_matrices=False)
+    projected = u.mT @ targets
+    outside = targets.square().sum() - projected.square().sum()
+
+    def score(penalty: float) -> float:
+        kept = penalty / (sigma.square() + penalty)  # of each direction's residual
+        residual = outside + (kept.unsqueeze(1) * projected).square().sum()
+        freedom = (len(inputs) - sigma.numel() + kept.sum()) / len(inputs)
+        return float(residual / freedom.square())
+
+    largest = float(sigma[0].square())
+    penalty = min((largest * 10.0**exponent for exponent in _PENALTIES), key=score)
+    coefficients: Tensor = vh.mT @ ((sigma / (sigma.square() + penalty)).unsqueeze(1) * projected)
+    return coefficients
+
+
+def _checked_range(name: str, values: Sequence[float]) -> tuple[Any, Any]:
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise ValueError(f"`{name}` must be two positive numbers, the smaller one first; got {values!r}.")
+    return values[0], values[1]

@@ -1,0 +1,112 @@
+"""The factorised layer that runs a part of its ranks, and who tells it which."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_jactus.low_rank import LowRankLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ActiveExperts(ABC):
+    """What runs in the calls of one thread: a choice of experts for each row of the batch."""
+
+    @abstractmethod
+    def apply(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """Return the output of ``layer`` for ``x`` ``(batch, ..., in)``, with the experts of each row."""
+
+
+class RoutingState(threading.local):
+    """The current choice of one model, for each thread. The layers and the router of a model share one.
+
+    Attributes:
+        active: ``None`` runs all experts.
+        call: The router's notes on the call of the model that is running.
+    """
+
+    active: ActiveExperts | None = None
+    call: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingState:
+        # A copied model runs for itself; all its layers find the same copy in `memo`.
+        return RoutingState()
+
+    def __reduce__(self) -> tuple[type[RoutingState], tuple[()]]:
+        return RoutingState, ()
+
+
+class RoutedLinear(LowRankLinear):
+    """A low-rank layer whose rank-one terms stand in order and run as experts: ``y = up(gates * down(x))``.
+
+    Without a router at work it runs all of them, and is a `LowRankLinear`.
+
+    Args:
+        down: ``in`` to ``rank`` features, no bias: rows of the rank-one terms.
+        up: ``rank`` to ``out`` features: their columns.
+        position: Number of the layer in its router's table.
+        state: Of the model.
+    """
+
+    def __init__(self, down: nn.Linear, up: nn.Linear, position: int, state: RoutingState) -> None:
+        super().__init__(down, up)
+        self.position = position
+        self.state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(batch, ..., in)`` to ``(batch, ..., out)``."""
+        active = self.state.active
+        return self.run_all(x) if active is None else active.apply(self, x)
+
+    def run_all(self, x: Tensor) -> Tensor:
+        """Run all terms: the static layer."""
+        return super().forward(x)
+
+    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Run all terms, each times its gate.
+
+        Args:
+            x: ``(batch, ..., in)``.
+            gates: ``(batch or 1, rank)``.
+
+        Returns:
+            ``(batch, ..., out)``, differentiable by ``x``, the gates and the parts, whatever the parts are.
+        """
+        hidden = self.down(x)
+        gates = gates.to(hidden.dtype).reshape(len(gates), *[1] * (hidden.dim() - 2), self.rank)
+        output: Tensor = self.up(hidden * gates)
+        return output
+
+    @property
+    def has_plain_parts(self) -> bool:
+        """Whether the chosen terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them."""
+        parts = (self.down, self.up)
+        return all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in parts)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the parts train now, so that copies of them won't do."""
+        return torch.is_grad_enabled() and any(part.weight.requires_grad for part in (self.down, self.up))
+
+    @torch.no_grad()
+    def gather(self, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the factors of some terms, each in one piece of memory.
+
+        Args:
+            terms: ``(active,)``, int64.
+
+        Returns:
+            ``down`` ``(active, in)`` and ``up`` ``(out, active)``, the latter laid out as `arrange_parts_` does.
+        """
+        terms = terms.to(self.down.weight.device)
+        down = self.down.weight.index_select(0, terms)
+        up = self.up.weight
+        # Columns in one piece are copied in long runs, and read in long runs by products with few vectors.
+        up = up.mT.index_select(0, terms).mT if up.device.type == "cpu" else up.index_select(1, terms)
+        return down, up
