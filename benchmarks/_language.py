@@ -51,6 +51,17 @@ def load_blocks(data_dir, corpus, split, tokenizer, *, length, max_blocks=None, 
     return blocks[:max_blocks]
 
 
+def mixed_blocks(data_dir, corpora, tokenizer, *, length, num_blocks, seed):
+    """Return blocks of the training splits of several corpora in equal parts, shuffled; a small corpus is repeated."""
+    share = num_blocks // len(corpora)
+    parts = []
+    for name in corpora:
+        blocks = load_blocks(data_dir, name, "train", tokenizer, length=length, max_blocks=share, seed=seed)
+        parts.append(blocks.repeat(-(-share // len(blocks)), 1)[:share])
+    blocks = torch.cat(parts)
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+
+
 def as_dataset(blocks):
     """Return blocks as rows of a data set for the Trainer."""
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")

@@ -1,21 +1,20 @@
 """Routed models of the small Llama: how they are made, trained and scored."""
 
 import copy
-import dataclasses
 import math
 
 import torch
-from _language import as_dataset, load_blocks
+from _language import as_dataset, load_blocks, mixed_blocks
 from peft import get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from peft_jactus import JactusConfig, calibrate
 from peft_jactus.export import compressed_copy
-from peft_jactus.parse import RouterConfig, RouterTrainer, add_router, expert_importance
+from peft_jactus.parse import RouterTrainer, add_router
 from peft_jactus.parse.training import embeddings_of
 from peft_jactus.routing.router import pool_embeddings
-from peft_jactus.routing.selection import select_experts
+from peft_jactus.routing.selection import relaxed_gates, select_experts
 
 DECOMPOSITIONS = ("svd", "fwsvd", "asvd", "svd-llm", "jactus")
 CORPORA = ("novels", "ptb", "wikitext2")
@@ -31,12 +30,18 @@ def load_dense(path):
 
 
 def load_corpora(path, data_dir, *, num_test):
-    """Return calibration blocks, blocks for routers, and test blocks by corpus: no two share text."""
+    """Return calibration blocks, and test blocks by corpus."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     options = {"tokenizer": tokenizer, "length": LENGTH}
-    blocks = load_blocks(data_dir, "novels", "train", max_blocks=8192, seed=1, **options)
+    calibration = load_blocks(data_dir, "novels", "train", max_blocks=CALIBRATION_BLOCKS, seed=1, **options)
     test = {name: load_blocks(data_dir, name, "test", max_blocks=num_test, seed=0, **options) for name in CORPORA}
-    return blocks[:CALIBRATION_BLOCKS], blocks[CALIBRATION_BLOCKS:], test
+    return calibration, test
+
+
+def router_corpus(path, data_dir, names, num_blocks, *, seed):
+    """Return blocks of several corpora in equal parts; not those that the model was calibrated on."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return mixed_blocks(data_dir, names, tokenizer, length=LENGTH, num_blocks=num_blocks, seed=2 + seed)
 
 
 def batches_of(blocks):
@@ -63,8 +68,9 @@ def compressed(dense, statistics, decomposition, retained_ratio, *, allocation="
     return compressed_copy(get_peft_model(copy.deepcopy(dense), config)).eval().requires_grad_(False)
 
 
-def routed_model(dense, statistics, decomposition, pool_ratio, config, storage="factored"):
-    pool = compressed(dense, statistics, decomposition, pool_ratio, storage=storage)
+def routed_model(dense, statistics, decomposition, pool_ratio, config):
+    """Return an untrained routed model; the ratio of its ranks is in pivoted reckoning, to have many."""
+    pool = compressed(dense, statistics, decomposition, pool_ratio, storage="pivoted")
     return add_router(pool, config, statistics=statistics, decomposition=decomposition, progress_bar=False)
 
 
@@ -122,36 +128,92 @@ def prompts_of(routed, blocks):
     return pool_embeddings(embeddings_of(routed, {"input_ids": blocks[:, :PROMPT]}), None)
 
 
-def choices(routed, blocks, ratio, kind, importance=None):
+def choices(routed, blocks, ratio, kind):
     """Return ``(num, experts)``: what runs for each block.
 
     Args:
         routed: The model.
         blocks: Their first halves are the prompts.
         ratio: Active share.
-        kind: ``"routed"``; ``"average"``: the trained scores of the average prompt, for all alike; ``"oracle"``: the
-            experts of most ``importance`` for each block.
-        importance: ``(num, experts)``.
+        kind: ``"routed"``; or ``"average"``: the scores of the average prompt, for all alike.
     """
     router = routed.rank_router
-    if kind == "routed":
-        scores = router(prompts_of(routed, blocks)).detach()
-    elif kind == "average":
-        scores = router.bias.detach().expand(len(blocks), -1)
-    else:
-        scores = importance / router.table.costs
+    scores = router(prompts_of(routed, blocks)) if kind == "routed" else router.bias.expand(len(blocks), -1)
     return select_experts(scores, router.table, router.budgets(ratio), router.router_config.allocation)
 
 
-def oracle_importance(routed, blocks, *, num_samples, seed=0):
-    """Return each expert's importance for the second half of each block, which a router cannot know."""
-    generator = torch.Generator().manual_seed(seed)
-    positions = (torch.arange(LENGTH) >= PROMPT - 1).expand(BATCH_SIZE, -1)
-    return torch.cat(
-        [
-            expert_importance(
-                routed, {"input_ids": ids}, positions=positions[: len(ids)], num_samples=num_samples, generator=generator
-            )
-            for ids in blocks.split(BATCH_SIZE)
-        ]
-    )
+def optimized_choices(routed, blocks, ratio, expected, *, steps, learning_rate=0.2):
+    """Return the best choice found for each block by descent on its own scored half, which a router cannot see.
+
+    Args:
+        routed: The model.
+        blocks: One batch.
+        ratio: Active share.
+        expected: Log probabilities of the dense model for the second half.
+        steps: Of Adam, from the trained router's scores.
+        learning_rate: Of the scores.
+    """
+    router = routed.rank_router
+    scores = router(prompts_of(routed, blocks)).detach().requires_grad_(True)
+    optimizer = torch.optim.Adam([scores], lr=learning_rate)
+    best, chosen = torch.full((len(blocks),), torch.inf), None
+    for _ in range(steps + 1):
+        gates = relaxed_gates(
+            scores, router.table, router.budgets(ratio), router.router_config.allocation, temperature=0.5
+        )
+        with router.gated(gates):
+            logits = routed(input_ids=blocks).logits[:, PROMPT - 1 : -1].log_softmax(-1)
+        divergence = (expected.exp() * (expected - logits)).sum((1, 2))
+        is_better = divergence.detach() < best
+        best = torch.where(is_better, divergence.detach(), best)
+        hard = gates.detach() > 0.5
+        chosen = hard if chosen is None else torch.where(is_better.unsqueeze(1), hard, chosen)
+        optimizer.zero_grad()
+        (divergence.sum() / divergence.numel()).backward()
+        optimizer.step()
+    return chosen
+
+
+def overlap(first, second):
+    """Return the Jaccard index of choices ``(..., experts)``: common experts over all that either has."""
+    return (first & second).sum(-1) / (first | second).sum(-1)
+
+
+@torch.no_grad()
+def overlap_while_decoding(routed, test, ratio, *, start=64, every=16):
+    """Return by corpus: text length, and overlap of the choice for it with the choice for its first ``start`` tokens."""
+    router = routed.rank_router
+
+    def choose(ids):
+        pooled = pool_embeddings(embeddings_of(routed, {"input_ids": ids}), None)
+        return select_experts(router(pooled), router.table, router.budgets(ratio), router.router_config.allocation)
+
+    lengths = list(range(start, LENGTH + 1, every))
+    return {
+        name: {
+            "lengths": lengths,
+            "overlap": [overlap(choose(blocks[:, :start]), choose(blocks[:, :n])).mean().item() for n in lengths],
+        }
+        for name, blocks in test.items()
+    }
+
+
+@torch.no_grad()
+def prompt_similarity(routed, test, ratio, *, width=0.1):
+    """Return the mean overlap of two prompts' choices by the cosine of their router inputs, and the number of pairs."""
+    router = routed.rank_router
+    blocks = torch.cat(list(test.values()))
+    features = router.features(prompts_of(routed, blocks))
+    selected = choices(routed, blocks, ratio, "routed")
+    first, second = torch.triu_indices(len(blocks), len(blocks), offset=1)
+    cosines = functional.cosine_similarity(features[first], features[second])
+    overlaps = overlap(selected[first], selected[second])
+    bins = (cosines / width).floor().long()
+    return [
+        {
+            "cosine": (number + 0.5) * width,
+            "overlap": overlaps[bins == number].mean().item(),
+            "pairs": int((bins == number).sum()),
+        }
+        for number in bins.unique().tolist()
+    ]

@@ -1,6 +1,8 @@
 """Pretrain a small Llama on English novels, for the benchmarks that need a language model.
 
     python benchmarks/pretrain.py --data-dir ../shared/data --out outputs/llama-novels
+    python benchmarks/pretrain.py --start-from outputs/llama-novels --out outputs/llama-broad \
+        --corpora novels ptb ag_news gsm8k --sequences 6400 --learning-rate 1e-3     # then on more kinds of text
 
 Stop it and run it again: it goes on at its last checkpoint. A folder that holds a finished model is left alone.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 from _environment import environment, write_result
-from _language import as_dataset, load_blocks, load_texts, train_tokenizer
+from _language import COLUMNS, as_dataset, load_blocks, load_texts, mixed_blocks, train_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,6 +29,8 @@ def parse_arguments():
     )
     parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("outputs/llama-novels"))
+    parser.add_argument("--start-from", type=Path, help="a folder that this script wrote: go on from its model")
+    parser.add_argument("--corpora", nargs="+", default=["novels"], choices=list(COLUMNS), help="in equal parts")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=704)
     parser.add_argument("--layers", type=int, default=4)
@@ -43,13 +47,17 @@ def parse_arguments():
 
 
 def load_tokenizer(args):
-    if not (args.out / "tokenizer.json").exists():
+    if args.start_from is not None:
+        AutoTokenizer.from_pretrained(args.start_from).save_pretrained(args.out)
+    elif not (args.out / "tokenizer.json").exists():
         texts = load_texts(args.data_dir, "novels", "train", seed=0)[:TOKENIZER_TEXTS]
         train_tokenizer(texts, args.vocab_size).save_pretrained(args.out)
     return AutoTokenizer.from_pretrained(args.out)
 
 
 def build_model(args, tokenizer):
+    if args.start_from is not None:
+        return LlamaForCausalLM.from_pretrained(args.start_from)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -75,8 +83,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     tokenizer = load_tokenizer(args)
-    blocks = load_blocks(
-        args.data_dir, "novels", "train", tokenizer, length=args.length, max_blocks=args.sequences, seed=args.seed
+    blocks = mixed_blocks(
+        args.data_dir, args.corpora, tokenizer, length=args.length, num_blocks=args.sequences, seed=args.seed
     )
     held_out = load_blocks(args.data_dir, "novels", "validation", tokenizer, length=args.length, max_blocks=400)
     model = build_model(args, tokenizer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from peft_jactus.low_rank import LowRankLinear
 
@@ -58,6 +59,7 @@ class RoutedLinear(LowRankLinear):
         super().__init__(down, up)
         self.position = position
         self.state = state
+        self._product: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, ..., in)`` to ``(batch, ..., out)``."""
@@ -65,8 +67,22 @@ class RoutedLinear(LowRankLinear):
         return self.run_all(x) if active is None else active.apply(self, x)
 
     def run_all(self, x: Tensor) -> Tensor:
-        """Run all terms: the static layer."""
+        """Run all terms, as one dense product where that is cheaper: the static layer."""
+        is_cheaper_dense = self.rank * (self.in_features + self.out_features) > self.in_features * self.out_features
+        if is_cheaper_dense and self.has_plain_parts and not self.needs_gradients:
+            return functional.linear(x, self._dense_product(), self.up.bias)
         return super().forward(x)
+
+    @torch.no_grad()
+    def _dense_product(self) -> Tensor:
+        product = self._product
+        if product is None:
+            product = self._product = self.dense_weight().to(self.up.weight.dtype)
+        return product
+
+    def forget_product(self) -> None:
+        """Let go of what was computed from the factors: they have changed."""
+        self._product = None
 
     def gated(self, x: Tensor, gates: Tensor) -> Tensor:
         """Run all terms, each times its gate.

@@ -1,0 +1,256 @@
+"""PARSE on a small Llama: perplexity with ranks chosen for each prompt, against static ranks at equal active share.
+
+    python benchmarks/pretrain.py                # once: the small Llama
+    python benchmarks/routing.py run             # stop it and run it again: finished cases are skipped
+    python benchmarks/routing.py report          # results/routing.md and plots
+
+A block is 256 tokens: the router sees the first half, the second half is scored. The dense model was trained on novels; routers
+are trained on novels, Penn Treebank, news and school mathematics ("broad"), or on novels alone; nobody sees WikiText-2.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from _environment import environment, write_result
+from _routing import (
+    DECOMPOSITIONS,
+    choices,
+    compressed,
+    load_corpora,
+    load_dense,
+    losses,
+    optimized_choices,
+    overlap_while_decoding,
+    prompt_similarity,
+    routed_model,
+    router_corpus,
+    statistics_for,
+    train_router,
+)
+from _routing_tables import write_report
+
+from peft_jactus import CalibrationStatistics
+from peft_jactus.parse import RouterConfig, initialize_router_
+
+RATIOS = (0.8, 0.6, 0.4)
+SEEDS = (0, 1, 2)
+# Of the dense parameters, in pivoted reckoning: nearly all ranks are there to be chosen from.
+POOL_RATIO = 0.95
+CORPORA = {"broad": ("novels", "ptb", "ag_news", "gsm8k"), "novels": ("novels",)}
+INITIAL_BLOCKS = 256
+RESULTS = Path(__file__).parent / "results" / "routing"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One trained router.
+
+    Attributes:
+        decomposition: Of the factors.
+        router: ``"linear"`` or ``"mlp"``.
+        corpus: One of `CORPORA`.
+        blocks: Of 256 tokens, that the router is trained on, once.
+        seed: Of the corpus, its order, the labels drawn and the budgets.
+    """
+
+    decomposition: str
+    router: str = "linear"
+    corpus: str = "broad"
+    blocks: int = 1024
+    seed: int = 0
+
+    @property
+    def file_name(self):
+        return f"{self.decomposition}_{self.router}_{self.corpus}_{self.blocks}blocks_seed{self.seed}.json"
+
+
+def cases():
+    """Return all cases: the table first, then what it is compared with."""
+    table = [Case(name, seed=seed) for seed in SEEDS for name in DECOMPOSITIONS]
+    studies = [
+        Case(name, **change, seed=seed)
+        for seed in SEEDS
+        for name in ("svd-llm",)
+        for change in ({"router": "mlp"}, {"corpus": "novels"}, {"blocks": 256}, {"blocks": 512})
+    ]
+    return table + studies
+
+
+class Setting:
+    """What all cases share: the dense model, its statistics, and the test blocks with its predictions."""
+
+    def __init__(self, args):
+        self.args = args
+        self.dense = load_dense(args.model)
+        calibration, self.test = load_corpora(args.model, args.data_dir, num_test=args.test_blocks)
+        file = Path(args.model) / "routing_statistics.safetensors"
+        if not file.exists():
+            statistics_for(self.dense, calibration).save(file)
+        self.statistics = CalibrationStatistics.load(file)
+        scored = {name: losses(self.dense, blocks) for name, blocks in self.test.items()}
+        self.dense_losses = {name: figures for name, (figures, _) in scored.items()}
+        self.expected = {name: logits for name, (_, logits) in scored.items()}
+
+    def score(self, model, selected=None):
+        """Return the figures of each corpus; ``selected`` by corpus for a routed model."""
+        return {
+            name: losses(model, blocks, self.expected[name], None if selected is None else selected[name])[0]
+            for name, blocks in self.test.items()
+        }
+
+    def routed(self, case):
+        config = RouterConfig(active_ratio=0.6, expert_size=8, router_kind=case.router)
+        return routed_model(self.dense, self.statistics, case.decomposition, POOL_RATIO, config)
+
+    def choices(self, routed, ratio, kind):
+        return {name: choices(routed, blocks, ratio, kind) for name, blocks in self.test.items()}
+
+    def train(self, case):
+        """Return the routed model of a case, and figures of its training."""
+        torch.manual_seed(case.seed)
+        routed = self.routed(case)
+        names, data_dir = CORPORA[case.corpus], self.args.data_dir
+        blocks = router_corpus(self.args.model, data_dir, names, case.blocks, seed=case.seed)
+        started = time.perf_counter()
+        batches = [{"input_ids": ids} for ids in blocks[:INITIAL_BLOCKS].split(16)]
+        initialize_router_(routed, batches, seed=case.seed, progress_bar=False)
+        initialized = time.perf_counter()
+        untrained = {str(ratio): self.score(routed, self.choices(routed, ratio, "average")) for ratio in RATIOS}
+        training = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            log = train_router(
+                routed,
+                self.dense,
+                blocks,
+                folder,
+                seed=case.seed,
+                learning_rate=self.args.learning_rate,
+                active_ratios=(0.35, 0.85),
+                prompt_tokens=(32, 256),
+                temperature=self.args.temperature,
+                initial_batches=0,
+            )
+        return routed, {
+            "initialization_seconds": initialized - started,
+            "training_seconds": time.perf_counter() - training,
+            "training_log": [entry["loss"] for entry in log if "loss" in entry],
+            "second_order": untrained,
+        }
+
+
+def run_static(setting, name):
+    """Return the figures of static models of one decomposition."""
+    return {
+        allocation: {
+            str(ratio): setting.score(
+                compressed(setting.dense, setting.statistics, name, ratio, allocation=allocation)
+            )
+            for ratio in RATIOS
+        }
+        for allocation in ("uniform", "global")
+    }
+
+
+def run_case(setting, case):
+    """Return the figures of a trained router: of its average choice, and of its choice for each prompt."""
+    routed, figures = setting.train(case)
+    for kind in ("average", "routed"):
+        figures[kind] = {str(ratio): setting.score(routed, setting.choices(routed, ratio, kind)) for ratio in RATIOS}
+    router = routed.rank_router
+    figures["num_experts"] = len(router.table)
+    figures["router_parameters"] = sum(parameter.numel() for parameter in router.parameters())
+    return figures
+
+
+def run_patterns(setting, name):
+    """Return how much there is to gain, and what patterns look like, for one decomposition."""
+    routed, _ = setting.train(Case(name))
+    ratios = (0.6, 0.4)
+    blocks = {name: blocks[:16] for name, blocks in setting.test.items()}
+    expected = {name: logits[:1] for name, logits in setting.expected.items()}
+    rows = {}
+    for ratio in ratios:
+        rows[str(ratio)] = {}
+        for corpus, ids in blocks.items():
+            choice = {
+                "average": choices(routed, ids, ratio, "average"),
+                "routed": choices(routed, ids, ratio, "routed"),
+                "optimized": optimized_choices(routed, ids, ratio, expected[corpus][0], steps=setting.args.oracle_steps),
+            }
+            rows[str(ratio)][corpus] = {
+                kind: losses(routed, ids, expected[corpus], selected)[0] for kind, selected in choice.items()
+            }
+    return {
+        "gain": rows,
+        "decoding": {str(ratio): overlap_while_decoding(routed, setting.test, ratio) for ratio in ratios},
+        "similarity": {str(ratio): prompt_similarity(routed, setting.test, ratio) for ratio in ratios},
+    }
+
+
+def run(args):
+    setting = Setting(args)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("command", "model", "data_dir", "out")}
+
+    def write(file_name, make, **description):
+        path = args.out / file_name
+        if path.exists():
+            return
+        print(f"{time.strftime('%H:%M:%S')} {file_name}", flush=True)
+        started = time.perf_counter()
+        figures = make()
+        write_result(
+            path,
+            {
+                **description,
+                "settings": settings,
+                "dense": setting.dense_losses,
+                "seconds": time.perf_counter() - started,
+                **figures,
+                "environment": environment(),
+            },
+        )
+
+    for name in args.decompositions:
+        write(f"static_{name}.json", lambda name=name: run_static(setting, name), kind="static", decomposition=name)
+    for case in cases():
+        if case.decomposition in args.decompositions and case.seed in args.seeds:
+            write(case.file_name, lambda case=case: run_case(setting, case), kind="router", **asdict(case))
+    for name in ("svd-llm", "jactus"):
+        if name in args.decompositions:
+            write(f"patterns_{name}.json", lambda name=name: run_patterns(setting, name), kind="patterns", decomposition=name)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--model", default="outputs/llama-novels", help="what pretrain.py wrote")
+    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--decompositions", nargs="+", default=list(DECOMPOSITIONS), choices=DECOMPOSITIONS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--test-blocks", type=int, default=48, help="of each corpus")
+    parser.add_argument("--learning-rate", type=float, default=2e-2)
+    parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument("--oracle-steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    if args.command == "run":
+        run(args)
+    else:
+        write_report(args.out)
+
+
+if __name__ == "__main__":
+    main()
