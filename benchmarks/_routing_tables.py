@@ -3,6 +3,165 @@
 import json
 import statistics
 
+RATIOS = ("0.8", "0.6", "0.4")
+CORPORA = ("novels", "ptb", "wikitext2")
+STUDIES = {
+    "linear, broad, 768 blocks": {"router": "linear", "corpus": "broad", "blocks": 768},
+    "two-layer, broad, 768 blocks": {"router": "mlp", "corpus": "broad", "blocks": 768},
+    "linear, novels alone, 768 blocks": {"router": "linear", "corpus": "novels", "blocks": 768},
+    "linear, broad, 384 blocks": {"router": "linear", "corpus": "broad", "blocks": 384},
+    "linear, broad, 192 blocks": {"router": "linear", "corpus": "broad", "blocks": 192},
+}
+METHODS = ("static uniform", "static global", "second order", "average", "routed")
+
+
+def load(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def matching(results, **fields):
+    return [result for result in results if all(result.get(name) == value for name, value in fields.items())]
+
+
+def values(results, decomposition, method, ratio, corpus, figure, **study):
+    """Return one number for each seed."""
+    if method.startswith("static"):
+        found = matching(results, kind="static", decomposition=decomposition)
+        return [result[method.removeprefix("static ")][ratio][corpus][figure] for result in found]
+    found = matching(results, kind="router", decomposition=decomposition, **study)
+    key = method.replace(" ", "_")
+    return [result[key][ratio][corpus][figure] for result in found]
+
+
+def cell(numbers, digits):
+    if not numbers:
+        return ""
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+
+
+def table(head, rows):
+    return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)])
+
+
+def main_table(results, figure, digits):
+    """Return a row for each decomposition and method."""
+    head = ["factors", "choice of ranks", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
+    study = next(iter(STUDIES.values()))
+    rows = []
+    for decomposition in dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")):
+        for method in METHODS:
+            cells = [
+                cell(values(results, decomposition, method, ratio, corpus, figure, **study), digits)
+                for corpus in CORPORA
+                for ratio in RATIOS
+            ]
+            if any(cells):
+                rows.append([decomposition, method, *cells])
+    return table(head, rows)
+
+
+def studies_table(results, decomposition, figure, digits):
+    """Return a row for each kind of router and of corpus."""
+    head = ["router", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
+    rows = []
+    for name, study in STUDIES.items():
+        for method in ("average", "routed"):
+            cells = [
+                cell(values(results, decomposition, method, ratio, corpus, figure, **study), digits)
+                for corpus in CORPORA
+                for ratio in RATIOS
+            ]
+            if any(cells):
+                rows.append([f"{name}: {method}", *cells])
+    return table(head, rows)
+
+
+def gain_table(results):
+    """Return how near a trained router comes to choices that were optimised on the scored text itself."""
+    head = ["factors", "active", "text", "average", "routed", "optimised on the scored text"]
+    rows = [
+        [result["decomposition"], ratio, corpus, *(f"{figures[kind]['divergence']:.4f}" for kind in figures)]
+        for result in matching(results, kind="patterns")
+        for ratio, by_corpus in result["gain"].items()
+        for corpus, figures in by_corpus.items()
+    ]
+    return table(head, rows)
+
+
+def plot_shares(results, path):
+    """Draw divergence from the dense model against the active share."""
+    from matplotlib.figure import Figure
+
+    decompositions = list(dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")))
+    figure = Figure(figsize=(3 * len(decompositions), 8), layout="constrained")
+    axes = figure.subplots(len(CORPORA), len(decompositions), sharex=True, sharey="row", squeeze=False)
+    study = next(iter(STUDIES.values()))
+    for row, corpus in enumerate(CORPORA):
+        for column, decomposition in enumerate(decompositions):
+            axis = axes[row][column]
+            for method in ("static uniform", "static global", "average", "routed"):
+                lines = [
+                    values(results, decomposition, method, ratio, corpus, "divergence", **study) for ratio in RATIOS
+                ]
+                if all(lines):
+                    means = [statistics.mean(line) for line in lines]
+                    spread = [statistics.pstdev(line) for line in lines]
+                    axis.errorbar([float(ratio) for ratio in RATIOS], means, spread, marker="o", capsize=3, label=method)
+            axis.set_yscale("log")
+            axis.set_title(f"{decomposition}, {corpus}", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    figure.supxlabel("active share of the dense parameters")
+    figure.supylabel("divergence from the dense model, nats a token")
+    figure.savefig(path, dpi=110)
+
+
+def plot_patterns(results, path):
+    """Draw how patterns would change while decoding, and with the similarity of prompts."""
+    from matplotlib.figure import Figure
+
+    found = matching(results, kind="patterns")
+    figure = Figure(figsize=(9, 3.2 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 2, squeeze=False)
+    for (left, right), result in zip(axes, found, strict=True):
+        for ratio, by_corpus in result["decoding"].items():
+            for corpus, line in by_corpus.items():
+                left.plot(line["lengths"], line["overlap"], marker=".", label=f"{corpus}, active {ratio}")
+        left.set_title(f"{result['decomposition']}: choice for a longer text against that for its start", fontsize=9)
+        left.set_xlabel("tokens")
+        left.set_ylabel("overlap (Jaccard)")
+        left.legend(fontsize=7)
+        for ratio, bins in result["similarity"].items():
+            points = [point for point in bins if point["pairs"] >= 20]
+            right.plot([p["cosine"] for p in points], [p["overlap"] for p in points], marker=".", label=f"active {ratio}")
+        right.set_title(f"{result['decomposition']}: choices of two prompts", fontsize=9)
+        right.set_xlabel("cosine of the router's inputs")
+        right.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
 
 def write_report(folder):
-    raise NotImplementedError
+    """Write ``routing.md`` and two plots beside the folder of results."""
+    results = load(folder)
+    dense = results[0]["dense"]
+    dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in CORPORA)
+    parts = [
+        "# Ranks by prompt on a small Llama (`benchmarks/routing.py`)",
+        f"Perplexity of the dense model: {dense_line}. Mean ± standard deviation over seeds of the router; static models have none."
+        " *second order*: the choice before training, the same for all prompts; *average*: the trained scores of the average "
+        "prompt, the same for all; *routed*: the trained choice for each prompt. The numbers in the head are active shares.",
+        "## Divergence from the dense model, nats a token",
+        main_table(results, "divergence", 4),
+        "## Perplexity",
+        main_table(results, "perplexity", 2),
+        "## Kinds of routers and of corpora: divergence, svd-llm factors",
+        studies_table(results, "svd-llm", "divergence", 4),
+        "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
+        gain_table(results),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    folder.with_suffix(".md").write_text(text)
+    plot_shares(results, folder.with_suffix(".png"))
+    if matching(results, kind="patterns"):
+        plot_patterns(results, folder.with_name("routing_patterns.png"))
+    print(text)

@@ -1,0 +1,381 @@
+"""How long a routed model takes, in the same run as the dense one and static low-rank ones: a block of Llama-2-7B.
+
+    python benchmarks/routing_latency.py
+    python benchmarks/routing_latency.py --shape small --repeats 2 --out /tmp/routing_latency.json
+
+Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
+they are stored; "static" has uniform ranks of the routed model's active share. A *miss* chooses experts and gathers
+their factors, a *hit* finds them remembered. Models take turns on one thread, and the time is that thread's (see
+peft_jactus/benchmarking.py).
+"""
+
+import argparse
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+import transformers
+from _environment import environment, write_result
+from latency import tokens, with_random_factors
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_jactus.benchmarking import Case, compare, decode_case, forward_case, num_bytes
+from peft_jactus.checkpoint_names import checkpoint_names
+from peft_jactus.compression_config import LayerForm
+from peft_jactus.loading import attach_compression
+from peft_jactus.low_rank import LowRankLinear
+from peft_jactus.routing import RankRouter, RouterConfig, install_router
+from peft_jactus.routing.patterns import ExpertPattern
+from peft_jactus.routing.router import pool_embeddings
+
+SHAPES = {
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 1,
+    },
+    "small": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 4},
+}
+RATIOS = (0.8, 0.6, 0.4)
+PROMPTS = (128, 512)
+BATCH = 8
+# Blocks of Llama-2-7B, all of whose experts its router scores.
+WHOLE_DEPTH = 32
+# Scores then have a standard deviation of one.
+WEIGHT_STD = 10.0
+# Eight patterns of a wide block fit.
+CACHE_BYTES = 2**36
+PARTS = ("its router", "its gathering", "router of the whole depth")
+
+NOTES = """\
+Times over the dense model's in the same run; in brackets the speed-up over "native": all ranks of the pool as two
+products. "static" has uniform ranks of the same active share, also as two products. On a GPU, the routed model decodes
+with its fused kernel, which the static ones do not have."""
+ROUTER_NOTES = f"""\
+A miss in parts: "router" pools the embeddings, scores all experts of this model and selects; "gathering" copies the
+chosen factors; both were timed alone, and "rest" is what remains. "router / hit" is measured, of this model as it is.
+"{WHOLE_DEPTH} blocks" is an estimate: a router over the experts of that many such blocks, timed alone, over as many
+times the time of a hit for each block of this model (with its embedding and its head of 1024 tokens)."""
+MEMORY_NOTES = "Memory of a pattern's gathered factors, of the pool and of the router, over the dense linear layers'."
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-7b")
+    parser.add_argument("--layers", type=int, help="blocks; default: 1 of llama-7b, 4 of small")
+    parser.add_argument("--active-ratio", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--pool-ratio", type=float, default=0.95, help="of the dense parameters, in two factors")
+    parser.add_argument("--expert-size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: results/routing_latency-DEVICE.json")
+    args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
+    args.out = args.out or Path(__file__).parent / "results" / f"routing_latency-{args.device}.json"
+    return args
+
+
+# -- models -----------------------------------------------------------------------------------------------
+
+
+def dense_model(args):
+    config = LlamaConfig(**{**SHAPES[args.shape], "num_hidden_layers": args.layers}, vocab_size=1024)
+    return LlamaForCausalLM(config).to(args.dtype).eval().to(args.device)
+
+
+def low_rank_model(dense, ratio, args):
+    """Return the model with random factors of this share of the parameters in all blocks, as if it had been loaded."""
+    model = with_random_factors(dense, "factored", ratio, args)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    forms = {name: LayerForm(layer.storage, layer.rank) for name, layer in layers.items()}
+    attach_compression(model, forms, (), retained_ratio=ratio, base_model=None)
+    return model.eval().to(args.device)
+
+
+def routed_model(pool, ratio, args):
+    """Return a routed model with a cache of its own, that shares the factors of the pool."""
+    model = copy.deepcopy(pool, {id(tensor): tensor for tensor in (*pool.parameters(), *pool.buffers())})
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)]
+    names = checkpoint_names(model, layers)
+    config = RouterConfig(active_ratio=ratio, expert_size=args.expert_size, cache_bytes=CACHE_BYTES)
+    randomize_(install_router(model, sorted(layers, key=names.__getitem__), config))
+    return model
+
+
+@torch.no_grad()
+def randomize_(router):
+    generator = torch.Generator().manual_seed(1)
+    router.weight.copy_(WEIGHT_STD * torch.randn(router.weight.shape, generator=generator))
+
+
+def router_of_whole_depth(router, args):
+    """Return a router over the experts of as many blocks as Llama-2-7B has, in multiples of the model's."""
+    times = max(1, WHOLE_DEPTH // args.layers)
+    width = router.input_mean.shape[0]
+    whole = RankRouter(router.router_config, router.layers * times, width, device=args.device)
+    randomize_(whole)
+    return whole
+
+
+def linear_bytes(model):
+    return sum(num_bytes(layer) for layer in model.model.modules() if isinstance(layer, nn.Linear))
+
+
+# -- what is timed ----------------------------------------------------------------------------------------
+
+
+class Timed(nn.Module):
+    """A model with a case of its own, so that models take turns on different cases."""
+
+    def __init__(self, model, case):
+        super().__init__()
+        self.model = model
+        self.case = case
+
+    def prepare(self):
+        return self.case.prepare(self.model)
+
+    def forward(self, state):
+        self.case.call(self.model, state)
+
+
+def times(name, contenders, args):
+    """Return the `Timing` of each contender, by name.
+
+    Args:
+        name: Of what is timed.
+        contenders: By name: a model and its case.
+        args: Repeats and threads.
+    """
+    (num_units,) = {case.num_units for _, case in contenders.values()}
+    timings = compare(
+        {key: Timed(*contender) for key, contender in contenders.items()},
+        [Case(name, lambda timed, state: timed(state), Timed.prepare, num_units)],
+        num_repeats=args.repeats,
+        num_threads=args.threads,
+    )
+    for timing in timings:
+        print(f"  {name}, {timing.model}: {1000 * timing.min_seconds:.3f} ms", flush=True)
+    return {timing.model: timing for timing in timings}
+
+
+def prefill_case(ids):
+    return forward_case("prefill", {"input_ids": ids, "use_cache": True})
+
+
+def decoding_case(ids):
+    return decode_case("decode", ids, num_tokens=4)
+
+
+def miss_case(ids):
+    return dataclasses.replace(prefill_case(ids), prepare=lambda model: model.rank_router.clear_cache())
+
+
+def choice_case(embeddings):
+    return Case("choice", lambda router, _: router.select(pool_embeddings(embeddings, None)).cpu())
+
+
+def gather_case(selected):
+    def gather(router, kept):
+        kept.append(ExpertPattern(selected, router.table, router.layers))  # to free it takes time, too
+
+    return Case("gather", gather, lambda _: [])
+
+
+# -- measurements -----------------------------------------------------------------------------------------
+
+
+def prefill_times(length, models, whole_router, ratio, args):
+    """Return times of a prompt, and of the parts of a miss."""
+    ids = tokens(1, length, args.device)
+    hit, miss = (routed_model(models["native"], ratio, args) for _ in range(2))
+    router = miss.rank_router
+    with torch.inference_mode():
+        embeddings = miss.get_input_embeddings()(ids)
+        selected = router.select(pool_embeddings(embeddings, None))[0].cpu()
+    contenders = {name: (model, prefill_case(ids)) for name, model in models.items()} | {
+        "routed, hit": (hit, prefill_case(ids)),
+        "routed, miss": (miss, miss_case(ids)),
+        "its router": (router, choice_case(embeddings)),
+        "its gathering": (router, gather_case(selected)),
+        "router of the whole depth": (whole_router, choice_case(embeddings)),
+    }
+    timings = times(f"prefill 1 x {length}", contenders, args)
+    info = hit.rank_router.cache_info()
+    assert (info.misses, info.entries) == (1, 1), info
+    return timings
+
+
+def decode_times(models, ratio, args):
+    contenders = {**models, "routed": routed_model(models["native"], ratio, args)}
+    case = decoding_case(tokens(1, 128, args.device))
+    return times("decode, batch 1", {name: (model, case) for name, model in contenders.items()}, args)
+
+
+def batch_times(name, make_case, models, ratio, args):
+    """Return times of a batch, whose rows have one pattern or as many as there are rows."""
+    many = tokens(BATCH, 32, args.device)
+    one = many[:1].expand(BATCH, -1).contiguous()
+    same, different = (routed_model(models["native"], ratio, args) for _ in range(2))
+    contenders = {key: (model, make_case(many)) for key, model in models.items()} | {
+        "routed, one pattern": (same, make_case(one)),
+        f"routed, {BATCH} patterns": (different, make_case(many)),
+    }
+    timings = times(name, contenders, args)
+    num_patterns = [model.rank_router.cache_info().patterns for model in (same, different)]
+    assert num_patterns == [1, BATCH], num_patterns
+    return timings
+
+
+def rows_of(timings, case, ratio):
+    """Yield a row for each model of a case."""
+    dense, native = timings["dense"], timings["native"]
+    for name, timing in timings.items():
+        yield {
+            "active_ratio": ratio,
+            "case": case,
+            "model": name,
+            "milliseconds": 1000 * timing.min_seconds,
+            "over_dense": timing.min_seconds / dense.min_seconds,
+            "median_over_dense": timing.median_seconds / dense.median_seconds,
+            "speedup_over_native": native.min_seconds / timing.min_seconds,
+            "median_speedup_over_native": native.median_seconds / timing.median_seconds,
+        }
+
+
+def router_row(timings, length, router, whole_router, ratio, args):
+    """Return the parts of a miss, and what the router takes beside the model."""
+    seconds = {name: timing.min_seconds for name, timing in timings.items()}
+    hit, miss = seconds["routed, hit"], seconds["routed, miss"]
+    choice, gathering, whole_choice = (seconds[name] for name in PARTS)
+    depth = args.layers * len(whole_router.layers) // len(router.layers)
+    return {
+        "active_ratio": ratio,
+        "prompt_tokens": length,
+        "experts": len(router.table),
+        "miss_milliseconds": 1000 * miss,
+        "hit_milliseconds": 1000 * hit,
+        "router_milliseconds": 1000 * choice,
+        "gathering_milliseconds": 1000 * gathering,
+        "rest_milliseconds": 1000 * (miss - choice - gathering),
+        "router_over_miss": choice / miss,
+        "router_over_hit": choice / hit,
+        "estimated_blocks": depth,
+        "estimated_experts": len(whole_router.table),
+        "estimated_router_milliseconds": 1000 * whole_choice,
+        "estimated_router_over_hit": whole_choice / (hit / args.layers * depth),
+    }
+
+
+def memory_row(models, ratio, args):
+    routed = routed_model(models["native"], ratio, args)
+    router = routed.rank_router
+    with torch.inference_mode():
+        embeddings = routed.get_input_embeddings()(tokens(1, PROMPTS[0], args.device))
+        (pattern,) = router.choose(pool_embeddings(embeddings, None)).patterns
+    dense = linear_bytes(models["dense"])
+    return {
+        "active_ratio": ratio,
+        "chosen_ratio": router.table.active_ratio(pattern.selected.unsqueeze(0)).item(),
+        "dense_bytes": dense,
+        "pattern_bytes": pattern.num_bytes,
+        "pattern_over_dense": pattern.num_bytes / dense,
+        "pool_over_dense": linear_bytes(models["native"]) / dense,
+        "router_over_dense": num_bytes(router) / dense,
+    }
+
+
+def measure(ratio, dense, native, args):
+    """Return rows of times, of the router and of memory, for one budget."""
+    print(f"active ratio {ratio:g}", flush=True)
+    models = {"dense": dense, "native": native, "static": low_rank_model(dense, ratio, args)}
+    router = routed_model(native, ratio, args).rank_router
+    whole_router = router_of_whole_depth(router, args)
+    rows, router_rows = [], []
+    for length in PROMPTS:
+        timings = prefill_times(length, models, whole_router, ratio, args)
+        router_rows.append(router_row(timings, length, router, whole_router, ratio, args))
+        whole = {name: timing for name, timing in timings.items() if name not in PARTS}
+        rows += rows_of(whole, f"prefill 1 x {length}", ratio)
+    rows += rows_of(decode_times(models, ratio, args), "decode, batch 1", ratio)
+    for name, case in ((f"prefill {BATCH} x 32", prefill_case), (f"decode, batch {BATCH}", decoding_case)):
+        rows += rows_of(batch_times(name, case, models, ratio, args), name, ratio)
+    return rows, router_rows, memory_row(models, ratio, args)
+
+
+# -- tables -----------------------------------------------------------------------------------------------
+
+
+def markdown_table(header, lines):
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def times_table(rows, ratios):
+    cells = {(row["case"], row["model"], row["active_ratio"]): row for row in rows}
+    lines = []
+    for case, model in dict.fromkeys((row["case"], row["model"]) for row in rows):
+        found = [cells[case, model, ratio] for ratio in ratios]
+        if model == "dense":
+            values = [f"{row['milliseconds']:.2f} ms" for row in found]
+        else:
+            values = [f"{row['over_dense']:.2f} ({row['speedup_over_native']:.2f} x)" for row in found]
+        lines.append([case, model, *values])
+    return markdown_table(["case", "model", *(f"active {ratio:g}" for ratio in ratios)], lines)
+
+
+def router_table(rows):
+    lines = []
+    for row in rows:
+        miss = row["miss_milliseconds"]
+        parts = [row[f"{name}_milliseconds"] for name in ("router", "gathering", "rest")]
+        shares = [f"{part:.2f} ms ({100 * part / miss:.1f} %)" for part in parts]
+        ratios = [f"{100 * row[name]:.2f} %" for name in ("router_over_hit", "estimated_router_over_hit")]
+        numbers = [f"{row['hit_milliseconds']:.2f} ms", f"{miss:.2f} ms"]
+        lines.append([str(row["prompt_tokens"]), f"{row['active_ratio']:g}", *numbers, *shares, *ratios])
+    header = ["prompt", "active", "hit", "miss", "router", "gathering", "rest", "router / hit"]
+    return markdown_table([*header, f"the same, {WHOLE_DEPTH} blocks"], lines)
+
+
+def memory_table(rows):
+    keys = ("chosen_ratio", "pattern_over_dense", "pool_over_dense", "router_over_dense")
+    lines = [[f"{row['active_ratio']:g}", *(f"{row[key]:.3f}" for key in keys)] for row in rows]
+    return markdown_table(["active", "chosen", "pattern", "pool", "router"], lines)
+
+
+def main():
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    dense = dense_model(args)
+    native = low_rank_model(dense, args.pool_ratio, args)
+    measured = [measure(ratio, dense, native, args) for ratio in args.active_ratio]
+    rows = [row for rows, _, _ in measured for row in rows]
+    router_rows = [row for _, rows, _ in measured for row in rows]
+    memory_rows = [row for _, _, row in measured]
+    names = ("shape", "layers", "pool_ratio", "expert_size", "threads", "repeats")
+    result = {
+        **{name: getattr(args, name) for name in names},
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "times": rows,
+        "router": router_rows,
+        "memory": memory_rows,
+        "environment": environment(args.device),
+    }
+    title = f"{args.shape}, {args.layers} block(s), {args.device}, {result['dtype']}, pool {args.pool_ratio:g}"
+    tables = [NOTES, times_table(rows, args.active_ratio), ROUTER_NOTES, router_table(router_rows)]
+    markdown = "\n\n".join([title, *tables, MEMORY_NOTES, memory_table(memory_rows)])
+    write_result(args.out, result)
+    args.out.with_suffix(".md").write_text(markdown + "\n")
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""A routed model serves: in batches, with a key-value cache, in threads, and for encoders."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_jactus.routing import RankRouter, remove_router
+from tests.compressed_models import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.routed_models import padded, prompts, routed, static
+
+MODELS = [tiny_llama, tiny_gpt2, tiny_bert, tiny_vit]
+
+
+def inputs_of(model):
+    return {name: value for name, value in batches_for(model)[0].items() if name != "labels"}
+
+
+@torch.no_grad()
+def run(model, **inputs):
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_all_experts_are_the_static_model_exactly(make):
+    model = routed(make(), active_ratio=0.5)
+    inputs = inputs_of(model)
+    part = run(model, **inputs)
+    model.rank_router.active_ratio = 1.0
+    everything = run(model, **inputs)
+    remove_router(model)
+    assert torch.equal(everything, run(model, **inputs))
+    assert not torch.allclose(part, everything, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_all_experts_are_the_compressed_model_that_was_routed(make):
+    dense = make()
+    model = routed(dense, active_ratio=1.0)
+    inputs = inputs_of(model)
+    torch.testing.assert_close(run(model, **inputs), run(static(dense), **inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_patterns_run_what_gates_of_zero_and_one_run(make):
+    model = routed(make())
+    inputs = inputs_of(model)
+    chosen = []
+    router = model.rank_router
+    choose = router.choose
+
+    def spy(pooled):
+        chosen.append(router.select(pooled))
+        return choose(pooled)
+
+    router.choose = spy
+    logits = run(model, **inputs)
+    assert len(chosen) == 1
+    assert len(chosen[0].unique(dim=0)) > 1
+    with router.gated(chosen[0].float()):
+        torch.testing.assert_close(run(model, **inputs), logits, rtol=0, atol=1e-5)
+
+
+def test_a_left_padded_batch_is_as_its_prompts_alone():
+    model = routed(tiny_llama())
+    rows = prompts(16)
+    batch = padded(rows)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    together = run(model, **batch, position_ids=positions)
+    assert model.rank_router.cache_info().patterns == len(rows)
+    model.rank_router.clear_cache()
+    for row, prompt in enumerate(rows):
+        alone = run(model, input_ids=prompt.unsqueeze(0))
+        torch.testing.assert_close(together[row, -len(prompt) :], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}])
+def test_generating_for_a_left_padded_batch_is_as_for_its_prompts_alone(make, options):
+    model = routed(make())
+    rows = prompts(16)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    together = model.generate(**padded(rows), **options)[:, -8:]
+    info = model.rank_router.cache_info()
+    assert info.misses >= len(rows)  # each prompt is routed once, and not again while decoding
+    assert info.misses + info.hits == len(rows) * options.get("num_beams", 1)
+    model.rank_router.clear_cache()
+    num = options.get("num_return_sequences", 1)
+    for row, prompt in enumerate(rows):
+        ids = prompt.unsqueeze(0)
+        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[:, -8:]
+        assert torch.equal(together[row * num : (row + 1) * num], alone)
+
+
+def test_decoding_keeps_the_experts_of_the_prompt():
+    model = routed(tiny_llama())
+    ids = prompts(1, 12)[0].unsqueeze(0)
+    selected = model.rank_router.select(model.get_input_embeddings()(ids[:, :6]).mean(1))
+    with model.rank_router.gated(selected.float()):
+        expected = run(model, input_ids=ids)
+    with torch.no_grad():
+        start = model(input_ids=ids[:, :6], use_cache=True)
+        rest = [model(input_ids=ids[:, 6:7], past_key_values=start.past_key_values)]
+        copied = copy.deepcopy(start.past_key_values)
+        rest.append(model(input_ids=ids[:, 7:12], past_key_values=copied))
+    logits = torch.cat([start.logits, *(part.logits for part in rest)], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_other_rows_is_refused():
+    model = routed(tiny_llama())
+    rows = torch.stack([prompt[:3] for prompt in prompts(3)])
+    with torch.no_grad():
+        cache = model(input_ids=rows, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"filled by a batch of 3 rows.*now used with 2 rows"):
+            model(input_ids=rows[:2, :1], past_key_values=cache)
+    assert model.rank_router._state.active is None
+    assert model.rank_router._state.call is None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_encoder_chooses_for_each_input(side):
+    model = routed(tiny_bert())
+    rows = prompts(8)
+    batch = padded(rows, side=side)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    together = run(model, **batch, position_ids=positions)
+    model.rank_router.clear_cache()
+    if side == "right":  # its pooler reads the first position
+        for row, prompt in enumerate(rows):
+            alone = run(model, input_ids=prompt.unsqueeze(0))
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert model.rank_router.cache_info().misses == len(rows)
+
+
+def test_embeddings_route_as_their_tokens_do():
+    model = routed(tiny_llama())
+    batch = padded(prompts(4))
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    by_tokens = run(model, **batch)
+    by_embeddings = run(model, inputs_embeds=embeddings, attention_mask=batch["attention_mask"])
+    torch.testing.assert_close(by_embeddings, by_tokens, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_takes_the_pattern_of_a_similar_one():
+    model = routed(tiny_llama(), cache_similarity=0.5)
+    ids = prompts(1, 14)[0].unsqueeze(0)
+    other = ids.clone()
+    other[0, 3] = 5
+    run(model, input_ids=ids)
+    run(model, input_ids=other)
+    assert (model.rank_router.cache_info().hits, model.rank_router.cache_info().misses) == (1, 1)
+
+
+def test_another_budget_needs_no_other_router():
+    model = routed(tiny_llama())
+    inputs = inputs_of(model)
+    pooled = model.get_input_embeddings()(inputs["input_ids"]).mean(1)
+    router = model.rank_router
+    for ratio in (0.9, 0.6, 0.4):
+        router.active_ratio = ratio
+        selected = router.select(pooled)
+        assert (router.table.active_ratio(selected) <= ratio).all()
+        assert (router.table.active_ratio(selected) > ratio - 0.05).all()
+        with router.gated(selected.float()):
+            expected = run(model, **inputs)
+        torch.testing.assert_close(run(model, **inputs), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`active_ratio` must be in \(0, 1\]; got 0"):
+        router.active_ratio = 0
+    with pytest.raises(ValueError, match="is less than one expert in each layer"):
+        router.active_ratio = 0.01
+    assert router.active_ratio == 0.4
+
+
+def test_a_copied_model_runs_for_itself():
+    model = routed(tiny_llama())
+    inputs = inputs_of(model)
+    before = run(model, **inputs)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in copied.rank_router.layers:
+            layer.up.weight.zero_()
+    copied.rank_router.clear_cache()
+    assert copied.rank_router.cache_info().entries == 0
+    assert not torch.allclose(run(copied, **inputs), before)
+    assert torch.equal(run(model, **inputs), before)
+    assert {id(module) for module in copied.modules()} >= {id(layer) for layer in copied.rank_router.layers}
+
+
+@pytest.mark.parametrize("change", ["train", "to", "load_state_dict"])
+def test_patterns_are_forgotten_when_weights_may_change(change):
+    model = routed(tiny_llama())
+    inputs = inputs_of(model)
+    model.rank_router.active_ratio = 0.8
+    run(model, **inputs)
+    assert model.rank_router.cache_info().entries
+    if change == "train":
+        model.train()
+    elif change == "to":
+        model.to(torch.float64)
+    else:
+        model.load_state_dict(model.state_dict())
+    assert model.rank_router.cache_info().entries == 0
+    assert all(layer._product is None for layer in model.rank_router.layers)
+
+
+def test_gradients_reach_the_factors_of_chosen_experts_alone():
+    model = routed(tiny_llama())
+    ids = prompts(1)[0].unsqueeze(0)
+    expected = run(model, input_ids=ids)
+    logits = model(input_ids=ids).logits  # gradients are on
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    logits.square().sum().backward()
+    router = model.rank_router
+    selected = router.select(model.get_input_embeddings()(ids).mean(1))[0]
+    for layer in router.layers:
+        has_gradient = layer.down.weight.grad.abs().sum(1) > 0
+        runs = torch.zeros_like(has_gradient)
+        runs[router.table.term_index(layer.position, selected)] = True
+        assert torch.equal(has_gradient, runs)
+
+
+def test_lora_on_the_parts_is_routed_too():
+    model = routed(tiny_llama())
+    ids = padded(prompts(4))
+    before = run(model, **ids)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["up", "down"], r=2)).eval()
+    torch.testing.assert_close(run(adapted, **ids), before, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    changed = run(adapted, **ids)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    merged = adapted.merge_and_unload()
+    merged.rank_router.clear_cache()
+    torch.testing.assert_close(run(merged, **ids), changed, rtol=0, atol=1e-4)
+
+
+def test_an_error_in_the_model_leaves_nothing_behind():
+    model = routed(tiny_llama())
+    inputs = inputs_of(model)
+    before = run(model, **inputs)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    handle = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        run(model, **inputs)
+    handle.remove()
+    assert model.rank_router._state.active is None
+    assert model.rank_router._state.call is None
+    assert torch.equal(run(model, **inputs), before)
+
+
+def test_removing_the_router_leaves_no_hook():
+    model = routed(tiny_llama())
+    remove_router(model)
+    assert not any(isinstance(module, RankRouter) for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_threads_do_not_see_each_others_experts():
+    model = routed(tiny_llama(), cache_entries=4)
+    rows = [prompt.unsqueeze(0) for prompt in prompts(8)]
+    expected = [run(model, input_ids=ids) for ids in rows]
+    differences, failures = [], []
+
+    def serve(number):
+        try:
+            for turn in range(30):
+                row = (number * 5 + turn) % len(rows)
+                differences.append((run(model, input_ids=rows[row]) - expected[row]).abs().max())
+        except Exception as error:  # noqa: BLE001  # a thread's exception is lost otherwise
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(differences) == 8 * 30
+    assert max(differences) <= 1e-5
+    info = model.rank_router.cache_info()
+    assert info.entries <= 4
+    assert info.hits + info.misses == 8 * 31
+
+
+def test_encoder_decoders_are_refused():
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration cannot be routed"):
+        routed(tiny_t5())
