@@ -107,7 +107,9 @@ def plot_shares(results, path):
                 if all(lines):
                     means = [statistics.mean(line) for line in lines]
                     spread = [statistics.pstdev(line) for line in lines]
-                    axis.errorbar([float(ratio) for ratio in RATIOS], means, spread, marker="o", capsize=3, label=method)
+                    axis.errorbar(
+                        [float(ratio) for ratio in RATIOS], means, spread, marker="o", capsize=3, label=method
+                    )
             axis.set_yscale("log")
             axis.set_title(f"{decomposition}, {corpus}", fontsize=9)
     axes[0][0].legend(fontsize=8)
@@ -133,7 +135,9 @@ def plot_patterns(results, path):
         left.legend(fontsize=7)
         for ratio, bins in result["similarity"].items():
             points = [point for point in bins if point["pairs"] >= 20]
-            right.plot([p["cosine"] for p in points], [p["overlap"] for p in points], marker=".", label=f"active {ratio}")
+            right.plot(
+                [p["cosine"] for p in points], [p["overlap"] for p in points], marker=".", label=f"active {ratio}"
+            )
         right.set_title(f"{result['decomposition']}: choices of two prompts", fontsize=9)
         right.set_xlabel("cosine of the router's inputs")
         right.legend(fontsize=7)

@@ -181,7 +181,9 @@ def run_patterns(setting, name):
             choice = {
                 "average": choices(routed, ids, ratio, "average"),
                 "routed": choices(routed, ids, ratio, "routed"),
-                "optimized": optimized_choices(routed, ids, ratio, expected[corpus][0], steps=setting.args.oracle_steps),
+                "optimized": optimized_choices(
+                    routed, ids, ratio, expected[corpus][0], steps=setting.args.oracle_steps
+                ),
             }
             rows[str(ratio)][corpus] = {
                 kind: losses(routed, ids, expected[corpus], selected)[0] for kind, selected in choice.items()
@@ -195,7 +197,9 @@ def run_patterns(setting, name):
 
 def run(args):
     setting = Setting(args)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("command", "model", "data_dir", "out")}
+    settings = {
+        name: str(value) for name, value in vars(args).items() if name not in ("command", "model", "data_dir", "out")
+    }
 
     def write(file_name, make, **description):
         path = args.out / file_name
@@ -223,7 +227,12 @@ def run(args):
             write(case.file_name, lambda case=case: run_case(setting, case), kind="router", **asdict(case))
     for name in ("svd-llm", "jactus"):
         if name in args.decompositions:
-            write(f"patterns_{name}.json", lambda name=name: run_patterns(setting, name), kind="patterns", decomposition=name)
+            write(
+                f"patterns_{name}.json",
+                lambda name=name: run_patterns(setting, name),
+                kind="patterns",
+                decomposition=name,
+            )
 
 
 def parse_arguments():

@@ -203,14 +203,20 @@ def decode_case(name: str, prompt: Tensor, *, num_tokens: int = 16) -> Case:
         num_tokens: Decoded in a call, one after the other; which ones makes no difference to the time.
     """
 
-    def read_prompt(model: Any) -> Any:
-        return model(input_ids=prompt, use_cache=True).past_key_values
+    def read_prompt(model: Any) -> dict[str, Any]:
+        return _cache_in(model(input_ids=prompt, use_cache=True))
 
-    def decode(model: Any, cache: Any) -> None:
+    def decode(model: Any, cache: dict[str, Any]) -> None:
         for _ in range(num_tokens):
-            cache = model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True).past_key_values
+            cache = _cache_in(model(input_ids=prompt[:, -1:], use_cache=True, **cache))
 
     return Case(name, decode, read_prompt, num_tokens)
+
+
+def _cache_in(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cache as the next call's argument, of the same name: ``past_key_values`` before transformers 5.24."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
 
 
 # -- sizes ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import HfApi
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
@@ -244,8 +245,9 @@ def _adapted(model: nn.Module) -> tuple[PreTrainedModel, JactusConfig, str]:
             f"Only transformers models have compressed checkpoints; got a {type(base).__name__}. `merge_and_unload` "
             "gives plain layers for any model."
         )
-    adapters: Any = model.active_adapters  # a method of transformers models, a property of PEFT's
-    active: list[str] = adapters() if callable(adapters) else adapters
+    # As transformers' `active_adapters` does, which from 5.24 on refuses every PEFT before 0.22.
+    tuner_layer = next(module for module in base.modules() if isinstance(module, BaseTunerLayer))
+    active: list[str] = model.active_adapters if isinstance(model, PeftModel) else tuner_layer.active_adapters
     config = cast("dict[str, Any]", model.peft_config)[active[0]]
     if len(active) != 1 or not isinstance(config, JactusConfig):
         raise ValueError(f"One JACTUS adapter must be active; got {active}. Use `set_adapter`.")

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from peft_jactus._version import __version__
 from peft_jactus.export import appearing_whole, check_target
 from peft_jactus.low_rank import FactorizedLinear
+from peft_jactus.routing import router_of
 
 if TYPE_CHECKING:
     import os
@@ -64,6 +65,11 @@ def export_remote_code(
         raise ValueError(f"`checkpoint_dir` {source} has no config.json; give what `export_compressed` wrote.")
     _check_architecture(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    if router_of(model) is not None:
+        raise ValueError(
+            f"`checkpoint_dir` {source} has a router, which vLLM's code would not run. Export the compressed checkpoint that it "
+            "was added to."
+        )
     layers = _low_rank_layers(source, model)
     with appearing_whole(target) as folder:
         for pattern in _COMPANIONS:

@@ -1,8 +1,10 @@
 """Tiny routed models: compressed without data, with a random router, so that every prompt has experts of its own."""
 
 import copy
+import inspect
 
 import torch
+from transformers import Cache
 
 from peft_jactus.export import compressed_copy
 from peft_jactus.parse import RouterConfig, add_router
@@ -48,3 +50,14 @@ def padded(rows, *, side="left"):
         place = slice(longest - len(prompt), None) if side == "left" else slice(len(prompt))
         ids[row, place], mask[row, place] = prompt, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def cache_of(output):
+    """Return the key-value cache of an output, whatever this version of transformers calls it."""
+    return next(value for value in output.values() if isinstance(value, Cache))
+
+
+def with_cache(model, cache):
+    """Return the argument that passes a key-value cache on."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}

@@ -123,10 +123,11 @@ def test_decoding_reads_the_prompt_once_and_then_one_token_after_the_other():
     )
     case = decode_case("decode", torch.full((2, 5), 7), num_tokens=3)
     with torch.no_grad():
-        cache = case.prepare(model)
+        state = case.prepare(model)
         assert lengths == [5]
-        case.call(model, cache)
+        case.call(model, state)
     assert lengths == [5, 1, 1, 1]
+    (cache,) = state.values()
     assert cache.get_seq_length() == 8
     assert case.num_units == 3
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_jactus.routing import RankRouter, remove_router
 from tests.compressed_models import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
-from tests.routed_models import padded, prompts, routed, static
+from tests.routed_models import cache_of, padded, prompts, routed, static, with_cache
 
 MODELS = [tiny_llama, tiny_gpt2, tiny_bert, tiny_vit]
 
@@ -77,7 +77,9 @@ def test_a_left_padded_batch_is_as_its_prompts_alone():
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}]
+)
 def test_generating_for_a_left_padded_batch_is_as_for_its_prompts_alone(make, options):
     model = routed(make())
     rows = prompts(16)
@@ -102,9 +104,10 @@ def test_decoding_keeps_the_experts_of_the_prompt():
         expected = run(model, input_ids=ids)
     with torch.no_grad():
         start = model(input_ids=ids[:, :6], use_cache=True)
-        rest = [model(input_ids=ids[:, 6:7], past_key_values=start.past_key_values)]
-        copied = copy.deepcopy(start.past_key_values)
-        rest.append(model(input_ids=ids[:, 7:12], past_key_values=copied))
+        cache = cache_of(start)
+        rest = [model(input_ids=ids[:, 6:7], **with_cache(model, cache))]
+        copied = copy.deepcopy(cache)
+        rest.append(model(input_ids=ids[:, 7:12], **with_cache(model, copied)))
     logits = torch.cat([start.logits, *(part.logits for part in rest)], dim=1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
@@ -113,9 +116,9 @@ def test_a_cache_of_other_rows_is_refused():
     model = routed(tiny_llama())
     rows = torch.stack([prompt[:3] for prompt in prompts(3)])
     with torch.no_grad():
-        cache = model(input_ids=rows, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=rows, use_cache=True))
         with pytest.raises(ValueError, match=r"filled by a batch of 3 rows.*now used with 2 rows"):
-            model(input_ids=rows[:2, :1], past_key_values=cache)
+            model(input_ids=rows[:2, :1], **with_cache(model, cache))
     assert model.rank_router._state.active is None
     assert model.rank_router._state.call is None
 
@@ -127,12 +130,12 @@ def test_an_encoder_chooses_for_each_input(side):
     batch = padded(rows, side=side)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     together = run(model, **batch, position_ids=positions)
+    assert model.rank_router.cache_info().misses == len(rows)
     model.rank_router.clear_cache()
     if side == "right":  # its pooler reads the first position
         for row, prompt in enumerate(rows):
             alone = run(model, input_ids=prompt.unsqueeze(0))
             torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert model.rank_router.cache_info().misses == len(rows)
 
 
 def test_embeddings_route_as_their_tokens_do():
@@ -288,6 +291,36 @@ def test_threads_do_not_see_each_others_experts():
     info = model.rank_router.cache_info()
     assert info.entries <= 4
     assert info.hits + info.misses == 8 * 31
+
+
+def test_inference_mode_leaves_nothing_that_only_it_can_use():
+    model = routed(tiny_llama()).requires_grad_(False)
+    model.rank_router.active_ratio = 0.9
+    first, second = (prompt[:3].unsqueeze(0) for prompt in prompts(2))
+    with torch.inference_mode():
+        expected = model(input_ids=first).logits.clone()
+    run(model, input_ids=second)
+    embeddings = model.get_input_embeddings()(first).requires_grad_(True)
+    logits = model(inputs_embeds=embeddings).logits
+    assert model.rank_router.cache_info().hits == 1
+    logits.sum().backward()
+    assert embeddings.grad.abs().max() > 0
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+def test_many_patterns_run_as_gates_once_that_reads_less():
+    model = routed(tiny_llama())
+    rows = prompts(8)
+    batch = padded(rows)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    layer = model.rank_router.layers[0]
+    calls = []
+    gated = layer.gated
+    layer.gated = lambda *inputs: calls.append(inputs) or gated(*inputs)
+    run(model, **batch, position_ids=positions)
+    assert len(calls) == 1  # all rows at once
+    run(model, input_ids=rows[0].unsqueeze(0))
+    assert len(calls) == 1  # gathered factors
 
 
 def test_encoder_decoders_are_refused():

@@ -81,7 +81,9 @@ def add_router(
 
 def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
     if router_of(model) is not None:
-        raise ValueError("`model` has a router already. Set `model.rank_router.active_ratio`, or start from a static model.")
+        raise ValueError(
+            "`model` has a router already. Set `model.rank_router.active_ratio`, or start from a static model."
+        )
     if any(isinstance(module, JactusLayer) for module in model.modules()):
         raise ValueError(
             "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "

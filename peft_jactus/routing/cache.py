@@ -54,7 +54,7 @@ class PatternCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._keys: Tensor | None = None  # (entries at most, dim), normalised; zeros where there is none
+        self._keys: Tensor | None = None  # (entries at most, dim), normalised
         self._patterns: OrderedDict[int, ExpertPattern] = OrderedDict()  # by row of the keys, oldest use first
         self._free = list(range(self._max_entries))
         self._shared: dict[bytes, tuple[ExpertPattern, int]] = {}  # by digest, with the number of entries
@@ -80,14 +80,20 @@ class PatternCache:
         """
         key = _normalised(key)
         with self._lock:
-            if self._patterns and self._keys is not None:
-                cosine, row = (self._keys @ key.to(self._keys)).max(0)
-                if float(cosine) >= self._similarity - _ROUNDING:
-                    self._hits += 1
-                    self._patterns.move_to_end(int(row))
-                    return self._patterns[int(row)]
-            self._misses += 1
+            row = self._similar(key, self._similarity)
+            if row is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._patterns.move_to_end(row)
+            return self._patterns[row]
+
+    def _similar(self, key: Tensor, similarity: float) -> int | None:
+        if self._keys is None or not self._patterns:
             return None
+        rows = list(self._patterns)
+        cosine, place = (self._keys[rows] @ key.to(self._keys)).max(0)
+        return rows[int(place)] if float(cosine) >= similarity - _ROUNDING else None
 
     def find_equal(self, digest: bytes) -> ExpertPattern | None:
         """Return the pattern of this choice, whichever prompt made it; no look-up in the statistics."""
@@ -97,31 +103,32 @@ class PatternCache:
 
     def add(self, key: Tensor, pattern: ExpertPattern) -> None:
         """Remember a prompt's pattern, if it fits at all."""
-        if not self._max_entries or pattern.num_bytes > self._max_bytes:
-            return
         key = _normalised(key)
+        if not self._max_entries or pattern.num_bytes > self._max_bytes or not bool(key.isfinite().all()):
+            return
         with self._lock:
+            if self._similar(key, 1.0) is not None:  # another thread was faster, or it is twice in a batch
+                return
+            if self._keys is None or self._keys.device != key.device:
+                self._keys = self._keys_on(key)
             held, count = self._shared.get(pattern.digest, (pattern, 0))
             if not count:
                 self._num_bytes += held.num_bytes
             self._shared[held.digest] = (held, count + 1)
             while not self._free or self._num_bytes > self._max_bytes:
                 self._forget_oldest()
-            if self._keys is None or self._keys.device != key.device:
-                self._keys = self._keys_on(key)
             row = self._free.pop()
             self._keys[row] = key
             self._patterns[row] = held
 
     def _keys_on(self, key: Tensor) -> Tensor:
-        if self._keys is not None:
-            return self._keys.to(key.device)
-        return key.new_zeros(self._max_entries, len(key))
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+            if self._keys is not None:
+                return self._keys.to(key.device)
+            return torch.zeros(self._max_entries, len(key), device=key.device)
 
     def _forget_oldest(self) -> None:
         row, pattern = self._patterns.popitem(last=False)
-        assert self._keys is not None
-        self._keys[row] = 0
         self._free.append(row)
         self._evictions += 1
         held, count = self._shared[pattern.digest]

@@ -73,11 +73,11 @@ class RoutedLinear(LowRankLinear):
             return functional.linear(x, self._dense_product(), self.up.bias)
         return super().forward(x)
 
-    @torch.no_grad()
     def _dense_product(self) -> Tensor:
         product = self._product
         if product is None:
-            product = self._product = self.dense_weight().to(self.up.weight.dtype)
+            with torch.inference_mode(False), torch.no_grad():  # what inference mode makes is of use nowhere else
+                product = self._product = self.dense_weight().to(self.up.weight.dtype)
         return product
 
     def forget_product(self) -> None:
@@ -110,7 +110,6 @@ class RoutedLinear(LowRankLinear):
         """Whether the parts train now, so that copies of them won't do."""
         return torch.is_grad_enabled() and any(part.weight.requires_grad for part in (self.down, self.up))
 
-    @torch.no_grad()
     def gather(self, terms: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the factors of some terms, each in one piece of memory.
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from peft_jactus.routing.layer import RoutedLinear
     from peft_jactus.routing.selection import ExpertTable
 
+# With fewer vectors for each pattern, a product with its factors takes about as long as reading them.
+_VECTORS_A_PATTERN = 64
+
 
 class ExpertPattern:
     """One choice of experts for all layers, with copies of the chosen factors, each in one piece of memory.
@@ -31,32 +34,39 @@ class ExpertPattern:
         layers: The routed layers, in the order of the table.
 
     Attributes:
-        selected: As given.
         digest: Equal for equal choices.
+        num_terms: By layer, how many terms run.
         num_bytes: Memory of the copies.
     """
 
     def __init__(self, selected: Tensor, table: ExpertTable, layers: Sequence[RoutedLinear]) -> None:
-        self.selected = selected
         self.digest = selected.numpy().tobytes()
-        self._gates: list[Tensor | None] = []  # None: all terms run
+        self.num_terms: list[int] = []
+        self._gates: list[Tensor] = []
         self._factors: list[tuple[Tensor, Tensor] | None] = []
-        for layer in layers:
-            terms = table.term_index(layer.position, selected)
-            runs_all = len(terms) == layer.rank
-            gates = table.term_gates(layer.position, selected.unsqueeze(0))
-            self._gates.append(None if runs_all else gates.to(layer.down.weight.device))
-            self._factors.append(layer.gather(terms) if layer.has_plain_parts and not runs_all else None)
+        # A copy that was made in inference mode could be used in no other.
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in layers:
+                terms = table.term_index(layer.position, selected)
+                gates = table.term_gates(layer.position, selected.unsqueeze(0))
+                runs_all = len(terms) == layer.rank
+                self.num_terms.append(len(terms))
+                self._gates.append(gates.to(layer.down.weight.device))
+                self._factors.append(layer.gather(terms) if layer.has_plain_parts and not runs_all else None)
         self.num_bytes = sum(factor.nbytes for pair in self._factors if pair is not None for factor in pair)
+
+    def gates(self, layer: RoutedLinear) -> Tensor:
+        """Return ``(1, rank)``, bool: which terms of a layer run."""
+        return self._gates[layer.position]
 
     def apply(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """Return the output of ``layer`` for ``(..., in)``, with the chosen terms."""
-        gates, factors = self._gates[layer.position], self._factors[layer.position]
-        if gates is None:
+        factors = self._factors[layer.position]
+        if self.num_terms[layer.position] == layer.rank:
             return layer.run_all(x)
         if factors is not None and layer.has_plain_parts and not layer.needs_gradients:
             return low_rank_product(x, *factors, layer.up.bias)
-        return layer.gated(x, gates)
+        return layer.gated(x, self.gates(layer))
 
 
 class PatternBatch(ActiveExperts):
@@ -79,9 +89,19 @@ class PatternBatch(ActiveExperts):
         if len(self._groups) == 1:
             return self._groups[0][0].apply(layer, x)
         rows = by_row(x, len(self.patterns))
-        outputs = [pattern.apply(layer, rows[members.to(x.device)]) for pattern, members in self._groups]
-        output = torch.cat(outputs)[self._places.to(x.device)]
+        if self._reads_less_as_gates(layer, rows):
+            gates = torch.cat([pattern.gates(layer) for pattern in self.patterns])
+            output = layer.gated(rows, gates)
+        else:
+            outputs = [pattern.apply(layer, rows[members.to(x.device)]) for pattern, members in self._groups]
+            output = torch.cat(outputs)[self._places.to(x.device)]
         return output.reshape(*x.shape[:-1], layer.out_features)
+
+    def _reads_less_as_gates(self, layer: RoutedLinear, rows: Tensor) -> bool:
+        """Whether the patterns' factors have more terms than the layer, for too few vectors to be worth it."""
+        num_vectors = rows.numel() // rows.shape[-1]
+        num_terms = sum(pattern.num_terms[layer.position] for pattern, _ in self._groups)
+        return num_terms > layer.rank and num_vectors < _VECTORS_A_PATTERN * len(self._groups)
 
     def repeated(self, num_rows: int) -> PatternBatch:
         """Return the patterns for a batch whose rows were repeated in place, as `generate` does for beams.

@@ -11,6 +11,7 @@ many that this matters, the last ones are one item, which costs what is missing 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -72,7 +73,9 @@ class ExpertTable:
             first += count
         self.spans = spans
         sizes = [
-            min(expert_size, layer.rank - start) for layer in self.layers for start in range(0, layer.rank, expert_size)
+            min(expert_size, layer.rank - start)
+            for layer in self.layers
+            for start in range(0, layer.rank, expert_size)
         ]
         layer_of = [number for number, count in enumerate(counts) for _ in range(count)]
         widths = [self.layers[number].out_features + self.layers[number].in_features for number in layer_of]
@@ -109,7 +112,7 @@ class ExpertTable:
             least, dense = least.sum(0, keepdim=True), dense.sum(0, keepdim=True)
         budgets = active_ratio * dense.double()
         if bool((budgets < least).any()):
-            needed = float((least / dense).max())
+            needed = math.ceil(1000 * float((least / dense).max()) - 1e-6) / 1000
             raise ValueError(
                 f"`active_ratio`={active_ratio} is less than one expert in each layer takes ({needed:.3f}). Raise it, "
                 f"or lower `expert_size` ({self.expert_size})."
@@ -151,64 +154,76 @@ def select_experts(scores: Tensor, table: ExpertTable, budgets: Tensor, allocati
     Returns:
         ``(batch, experts)``, bool.
     """
-    scores = scores.detach().double()
-    costs = table.costs.to(scores.device, torch.float64).expand_as(scores)
-    own_costs = costs
-    experts, valid = table.experts_of.to(scores.device), table.valid.to(scores.device)
-    best = scores[:, experts].masked_fill(~valid, -torch.inf).argmax(2)  # (batch, layers)
+    valid = table.valid.to(scores.device)
+    experts = table.experts_of.to(scores.device).expand(
+        len(scores), -1, -1
+    )  # (batch, layers, most experts of a layer)
+    scores = scores.detach().double().gather(1, experts.flatten(1)).view(experts.shape).masked_fill(~valid, -torch.inf)
+    scores, order = scores.sort(dim=2, descending=True, stable=True)  # what is not valid comes last again
+    experts = experts.gather(2, order)
+    costs = table.costs.to(scores.device, torch.float64)[experts].masked_fill(~valid, 0)
+    ranking, item_costs = scores, costs
     if table.has_dense_option:
-        scores, costs = _with_dense_option(scores, costs, table)
-    scores = scores.scatter(1, experts.T.gather(0, best), torch.inf)
-    groups = table.groups(allocation).to(scores.device)
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    order = order.gather(1, groups[order].sort(dim=1, stable=True).indices)  # by group, and by score in each
-    groups, costs, own_costs = groups[order], costs.gather(1, order), own_costs.gather(1, order)
+        ranking, item_costs = _with_dense_items(scores, costs, table.all_costs.to(scores))
+    ranking = ranking.clone()
+    ranking[:, :, 0] = torch.inf
+    groups = (
+        torch.arange(len(table.layers), device=scores.device) if allocation == "uniform" else torch.zeros(1).long()
+    )
+    groups = groups.to(scores.device).view(1, -1, 1).expand_as(experts).flatten(1)
+    is_real = valid.expand_as(experts).flatten(1)
     limits = budgets.to(scores.device)[groups]
-    chosen = _summed_in_group(costs, groups) <= limits
-    spent = _group_total(costs * chosen, groups, len(budgets))
+
+    order = _by_group(ranking.flatten(1), groups)
+    fits = _summed_in_group(item_costs.flatten(1).gather(1, order), groups.gather(1, order)) <= limits.gather(1, order)
+    chosen = torch.zeros_like(is_real).scatter(1, order, fits) & is_real
+    spent = _group_total(item_costs.flatten(1) * chosen, groups, len(budgets))
+
+    order = _by_group(scores.flatten(1), groups)
+    groups, costs, limits = (values.gather(1, order) for values in (groups, costs.flatten(1), limits))
+    chosen, spent, is_real = (values.gather(1, order) for values in (chosen, spent, is_real))
     while True:
-        fitting = ~chosen & (own_costs <= limits - spent)
+        fitting = is_real & ~chosen & (costs <= limits - spent)
         if not bool(fitting.any()):
             break
         added = fitting & (_summed_in_group(fitting.double(), groups) == 1)  # the best one of each group
         chosen |= added
-        spent = spent + _group_total(own_costs * added, groups, len(budgets))
-    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+        spent = spent + _group_total(costs * added, groups, len(budgets))
+    counts = torch.zeros(len(scores), len(table), dtype=torch.int64, device=scores.device)
+    return counts.scatter_add(1, experts.flatten(1).gather(1, order), chosen.long()) > 0
 
 
-def _with_dense_option(scores: Tensor, costs: Tensor, table: ExpertTable) -> tuple[Tensor, Tensor]:
-    """Return scores and costs under which taking experts in order finds the upper concave envelope of each layer.
+def _by_group(ranking: Tensor, groups: Tensor) -> Tensor:
+    """Return the order ``(batch, entries)`` of groups, and from large to small in each; equal ones stay as they are."""
+    order = ranking.sort(dim=1, descending=True, stable=True).indices
+    by_group: Tensor = order.gather(1, groups.gather(1, order).sort(dim=1, stable=True).indices)
+    return by_group
+
+
+def _with_dense_items(scores: Tensor, costs: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a ranking and costs under which taking experts in order follows the upper concave envelope of each layer.
 
     A layer's points are (cost, gain) of its best k experts, and of all at the cost of the dense weight. From the last point
     that the envelope touches before that one, the experts that are left are one item: the best of them costs what is missing
-    to the dense weight, the others nothing, and they follow it immediately.
+    to the dense weight, the others nothing, and all have the same rank.
+
+    Args:
+        scores: ``(batch, layers, experts of a layer)``, descending; minus infinity where there is none.
+        costs: Of the same experts.
+        limits: ``(layers,)``: cost of all.
     """
-    experts, valid = table.experts_of.to(scores.device), table.valid.to(scores.device)
-    limits = table.all_costs.to(scores).unsqueeze(1)  # (layers, 1)
-    sorted_scores, order = scores[:, experts].masked_fill(~valid, -torch.inf).sort(dim=2, descending=True)
-    own_costs = costs[:, experts].masked_fill(~valid, 0).gather(2, order)  # (batch, layers, experts of a layer)
-    gains = (sorted_scores - sorted_scores[:, :, :1]).exp() * own_costs
-    cost_before = (own_costs.cumsum(2) - own_costs).minimum(limits)
-    room = limits - cost_before
-    sorted_costs = own_costs.minimum(room)
-    gain_after = gains.sum(2, keepdim=True) - gains.cumsum(2) + gains
-    slopes = torch.where(room > 0, gain_after / room, _FREE)
+    limits = limits.unsqueeze(1)
+    gains = (scores - scores[:, :, :1]).exp() * costs
+    room = limits - (costs.cumsum(2) - costs).minimum(limits)
+    gain_left = gains.sum(2, keepdim=True) - gains.cumsum(2) + gains
+    slopes = torch.where(room > 0, gain_left / room, _FREE)
     slopes[:, :, 0] = torch.inf  # the best expert always runs
     slope, first = slopes.min(2, keepdim=True)
-    score = slope.log() + sorted_scores[:, :, :1]
-    places = torch.arange(experts.shape[1], device=scores.device)
-    has_option = (own_costs.sum(2, keepdim=True) > limits) & slope.isfinite()
-    is_first, is_later = has_option & (places == first), has_option & (places > first)
-    follower = torch.nextafter(score, torch.full_like(score, -torch.inf))
-    new_scores = torch.where(is_first, score, torch.where(is_later, follower, sorted_scores))
-    new_costs = torch.where(is_first, room, torch.where(is_later, 0.0, sorted_costs))
-    targets = experts.expand_as(order).gather(2, order).flatten(1)
-    kept = valid.expand_as(order).gather(2, order).flatten(1)
-    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1).expand_as(targets)
-    result_scores, result_costs = scores.clone(), costs.clone()
-    result_scores[rows[kept], targets[kept]] = new_scores.flatten(1)[kept]
-    result_costs[rows[kept], targets[kept]] = new_costs.flatten(1)[kept]
-    return result_scores, result_costs
+    has_item = (costs.sum(2, keepdim=True) > limits) & slope.isfinite()
+    places = torch.arange(scores.shape[2], device=scores.device)
+    is_first, is_later = has_item & (places == first), has_item & (places > first)
+    ranking = torch.where(is_first | is_later, slope.log() + scores[:, :, :1], scores)
+    return ranking, torch.where(is_first, room, torch.where(is_later, 0.0, costs.minimum(room)))
 
 
 def _summed_in_group(values: Tensor, groups: Tensor) -> Tensor:
