@@ -181,7 +181,7 @@ def overlap(first, second):
 
 @torch.no_grad()
 def overlap_while_decoding(routed, test, ratio, *, start=64, every=16):
-    """Return by corpus: text length, and overlap of the choice for it with the choice for its first ``start`` tokens."""
+    """Return by corpus: lengths of text, and how much the choice for them is that for the first ``start`` tokens."""
     router = routed.rank_router
 
     def choose(ids):
@@ -200,7 +200,7 @@ def overlap_while_decoding(routed, test, ratio, *, start=64, every=16):
 
 @torch.no_grad()
 def prompt_similarity(routed, test, ratio, *, width=0.1):
-    """Return the mean overlap of two prompts' choices by the cosine of their router inputs, and the number of pairs."""
+    """Return the mean overlap of two prompts' choices, and the number of pairs, by cosine of their router inputs."""
     router = routed.rank_router
     blocks = torch.cat(list(test.values()))
     features = router.features(prompts_of(routed, blocks))

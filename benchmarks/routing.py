@@ -4,9 +4,9 @@
     python benchmarks/routing.py run             # stop it and run it again: finished cases are skipped
     python benchmarks/routing.py report          # results/routing.md and plots
 
-A block is 256 tokens: the router sees the first half, the second half is scored. Factors are calibrated on novels. Routers are
-trained on novels, Penn Treebank, news and school mathematics ("broad"), which the dense model knows, or on novels alone; nobody
-has seen WikiText-2.
+A block is 256 tokens: the router sees the first half, the second half is scored. Factors are calibrated on novels.
+Routers are trained on novels, Penn Treebank, news and school mathematics ("broad"), which the dense model knows, or on
+novels alone; nobody has seen WikiText-2.
 """
 
 import argparse
@@ -196,6 +196,7 @@ def run_patterns(setting, name):
 
 
 def run(args):
+    started_at = environment()  # the code that runs, whatever becomes of the files meanwhile
     setting = Setting(args)
     settings = {
         name: str(value) for name, value in vars(args).items() if name not in ("command", "model", "data_dir", "out")
@@ -216,7 +217,7 @@ def run(args):
                 "dense": setting.dense_losses,
                 "seconds": time.perf_counter() - started,
                 **figures,
-                "environment": environment(),
+                "environment": started_at,
             },
         )
 

@@ -175,8 +175,8 @@ class ProjectedWeight:
             rank: Number of terms, at most; there are `max_rank`.
 
         Returns:
-            ``left`` ``(out, rank)`` and ``right`` ``(in, rank)``; term i is ``left[:, i] right[:, i]^T``. Their columns are
-            orthogonal in the metric, not as they stand.
+            ``left`` ``(out, rank)`` and ``right`` ``(in, rank)``; term i is ``left[:, i] right[:, i]^T``. Their
+            columns are orthogonal in the metric, not as they stand.
         """
         rank = min(rank, self.max_rank)
         p, sigma, zh = self._svd

@@ -132,8 +132,8 @@ class JactusQuantizer(HfQuantizer):
             ignored = rf"^{ROUTER_NAME}\."
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
             return
-        names = [layers[name] for name in sorted(layers)]
-        names = [name for name in names if name is not None and isinstance(model.get_submodule(name), LowRankLinear)]
+        ordered = (layers[name] for name in sorted(layers))
+        names = [name for name in ordered if name and isinstance(model.get_submodule(name), LowRankLinear)]
         if not names:
             raise DamagedCheckpointError("config.json describes a router, but no layer that it could steer.")
         router = install_router(model, names, config)

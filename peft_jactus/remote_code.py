@@ -67,8 +67,8 @@ def export_remote_code(
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     if router_of(model) is not None:
         raise ValueError(
-            f"`checkpoint_dir` {source} has a router, which vLLM's code would not run. Export the compressed checkpoint that it "
-            "was added to."
+            f"`checkpoint_dir` {source} has a router, which vLLM's code would not run. Export the compressed "
+            "checkpoint that it was added to."
         )
     layers = _low_rank_layers(source, model)
     with appearing_whole(target) as folder:

@@ -50,7 +50,7 @@ def test_a_loaded_model_routes_as_the_saved_one(make, kind, tmp_path):
 
 
 def test_saving_again_changes_nothing(saved, tmp_path_factory):
-    model, folder = saved
+    _, folder = saved
     again = tmp_path_factory.mktemp("again")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(again)
     for name, tensor in load_file(folder / "model.safetensors").items():

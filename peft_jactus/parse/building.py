@@ -33,28 +33,28 @@ def add_router(
     decomposition: Decomposition | None = None,
     progress_bar: bool = True,
 ) -> PreTrainedModel:
-    """Return a model whose factorised layers are made of rank experts, with an untrained router that chooses among them.
+    """Return a model whose factorised layers are made of rank experts, with an untrained router to choose them.
 
-    The weight of each factorised layer is written as a sum of rank-one terms in the order of their worth, whatever form
-    it was stored in; with all experts at work it is the same weight. Train the router next: `RouterTrainer`.
+    The weight of each factorised layer is written as a sum of rank-one terms in the order of their worth, whatever
+    form it was stored in; with all experts at work it is the same weight. Train the router next: `RouterTrainer`.
 
     Args:
-        model: A compressed model: what `from_pretrained` loaded from what `export_compressed` wrote. It stays as it is;
-            tensors outside of its factorised layers are shared.
+        model: A compressed model: what `from_pretrained` loaded from what `export_compressed` wrote. It stays as it
+            is; tensors outside of its factorised layers are shared.
         config: Budget, size of the experts, and so on.
-        statistics: Of the layers, from `calibrate`, under the names of the model. They put the terms in the order of what
-            they do to the loss; without, they are in the order of the singular values.
-        decomposition: In whose metric the terms are put in order, as in `JactusConfig`; ``"jactus"`` is ``"kfac"`` here,
-            since the union was decided when the model was compressed. Default: ``"kfac"`` with ``statistics``, ``"svd"``
-            without.
+        statistics: Of the layers, from `calibrate`, under the names of the model. They put the terms in the order of
+            what they do to the loss; without, they are in the order of the singular values.
+        decomposition: In whose metric the terms are put in order, as in `JactusConfig`; ``"jactus"`` is ``"kfac"``
+            here, since the union was decided when the model was compressed. Default: ``"kfac"`` with ``statistics``,
+            ``"svd"`` without.
         progress_bar: Show a bar over the layers.
 
     Returns:
         The routed model; its router is ``model.rank_router``.
 
     Raises:
-        ValueError: If ``model`` has no factorised layers, has a router already, or if ``statistics`` miss a layer or are
-            needed and missing.
+        ValueError: If ``model`` has no factorised layers, has a router already, or if ``statistics`` miss a layer or
+            are needed and missing.
     """
     layers = _factorized_layers(model)
     decomposition = decomposition or ("svd" if statistics is None else "kfac")
@@ -62,8 +62,8 @@ def add_router(
     missing = [name for name in layers if statistics is None or name not in statistics]
     if options.needs_statistics and missing:
         raise ValueError(
-            f"`decomposition`={decomposition!r} needs `statistics` of every factorised layer; there are none for {missing[:5]}. "
-            "Pass what `calibrate` returned for this model."
+            f"`decomposition`={decomposition!r} needs `statistics` of every factorised layer; there are none for "
+            f"{missing[:5]}. Pass what `calibrate` returned for this model."
         )
     names = checkpoint_names(model, layers)
     ordered = sorted(layers, key=names.__getitem__)  # as a loader finds them again

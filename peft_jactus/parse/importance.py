@@ -1,8 +1,9 @@
 """What each rank expert is worth for each prompt, from gradients: a router's starting point, and a reference for it.
 
-Give each expert a gate, one if it runs. The dense model's predictions and the factorised ones agree (nearly) when all run, so
-the gradient of their divergence vanishes there, and to second order an expert is worth half the Fisher information
-of its gate, ``E[(d log p(y) / d gate)^2]`` over labels that the model itself would give (Martens, arXiv:1412.1193).
+Give each expert a gate, one if it runs. The dense model's predictions and the factorised ones agree (nearly) when all
+run, so the gradient of their divergence vanishes there, and to second order an expert is worth half the Fisher
+information of its gate, ``E[(d log p(y) / d gate)^2]`` over labels that the model itself would give (Martens,
+arXiv:1412.1193).
 """
 
 from __future__ import annotations
@@ -30,18 +31,17 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
         TypeError: If the model returns none.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = getattr(model(**inputs), "logits", None)
+    logits: Tensor | None = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise TypeError(
             f"{type(model).__name__} returns no `logits` to compare. Load the model with a head (`AutoModelFor...`)."
         )
-    tensor: Tensor = logits
-    return tensor
+    return logits
 
 
 def counted_positions(batch: Batch, logits: Tensor) -> Tensor:
     """Return ``logits.shape[:-1]``, bool: predictions that count; those at padding do not."""
-    mask = batch.get("attention_mask")
+    mask: Tensor | None = batch.get("attention_mask")
     if mask is None or mask.shape != logits.shape[:-1]:
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     return mask.bool()
@@ -60,8 +60,8 @@ def expert_importance(
     Args:
         model: A routed model.
         batch: Its keyword arguments.
-        positions: Predictions that count, bool, of the shape of the logits without their last dimension. Default: all but
-            padding.
+        positions: Predictions that count, bool, of the shape of the logits without their last dimension. Default: all
+            but padding.
         num_samples: Labels drawn for each prediction; one costs a backward pass.
         generator: Draws them.
 

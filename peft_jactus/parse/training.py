@@ -46,8 +46,8 @@ class RouterTrainer(Trainer):
     """A `transformers.Trainer` of the router alone; the model and its teacher stay as they are.
 
     The loss is the divergence ``KL(teacher || routed model)`` of their predictions. The forward pass takes the hard
-    choice of experts, the backward pass a soft one (`relaxed_gates`). Checkpoints hold the router; resuming, logging, learning
-    rate schedules and the rest are those of the Trainer.
+    choice of experts, the backward pass a soft one (`relaxed_gates`). Checkpoints hold the router; resuming, logging,
+    learning rate schedules and the rest are those of the Trainer.
 
     Args:
         model: What `add_router` returned, or loaded from its checkpoint.
@@ -55,11 +55,11 @@ class RouterTrainer(Trainer):
         args: As for the Trainer. Default: those of `default_arguments`.
         train_dataset: Broad text, or other inputs of the model; not just what the model was calibrated on.
         active_ratios: Each step draws its budget from this range, so that the router serves all of it.
-        prompt_tokens: Each row's router sees so many tokens from its start, drawn from this range, as it does when it is
-            asked to go on with a prompt. Default: all tokens.
+        prompt_tokens: Each row's router sees so many tokens from its start, drawn from this range, as it does when it
+            is asked to go on with a prompt. Default: all tokens.
         temperature: Of the soft choice, in units of the scores; see `relaxed_gates`.
-        initial_batches: Before the first step, as many batches give the router its standardisation and the average worth
-            of each expert (`initialize_router_`); 0 leaves the router as it is.
+        initial_batches: Before the first step, as many batches give the router its standardisation and the average
+            worth of each expert (`initialize_router_`); 0 leaves the router as it is.
         **trainer_options: ``eval_dataset``, ``data_collator``, ``callbacks`` and other arguments of the Trainer.
 
     Raises:
@@ -93,19 +93,20 @@ class RouterTrainer(Trainer):
         self.prompt_tokens = None if prompt_tokens is None else _checked_range("prompt_tokens", prompt_tokens)
         self.temperature = temperature
         self.initial_batches = initial_batches
-        self.routed = model.eval()
-        self.teacher = teacher.eval()
+        self.routed, self.teacher = model, teacher
+        for module in (model, teacher):
+            module.train(False)
         args = TrainingArguments(**default_arguments()) if args is None else args
         super().__init__(model=router, args=args, train_dataset=train_dataset, **trainer_options)
-        self.routed.to(args.device)
-        self.teacher.to(args.device)
+        for module in (model, teacher):
+            nn.Module.to(module, args.device)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; as `Trainer.train`."""
         if not resume_from_checkpoint and self.initial_batches:
             batches = islice(self.get_train_dataloader(), self.initial_batches)
             initialize_router_(self.routed, (self._prepare_inputs(batch) for batch in batches), seed=self.args.seed)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -140,7 +141,7 @@ class RouterTrainer(Trainer):
         """Return the loss of a batch of the evaluation set; the predictions themselves are of no use."""
         del prediction_loss_only, ignore_keys
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, self._prepare_inputs(dict(inputs))).detach(), None, None
 
     def _set_signature_columns_if_needed(self) -> None:
         # The columns that the model reads, not those of the router.

@@ -1,8 +1,8 @@
 """What a routed model does while it serves (PARSE: Zhu et al., arXiv:2605.08568).
 
-A subpackage because each part is a matter of its own: which experts to take (`selection`), how a layer runs them (`layer`,
-`patterns`, `kernels`), which choices are remembered (`cache`), and who decides when (`router`). `peft_jactus.parse` makes
-routed models and trains their routers.
+A subpackage because each part is a matter of its own: which experts to take (`selection`), how a layer runs them
+(`layer`, `patterns`, `kernels`), which choices are remembered (`cache`), and who decides when (`router`).
+`peft_jactus.parse` makes routed models and trains their routers.
 """
 
 from peft_jactus.routing.config import RouterConfig

@@ -18,18 +18,18 @@ class RouterConfig:
     """Rank experts, their router and its cache (PARSE: Zhu et al., arXiv:2605.08568).
 
     Attributes:
-        active_ratio: Parameters that run for one prompt, as a share of the dense weights of the routed layers, in (0, 1].
-            Can be changed at any time: one router serves all budgets.
-        expert_size: Consecutive rank-one terms that are chosen together. Smaller ones choose finer, and make the router
-            larger; a multiple of 8 keeps the products fast.
+        active_ratio: Parameters that run for one prompt, as a share of the dense weights of the routed layers, in (0,
+            1]. Can be changed at any time: one router serves all budgets.
+        expert_size: Consecutive rank-one terms that are chosen together. Smaller ones choose finer, and make the
+            router larger; a multiple of 8 keeps the products fast.
         allocation: ``"global"``: one budget for all layers; ``"uniform"``: every layer runs the same share.
-        router_kind: From the mean of the prompt's token embeddings to a score of each expert: ``"linear"``, or ``"mlp"``
-            with one hidden layer.
+        router_kind: From the mean of the prompt's token embeddings to a score of each expert: ``"linear"``, or
+            ``"mlp"`` with one hidden layer.
         hidden_features: Width of that hidden layer.
         cache_entries: Prompts whose choice is remembered, at most; 0 remembers none.
         cache_bytes: Memory that the gathered factors of remembered choices may take.
-        cache_similarity: A prompt takes the choice of a remembered one if the cosine between their (standardised) router
-            inputs is at least this, in (0, 1].
+        cache_similarity: A prompt takes the choice of a remembered one if the cosine between their (standardised)
+            router inputs is at least this, in (0, 1].
     """
 
     active_ratio: float = 0.6

@@ -101,7 +101,7 @@ class RoutedLinear(LowRankLinear):
 
     @property
     def has_plain_parts(self) -> bool:
-        """Whether the chosen terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them."""
+        """Whether terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them."""
         parts = (self.down, self.up)
         return all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in parts)
 
@@ -121,7 +121,6 @@ class RoutedLinear(LowRankLinear):
         """
         terms = terms.to(self.down.weight.device)
         down = self.down.weight.index_select(0, terms)
-        up = self.up.weight
         # Columns in one piece are copied in long runs, and read in long runs by products with few vectors.
-        up = up.mT.index_select(0, terms).mT if up.device.type == "cpu" else up.index_select(1, terms)
+        up = self.up.weight.mT.index_select(0, terms).mT
         return down, up

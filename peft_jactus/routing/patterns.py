@@ -25,8 +25,8 @@ _VECTORS_A_PATTERN = 64
 class ExpertPattern:
     """One choice of experts for all layers, with copies of the chosen factors, each in one piece of memory.
 
-    A layer whose parts are not plain, or train, runs all its terms, those that were not chosen times zero: the same result,
-    no gain in speed.
+    A layer whose parts are not plain, or train, runs all its terms, those that were not chosen times zero: the same
+    result, no gain in speed.
 
     Args:
         selected: ``(experts,)``, bool, on the CPU.
@@ -113,8 +113,8 @@ class PatternBatch(ActiveExperts):
             return self
         if num_rows % len(self.patterns):
             raise ValueError(
-                f"The key-value cache was filled by a batch of {len(self.patterns)} rows, whose rank experts are kept; it "
-                f"is now used with {num_rows} rows. Use it with the same rows, or fill a new one."
+                f"The key-value cache was filled by a batch of {len(self.patterns)} rows, whose rank experts are "
+                f"kept; it is now used with {num_rows} rows. Use it with the same rows, or fill a new one."
             )
         times = num_rows // len(self.patterns)
         return PatternBatch([pattern for pattern in self.patterns for _ in range(times)])
@@ -149,7 +149,7 @@ def by_row(x: Tensor, num_rows: int) -> Tensor:
         return x
     if x.dim() != 2 or len(x) % num_rows:
         raise ValueError(
-            f"a routed layer got an input {tuple(x.shape)}, which does not show the {num_rows} rows of the batch. Leave the "
-            "layer out when the model is compressed (`exclude_modules`)."
+            f"a routed layer got an input {tuple(x.shape)}, which does not show the {num_rows} rows of the batch. "
+            "Leave the layer out when the model is compressed (`exclude_modules`)."
         )
     return x.reshape(num_rows, -1, x.shape[-1])

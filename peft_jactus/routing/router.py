@@ -1,4 +1,4 @@
-"""The router, and how it steers a model: through hooks, so that ``model(...)`` and ``model.generate(...)`` stay as they are.
+"""The router, and how it steers a model: through hooks, so that calls and ``generate`` stay as they are.
 
 A prompt is routed once, when its embeddings are computed, and keeps its experts as long as its key-value cache lives:
 the choice travels on the cache object.
@@ -39,8 +39,8 @@ ROUTER_NAME = "rank_router"
 _ON_CACHE = "_jactus_patterns"
 
 
-# Length of the router's input. Adam moves every weight alike, and a short input makes the sum of many weights move as slowly
-# as the bias: with length one, routers of a small Llama were worse on text of another kind than no router.
+# Length of the router's input. Adam moves every weight alike, and a short input makes the sum of many weights move as
+# slowly as the bias: with length one, routers of a small Llama were worse on text of another kind than no router.
 FEATURE_LENGTH = 0.1
 
 
@@ -122,7 +122,8 @@ class RankRouter(nn.Module):
     def features(self, pooled: Tensor) -> Tensor:
         """Return the router's input ``(batch, in)``, float32: standardised over prompts, then brought to one length.
 
-        The length would say how unusual a prompt is; without it, the router cannot extrapolate to ones unlike any it has seen.
+        The length would say how unusual a prompt is; without it, the router cannot extrapolate to ones unlike any it
+        has seen.
         """
         standardized = (pooled.float() - self.input_mean) * self.input_scale
         return FEATURE_LENGTH * functional.normalize(standardized, dim=1)
@@ -205,7 +206,7 @@ class RankRouter(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.clear_cache()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     # -- running the model with given experts -------------------------------------------------------------
 
@@ -247,9 +248,9 @@ class RankRouter(nn.Module):
         if call.patterns is not None:
             return
         embeddings = arguments.get("inputs_embeds")
-        kept = getattr(call.cache, _ON_CACHE, None)
-        if kept is not None and kept.state is self._state and call.cache.get_seq_length():
-            inputs = arguments.get("input_ids") if embeddings is None else embeddings
+        kept: KeptPatterns | None = getattr(call.cache, _ON_CACHE, None)
+        if call.cache is not None and kept is not None and kept.state is self._state and call.cache.get_seq_length():
+            inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
             self._use(call, kept.repeated(len(inputs)))
         elif embeddings is not None:
             self._route(call, embeddings)
@@ -321,8 +322,8 @@ def pool_embeddings(embeddings: Tensor, mask: Tensor | Mapping[str, Tensor] | No
 
     Args:
         embeddings: ``(batch, ..., dim)``.
-        mask: ``(batch, positions)``, zero for padding; or as `generate` makes it for static caches, ``(batch, 1, queries,
-            keys)``, true or zero where a query sees a key, perhaps several by name. ``None`` keeps all.
+        mask: ``(batch, positions)``, zero for padding; or as `generate` makes it for static caches, ``(batch, 1,
+            queries, keys)``, true or zero where a query sees a key, perhaps several by name. ``None`` keeps all.
 
     Returns:
         ``(batch, dim)``; float64, so that padding does not show in the last digit (float32 where there is no float64).
@@ -357,8 +358,8 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
     embeddings = model.get_input_embeddings()
     if model.config.is_encoder_decoder or embeddings is None:
         raise TypeError(
-            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start with; not "
-            "the two together."
+            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start "
+            "with; not the two together."
         )
     state = RoutingState()
     layers = []

@@ -1,12 +1,14 @@
 """Which rank experts run: pure functions from scores, costs and a budget to a choice.
 
-A factorised weight is a sum of rank-one terms; consecutive terms make a *rank expert*. A score says how much a parameter
-of an expert is worth for one prompt, as a logarithm, so the best choice under a budget takes experts in the order of their
-scores: the greedy solution of the fractional knapsack, optimal up to the last item. With ``"uniform"`` each layer has a
+A factorised weight is a sum of rank-one terms; consecutive terms make a *rank expert*. A score says how much a
+parameter of an expert is worth for one prompt, as a logarithm, so the best choice under a budget takes experts in the
+order of their
+scores: the greedy solution of the fractional knapsack, optimal up to the last item. With ``"uniform"`` each layer has
+    a
 budget of its own, with ``"global"`` all share one.
 
-No layer costs more than its dense weight: if all of its experts run, their product can run in their place. Where a layer has so
-many that this matters, the last ones are one item, which costs what is missing to the dense weight.
+No layer costs more than its dense weight: if all of its experts run, their product can run in their place. Where a
+layer has so many that this matters, the last ones are one item, which costs what is missing to the dense weight.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ class ExpertTable:
         return torch.repeat_interleave(chosen, self.sizes[first:last]).nonzero().squeeze(1)
 
     def term_gates(self, layer: int, gates: Tensor) -> Tensor:
-        """Return ``(batch, rank)``: for each rank-one term of a layer the gate of its expert, of ``(batch, experts)``."""
+        """Return ``(batch, rank)``: the gate of each rank-one term of a layer, of ``(batch, experts)``."""
         first, last = self.spans[layer]
         sizes = self.sizes[first:last].to(gates.device)
         return gates[:, first:last].repeat_interleave(sizes, dim=1, output_size=self.layers[layer].rank)
@@ -194,7 +196,7 @@ def select_experts(scores: Tensor, table: ExpertTable, budgets: Tensor, allocati
 
 
 def _by_group(ranking: Tensor, groups: Tensor) -> Tensor:
-    """Return the order ``(batch, entries)`` of groups, and from large to small in each; equal ones stay as they are."""
+    """Return the order ``(batch, entries)`` of groups, and from large to small in each; a stable one."""
     order = ranking.sort(dim=1, descending=True, stable=True).indices
     by_group: Tensor = order.gather(1, groups.gather(1, order).sort(dim=1, stable=True).indices)
     return by_group
@@ -203,9 +205,9 @@ def _by_group(ranking: Tensor, groups: Tensor) -> Tensor:
 def _with_dense_items(scores: Tensor, costs: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Return a ranking and costs under which taking experts in order follows the upper concave envelope of each layer.
 
-    A layer's points are (cost, gain) of its best k experts, and of all at the cost of the dense weight. From the last point
-    that the envelope touches before that one, the experts that are left are one item: the best of them costs what is missing
-    to the dense weight, the others nothing, and all have the same rank.
+    A layer's points are (cost, gain) of its best k experts, and of all at the cost of the dense weight. From the last
+    point that the envelope touches before that one, the experts that are left are one item: the best of them costs
+    what is missing to the dense weight, the others nothing, and all have the same rank.
 
     Args:
         scores: ``(batch, layers, experts of a layer)``, descending; minus infinity where there is none.
@@ -250,8 +252,8 @@ def relaxed_gates(
 ) -> Tensor:
     """Return the hard choice of `select_experts`, with the gradient of a soft one (straight-through).
 
-    The soft gates are ``sigmoid((score - threshold) / temperature)`` with the threshold at which they use up the budget
-    on the whole, so that raising one score lowers all others: only the order of scores matters.
+    The soft gates are ``sigmoid((score - threshold) / temperature)`` with the threshold at which they use up the
+    budget on the whole, so that raising one score lowers all others: only the order of scores matters.
 
     Args:
         scores: ``(batch, experts)``.
