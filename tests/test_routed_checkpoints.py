@@ -1,6 +1,7 @@
 """A router travels with its checkpoint."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from peft_jactus import DamagedCheckpointError, loading_options
+from peft_jactus.cli.inspection import inspect_folder
 from peft_jactus.parse import RankRouter, RouterConfig, add_router
 from peft_jactus.remote_code import export_remote_code
 from peft_jactus.routing import router_of
@@ -167,3 +169,9 @@ def test_what_add_router_cannot_use():
     with pytest.raises(ValueError, match="is less than one expert in each layer"):
         add_router(model, RouterConfig(active_ratio=0.01), progress_bar=False)
     assert not any(isinstance(module, RankRouter) for module in model.modules())
+
+
+def test_inspecting_names_the_router(saved):
+    _, folder = saved
+    text = str(inspect_folder(folder))
+    assert re.search(r"router +linear, experts of 2 ranks; runs 50% of the dense parameters \(global\)", text)

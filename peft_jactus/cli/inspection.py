@@ -87,6 +87,11 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
         "format version": f"{compression.format_version}, written by peft-jactus {compression.peft_jactus_version} "
         f"and transformers {compression.transformers_version}",
     }
+    if compression.router is not None:
+        facts["router"] = (
+            f"{compression.router.router_kind}, experts of {compression.router.expert_size} ranks; runs "
+            f"{compression.router.active_ratio:.0%} of the dense parameters ({compression.router.allocation})"
+        )
     return Inspection(folder, facts, summary, files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ class RouterTrainer(Trainer):
         router = router_of(model)
         if router is None:
             raise ValueError("`model` has no router; use `add_router`.")
-        if len(train_dataset) == 0:
+        if isinstance(train_dataset, Sized) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
         if model.is_gradient_checkpointing:
             raise ValueError("`model` uses gradient checkpointing, which routing does not survive; disable it.")
