@@ -152,9 +152,9 @@ def write_report(folder):
     parts = [
         "# Ranks by prompt on a small Llama (`benchmarks/routing.py`)",
         f"Perplexity of the dense model: {dense_line}. Mean ± standard deviation over seeds of the router; static "
-        "models have none. *second order*: the choice before training, the same for all prompts; *average*: the trained "
-        "scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. The numbers in "
-        "the head are active shares.",
+        "models have none. *second order*: the choice before training, the same for all prompts; *average*: the "
+        "trained scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. "
+        "The numbers in the head are active shares.",
         "## Divergence from the dense model, nats a token",
         main_table(results, "divergence", 4),
         "## Perplexity",

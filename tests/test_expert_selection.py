@@ -479,7 +479,7 @@ NAN = float("nan")
         *(("expert_size", value, "be an integer of at least 1") for value in (0, -1, 1.0, True, "x", None)),
         *(("hidden_features", value, "be an integer of at least 1") for value in (0, -1, 1.0, True, "x", None)),
         *(("cache_entries", value, "be an integer of at least 0") for value in (-1, 1.0, False, "x", None)),
-        *(("cache_bytes", value, "be an integer of at least 0") for value in (-1, 1.0, False, "x", None)),
+        *(("cache_bytes", value, "be null or not negative") for value in (-1, 1.0, False, "x")),
         *(("allocation", value, r"be one of \('global', 'uniform'\)") for value in ("x", "Global", 1, None, [])),
         *(("router_kind", value, r"be one of \('linear', 'mlp'\)") for value in ("x", "", 1, None, [])),
     ],

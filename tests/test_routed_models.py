@@ -64,7 +64,7 @@ def test_patterns_run_what_gates_of_zero_and_one_run(make):
 
 
 def test_a_left_padded_batch_is_as_its_prompts_alone():
-    model = routed(tiny_llama())
+    model = routed(tiny_llama(), cache_bytes=2**20)
     rows = prompts(16)
     batch = padded(rows)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -155,6 +155,16 @@ def test_a_prompt_takes_the_pattern_of_a_similar_one():
     run(model, input_ids=ids)
     run(model, input_ids=other)
     assert (model.rank_router.cache_info().hits, model.rank_router.cache_info().misses) == (1, 1)
+
+
+def test_remembered_factors_take_no_more_than_the_dense_weights():
+    model = routed(tiny_llama(), active_ratio=0.4)
+    for prompt in prompts(16):
+        run(model, input_ids=prompt.unsqueeze(0))
+    info = model.rank_router.cache_info()
+    dense = 4 * int(model.rank_router.table.dense_costs.sum())
+    assert 0.8 * dense < info.num_bytes <= dense
+    assert info.entries == info.patterns == 2
 
 
 def test_another_budget_needs_no_other_router():

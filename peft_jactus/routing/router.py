@@ -103,7 +103,10 @@ class RankRouter(nn.Module):
         self.table = ExpertTable(shapes, config.expert_size)
         self._state = self.layers[0].state
         self._budgets = self.table.budgets(config.active_ratio, config.allocation)
-        self._patterns = PatternCache(config.cache_entries, config.cache_bytes, config.cache_similarity)
+        num_bytes = config.cache_bytes
+        if num_bytes is None:
+            num_bytes = int(self.table.dense_costs.sum()) * self.layers[0].down.weight.element_size()
+        self._patterns = PatternCache(config.cache_entries, num_bytes, config.cache_similarity)
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("input_mean", torch.zeros(in_features, **options))
         self.register_buffer("input_scale", torch.ones(in_features, **options))

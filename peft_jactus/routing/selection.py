@@ -114,7 +114,7 @@ class ExpertTable:
             least, dense = least.sum(0, keepdim=True), dense.sum(0, keepdim=True)
         budgets = active_ratio * dense.double()
         if bool((budgets < least).any()):
-            needed = math.ceil(1000 * float((least / dense).max()) - 1e-6) / 1000
+            needed = math.ceil(1000 * float((least.double() / dense).max()) - 1e-6) / 1000
             raise ValueError(
                 f"`active_ratio`={active_ratio} is less than one expert in each layer takes ({needed:.3f}). Raise it, "
                 f"or lower `expert_size` ({self.expert_size})."
