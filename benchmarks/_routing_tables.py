@@ -29,6 +29,8 @@ def values(results, decomposition, method, ratio, corpus, figure, **study):
         found = matching(results, kind="static", decomposition=decomposition)
         return [result[method.removeprefix("static ")][ratio][corpus][figure] for result in found]
     found = matching(results, kind="router", decomposition=decomposition, **study)
+    largest = max((result.get("pool", 0.95) for result in found), default=None)
+    found = [result for result in found if result.get("pool", 0.95) == largest]
     key = method.replace(" ", "_")
     return [result[key][ratio][corpus][figure] for result in found]
 

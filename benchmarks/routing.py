@@ -40,8 +40,10 @@ from peft_jactus.parse import RouterConfig, initialize_router_
 
 RATIOS = (0.8, 0.6, 0.4)
 SEEDS = (0, 1, 2)
-# Of the dense parameters, in pivoted reckoning: nearly all ranks are there to be chosen from.
-POOL_RATIO = 0.95
+# Of the dense parameters, in pivoted reckoning: nearly all ranks are there to be chosen from. A static JACTUS model keeps
+# whole layers dense, so that 0.95 is too little for a router to do the same.
+POOL_RATIO = {"jactus": 0.99}
+DEFAULT_POOL_RATIO = 0.95
 CORPORA = {"broad": ("novels", "ptb", "ag_news", "gsm8k"), "novels": ("novels",)}
 INITIAL_BLOCKS = 128
 RESULTS = Path(__file__).parent / "results" / "routing"
@@ -57,6 +59,7 @@ class Case:
         corpus: One of `CORPORA`.
         blocks: Of 256 tokens, that the router is trained on, once.
         seed: Of the corpus, its order, the labels drawn and the budgets.
+        pool: Ratio of the ranks that are there.
     """
 
     decomposition: str
@@ -64,15 +67,17 @@ class Case:
     corpus: str = "broad"
     blocks: int = 768
     seed: int = 0
+    pool: float = DEFAULT_POOL_RATIO
 
     @property
     def file_name(self):
-        return f"{self.decomposition}_{self.router}_{self.corpus}_{self.blocks}blocks_seed{self.seed}.json"
+        pool = "" if self.pool == DEFAULT_POOL_RATIO else f"_pool{self.pool}"
+        return f"{self.decomposition}_{self.router}_{self.corpus}_{self.blocks}blocks{pool}_seed{self.seed}.json"
 
 
 def cases():
     """Return all cases: the table first, then what it is compared with."""
-    table = [Case(name, seed=seed) for seed in SEEDS for name in DECOMPOSITIONS]
+    table = [main_case(name, seed) for seed in SEEDS for name in DECOMPOSITIONS]
     studies = [
         Case(name, **change, seed=seed)
         for seed in SEEDS
@@ -80,6 +85,11 @@ def cases():
         for change in ({"router": "mlp"}, {"corpus": "novels"}, {"blocks": 192}, {"blocks": 384})
     ]
     return table + studies
+
+
+def main_case(decomposition, seed):
+    """Return the case of the main table."""
+    return Case(decomposition, seed=seed, pool=POOL_RATIO.get(decomposition, DEFAULT_POOL_RATIO))
 
 
 class Setting:
@@ -106,7 +116,7 @@ class Setting:
 
     def routed(self, case):
         config = RouterConfig(active_ratio=0.6, expert_size=8, router_kind=case.router)
-        return routed_model(self.dense, self.statistics, case.decomposition, POOL_RATIO, config)
+        return routed_model(self.dense, self.statistics, case.decomposition, case.pool, config)
 
     def choices(self, routed, ratio, kind):
         return {name: choices(routed, blocks, ratio, kind) for name, blocks in self.test.items()}
@@ -170,7 +180,7 @@ def run_case(setting, case):
 
 def run_patterns(setting, name):
     """Return how much there is to gain, and what patterns look like, for one decomposition."""
-    routed, _ = setting.train(Case(name))
+    routed, _ = setting.train(main_case(name, 0))
     ratios = (0.6, 0.4)
     blocks = {name: blocks[:16] for name, blocks in setting.test.items()}
     expected = {name: logits[:1] for name, logits in setting.expected.items()}

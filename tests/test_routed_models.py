@@ -163,7 +163,7 @@ def test_remembered_factors_take_no_more_than_the_dense_weights():
         run(model, input_ids=prompt.unsqueeze(0))
     info = model.rank_router.cache_info()
     dense = 4 * int(model.rank_router.table.dense_costs.sum())
-    assert 0.8 * dense < info.num_bytes <= dense
+    assert 0.7 * dense < info.num_bytes <= dense
     assert info.entries == info.patterns == 2
 
 
