@@ -5,14 +5,20 @@ import statistics
 
 RATIOS = ("0.8", "0.6", "0.4")
 CORPORA = ("novels", "ptb", "wikitext2")
-STUDIES = {
-    "linear, broad, 768 blocks": {"router": "linear", "corpus": "broad", "blocks": 768},
-    "two-layer, broad, 768 blocks": {"router": "mlp", "corpus": "broad", "blocks": 768},
-    "linear, novels alone, 768 blocks": {"router": "linear", "corpus": "novels", "blocks": 768},
-    "linear, broad, 384 blocks": {"router": "linear", "corpus": "broad", "blocks": 384},
-    "linear, broad, 192 blocks": {"router": "linear", "corpus": "broad", "blocks": 192},
-}
 METHODS = ("static uniform", "static global", "second order", "average", "routed")
+
+
+def studies_of(blocks):
+    """Return the fields of each kind of case, by name; the main one first."""
+    changes = {
+        "linear, broad": {},
+        "two-layer, broad": {"router": "mlp"},
+        "linear, novels alone": {"corpus": "novels"},
+        "linear, half of broad": {"blocks": blocks // 2},
+        "linear, a quarter of broad": {"blocks": blocks // 4},
+    }
+    main = {"router": "linear", "corpus": "broad", "blocks": blocks}
+    return {name: main | change for name, change in changes.items()}
 
 
 def load(folder):
@@ -46,10 +52,9 @@ def table(head, rows):
     return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)])
 
 
-def main_table(results, figure, digits):
+def main_table(results, study, figure, digits):
     """Return a row for each decomposition and method."""
     head = ["factors", "choice of ranks", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
-    study = next(iter(STUDIES.values()))
     rows = []
     for decomposition in dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")):
         for method in METHODS:
@@ -63,11 +68,11 @@ def main_table(results, figure, digits):
     return table(head, rows)
 
 
-def studies_table(results, decomposition, figure, digits):
+def studies_table(results, studies, decomposition, figure, digits):
     """Return a row for each kind of router and of corpus."""
     head = ["router", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
     rows = []
-    for name, study in STUDIES.items():
+    for name, study in studies.items():
         for method in ("average", "routed"):
             cells = [
                 cell(values(results, decomposition, method, ratio, corpus, figure, **study), digits)
@@ -91,14 +96,13 @@ def gain_table(results):
     return table(head, rows)
 
 
-def plot_shares(results, path):
+def plot_shares(results, study, path):
     """Draw divergence from the dense model against the active share."""
     from matplotlib.figure import Figure
 
     decompositions = list(dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")))
     figure = Figure(figsize=(3 * len(decompositions), 8), layout="constrained")
     axes = figure.subplots(len(CORPORA), len(decompositions), sharex=True, sharey="row", squeeze=False)
-    study = next(iter(STUDIES.values()))
     for row, corpus in enumerate(CORPORA):
         for column, decomposition in enumerate(decompositions):
             axis = axes[row][column]
@@ -146,9 +150,10 @@ def plot_patterns(results, path):
     figure.savefig(path, dpi=110)
 
 
-def write_report(folder):
+def write_report(folder, blocks):
     """Write ``routing.md`` and two plots beside the folder of results."""
-    results = load(folder)
+    results, studies = load(folder), studies_of(blocks)
+    main = next(iter(studies.values()))
     dense = results[0]["dense"]
     dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in CORPORA)
     parts = [
@@ -158,17 +163,17 @@ def write_report(folder):
         "trained scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. "
         "The numbers in the head are active shares.",
         "## Divergence from the dense model, nats a token",
-        main_table(results, "divergence", 4),
+        main_table(results, main, "divergence", 4),
         "## Perplexity",
-        main_table(results, "perplexity", 2),
-        "## Kinds of routers and of corpora: divergence, svd-llm factors",
-        studies_table(results, "svd-llm", "divergence", 4),
+        main_table(results, main, "perplexity", 2),
+        f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, svd-llm factors",
+        studies_table(results, studies, "svd-llm", "divergence", 4),
         "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
         gain_table(results),
     ]
     text = "\n\n".join(parts) + "\n"
     folder.with_suffix(".md").write_text(text)
-    plot_shares(results, folder.with_suffix(".png"))
+    plot_shares(results, main, folder.with_suffix(".png"))
     if matching(results, kind="patterns"):
         plot_patterns(results, folder.with_name("routing_patterns.png"))
     print(text)

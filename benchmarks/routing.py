@@ -40,8 +40,8 @@ from peft_jactus.parse import RouterConfig, initialize_router_
 
 RATIOS = (0.8, 0.6, 0.4)
 SEEDS = (0, 1, 2)
-# Of the dense parameters, in pivoted reckoning: nearly all ranks are there to be chosen from. A static JACTUS model keeps
-# whole layers dense, so that 0.95 is too little for a router to do the same.
+# Of the dense parameters, in pivoted reckoning: nearly all ranks are there to be chosen from. A static JACTUS model
+# keeps whole layers dense, so that 0.95 is too little for a router to do the same.
 POOL_RATIO = {"jactus": 0.99}
 DEFAULT_POOL_RATIO = 0.95
 CORPORA = {"broad": ("novels", "ptb", "ag_news", "gsm8k"), "novels": ("novels",)}
@@ -63,9 +63,9 @@ class Case:
     """
 
     decomposition: str
+    blocks: int
     router: str = "linear"
     corpus: str = "broad"
-    blocks: int = 768
     seed: int = 0
     pool: float = DEFAULT_POOL_RATIO
 
@@ -75,21 +75,17 @@ class Case:
         return f"{self.decomposition}_{self.router}_{self.corpus}_{self.blocks}blocks{pool}_seed{self.seed}.json"
 
 
-def cases():
+def cases(blocks):
     """Return all cases: the table first, then what it is compared with."""
-    table = [main_case(name, seed) for seed in SEEDS for name in DECOMPOSITIONS]
-    studies = [
-        Case(name, **change, seed=seed)
-        for seed in SEEDS
-        for name in ("svd-llm",)
-        for change in ({"router": "mlp"}, {"corpus": "novels"}, {"blocks": 192}, {"blocks": 384})
-    ]
+    table = [main_case(name, blocks, seed) for seed in SEEDS for name in DECOMPOSITIONS]
+    changes = ({"router": "mlp"}, {"corpus": "novels"}, {"blocks": blocks // 4}, {"blocks": blocks // 2})
+    studies = [Case("svd-llm", **{"blocks": blocks, **change}, seed=seed) for seed in SEEDS for change in changes]
     return table + studies
 
 
-def main_case(decomposition, seed):
+def main_case(decomposition, blocks, seed):
     """Return the case of the main table."""
-    return Case(decomposition, seed=seed, pool=POOL_RATIO.get(decomposition, DEFAULT_POOL_RATIO))
+    return Case(decomposition, blocks, seed=seed, pool=POOL_RATIO.get(decomposition, DEFAULT_POOL_RATIO))
 
 
 class Setting:
@@ -180,7 +176,7 @@ def run_case(setting, case):
 
 def run_patterns(setting, name):
     """Return how much there is to gain, and what patterns look like, for one decomposition."""
-    routed, _ = setting.train(main_case(name, 0))
+    routed, _ = setting.train(main_case(name, setting.args.blocks, 0))
     ratios = (0.6, 0.4)
     blocks = {name: blocks[:16] for name, blocks in setting.test.items()}
     expected = {name: logits[:1] for name, logits in setting.expected.items()}
@@ -233,7 +229,7 @@ def run(args):
 
     for name in args.decompositions:
         write(f"static_{name}.json", lambda name=name: run_static(setting, name), kind="static", decomposition=name)
-    for case in cases():
+    for case in cases(args.blocks):
         if case.decomposition in args.decompositions and case.seed in args.seeds:
             write(case.file_name, lambda case=case: run_case(setting, case), kind="router", **asdict(case))
     for name in ("svd-llm", "jactus"):
@@ -257,6 +253,7 @@ def parse_arguments():
     parser.add_argument("--decompositions", nargs="+", default=list(DECOMPOSITIONS), choices=DECOMPOSITIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--test-blocks", type=int, default=32, help="of each corpus")
+    parser.add_argument("--blocks", type=int, default=768, help="of 256 tokens, that a router is trained on")
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--oracle-steps", type=int, default=30)
@@ -270,7 +267,7 @@ def main():
     if args.command == "run":
         run(args)
     else:
-        write_report(args.out)
+        write_report(args.out, args.blocks)
 
 
 if __name__ == "__main__":
