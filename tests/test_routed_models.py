@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from peft_jactus import NumericalWarning
 from peft_jactus.routing import RankRouter, remove_router
 from tests.compressed_models import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.routed_models import cache_of, padded, prompts, routed, static, with_cache
@@ -267,6 +268,18 @@ def test_an_error_in_the_model_leaves_nothing_behind():
     assert model.rank_router._state.active is None
     assert model.rank_router._state.call is None
     assert torch.equal(run(model, **inputs), before)
+
+
+def test_a_call_that_could_not_be_routed_says_so():
+    model = routed(tiny_bert())
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        other = model.bert.embeddings.word_embeddings
+        model.bert.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(other.weight)
+        with pytest.warns(NumericalWarning, match="nothing was routed and all ranks ran"):
+            logits = model(**inputs).logits
+    remove_router(model)
+    assert torch.equal(logits, run(model, **inputs))
 
 
 def test_removing_the_router_leaves_no_hook():

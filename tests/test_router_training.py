@@ -163,6 +163,12 @@ def test_training_brings_the_model_nearer_to_the_dense_one_and_changes_the_route
     assert model.rank_router._state.active is None
 
 
+def test_the_default_arguments_are_a_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = RouterTrainer(untrained(tiny_llama()), tiny_llama(), train_dataset=corpus())
+    assert (trainer.args.learning_rate, trainer.args.output_dir) == (2e-2, "router")
+
+
 def test_the_loss_is_the_divergence_of_what_is_served(tmp_path):
     dense = tiny_llama()
     model = routed(dense)
@@ -220,6 +226,8 @@ def test_what_a_trainer_cannot_use(tmp_path):
         RouterTrainer(model, dense, args, train_dataset=corpus().select([]))
     with pytest.raises(ValueError, match="`active_ratios` must be two positive numbers"):
         RouterTrainer(model, dense, args, train_dataset=corpus(), active_ratios=(0.8, 0.4))
+    with pytest.raises(ValueError, match="`temperature` must be positive; got 0"):
+        RouterTrainer(model, dense, args, train_dataset=corpus(), temperature=0)
     with pytest.raises(ValueError, match="is less than one expert in each layer"):
         RouterTrainer(model, dense, args, train_dataset=corpus(), active_ratios=(0.01, 0.4))
     with pytest.raises(ValueError, match="`batches` is empty"):

@@ -92,6 +92,8 @@ class RouterTrainer(Trainer):
         for ratio in self.active_ratios:
             router.budgets(ratio)
         self.prompt_tokens = None if prompt_tokens is None else _checked_range("prompt_tokens", prompt_tokens)
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be positive; got {temperature}.")
         self.temperature = temperature
         self.initial_batches = initial_batches
         self.routed, self.teacher = model, teacher
@@ -157,7 +159,7 @@ def default_arguments() -> dict[str, Any]:
     """Return arguments of `TrainingArguments` that serve as a start."""
     return {
         "output_dir": "router",
-        "learning_rate": 2e-3,
+        "learning_rate": 2e-2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "per_device_train_batch_size": 16,

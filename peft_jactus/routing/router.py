@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache
 
+from peft_jactus.linalg import NumericalWarning
 from peft_jactus.low_rank import LowRankLinear
 from peft_jactus.routing.cache import CacheInfo, PatternCache
 from peft_jactus.routing.layer import RoutedLinear, RoutingState
@@ -278,11 +280,19 @@ class RankRouter(nn.Module):
         while call.modules.pop() is not module:  # an exception may have skipped some
             pass
         if call.patterns is not None and output is not None:
-            cache = call.cache or _cache_of(output)
+            cache = _cache_of(output) if call.cache is None else call.cache
             if cache is not None:
                 setattr(cache, _ON_CACHE, KeptPatterns(call.patterns, self._state))
-        if not call.modules:
-            self._state.call = self._state.active = None
+        if call.modules:
+            return
+        self._state.call = self._state.active = None
+        if call.patterns is None and output is not None:
+            warnings.warn(
+                f"{type(module).__name__} was called without computing its input embeddings, so that nothing was "
+                "routed and all ranks ran.",
+                NumericalWarning,
+                stacklevel=2,
+            )
 
     def detach_from(self, model: nn.Module) -> None:
         """Remove the hooks of this router from all modules of ``model``."""
