@@ -29,7 +29,7 @@ def matching(results, **fields):
     return [result for result in results if all(result.get(name) == value for name, value in fields.items())]
 
 
-def values(results, decomposition, method, ratio, corpus, figure, **study):
+def values(results, decomposition, method, ratio, corpus, figure, study):
     """Return one number for each seed."""
     if method.startswith("static"):
         found = matching(results, kind="static", decomposition=decomposition)
@@ -59,7 +59,7 @@ def main_table(results, study, figure, digits):
     for decomposition in dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")):
         for method in METHODS:
             cells = [
-                cell(values(results, decomposition, method, ratio, corpus, figure, **study), digits)
+                cell(values(results, decomposition, method, ratio, corpus, figure, study), digits)
                 for corpus in CORPORA
                 for ratio in RATIOS
             ]
@@ -75,7 +75,7 @@ def studies_table(results, studies, decomposition, figure, digits):
     for name, study in studies.items():
         for method in ("average", "routed"):
             cells = [
-                cell(values(results, decomposition, method, ratio, corpus, figure, **study), digits)
+                cell(values(results, decomposition, method, ratio, corpus, figure, study), digits)
                 for corpus in CORPORA
                 for ratio in RATIOS
             ]
@@ -108,7 +108,7 @@ def plot_shares(results, study, path):
             axis = axes[row][column]
             for method in ("static uniform", "static global", "average", "routed"):
                 lines = [
-                    values(results, decomposition, method, ratio, corpus, "divergence", **study) for ratio in RATIOS
+                    values(results, decomposition, method, ratio, corpus, "divergence", study) for ratio in RATIOS
                 ]
                 if all(lines):
                     means = [statistics.mean(line) for line in lines]
