@@ -68,6 +68,12 @@ def parse_arguments():
     parser.add_argument("--layers", type=int, help="blocks; default: 1 of llama-7b, 4 of small")
     parser.add_argument("--active-ratio", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--pool-ratio", type=float, default=0.95, help="of the dense parameters, in two factors")
+    parser.add_argument(
+        "--choice",
+        choices=("leading", "scattered"),
+        default="leading",
+        help="of a layer: the leading experts, as trained routers mostly choose, or any, which have to be copied",
+    )
     parser.add_argument("--expert-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
@@ -77,7 +83,7 @@ def parse_arguments():
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
-    args.out = args.out or Path(__file__).parent / "results" / f"routing_latency-{args.device}.json"
+    args.out = args.out or Path(__file__).parent / "results" / f"routing_latency-{args.choice}-{args.device}.json"
     return args
 
 
@@ -104,14 +110,20 @@ def routed_model(pool, ratio, args):
     layers = [name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)]
     names = checkpoint_names(model, layers)
     config = RouterConfig(active_ratio=ratio, expert_size=args.expert_size, cache_bytes=CACHE_BYTES)
-    randomize_(install_router(model, sorted(layers, key=names.__getitem__), config))
+    randomize_(install_router(model, sorted(layers, key=names.__getitem__), config), args.choice)
     return model
 
 
 @torch.no_grad()
-def randomize_(router):
+def randomize_(router, choice):
+    """Give a router scores that differ by prompt: of every expert ("scattered"), or of a layer's experts alike."""
     generator = torch.Generator().manual_seed(1)
-    router.weight.copy_(WEIGHT_STD * torch.randn(router.weight.shape, generator=generator))
+    if choice == "scattered":
+        router.weight.copy_(WEIGHT_STD * torch.randn(router.weight.shape, generator=generator))
+        return
+    for first, last in router.table.spans:
+        router.weight[first:last] = WEIGHT_STD * torch.randn(router.weight.shape[1], generator=generator)
+        router.bias[first:last] = torch.linspace(0, -10, last - first)
 
 
 def router_of_whole_depth(router, args):
@@ -119,7 +131,7 @@ def router_of_whole_depth(router, args):
     times = max(1, WHOLE_DEPTH // args.layers)
     width = router.input_mean.shape[0]
     whole = RankRouter(router.router_config, router.layers * times, width, device=args.device)
-    randomize_(whole)
+    randomize_(whole, args.choice)
     return whole
 
 
@@ -360,7 +372,7 @@ def main():
     rows = [row for rows, _, _ in measured for row in rows]
     router_rows = [row for _, rows, _ in measured for row in rows]
     memory_rows = [row for _, _, row in measured]
-    names = ("shape", "layers", "pool_ratio", "expert_size", "threads", "repeats")
+    names = ("shape", "layers", "choice", "pool_ratio", "expert_size", "threads", "repeats")
     result = {
         **{name: getattr(args, name) for name in names},
         "dtype": str(args.dtype).removeprefix("torch."),
@@ -369,7 +381,7 @@ def main():
         "memory": memory_rows,
         "environment": environment(args.device),
     }
-    title = f"{args.shape}, {args.layers} block(s), {args.device}, {result['dtype']}, pool {args.pool_ratio:g}"
+    title = f"{args.shape}, {args.layers} block(s), {args.device}, {result['dtype']}, pool {args.pool_ratio:g}, {args.choice} experts"
     tables = [NOTES, times_table(rows, args.active_ratio), ROUTER_NOTES, router_table(router_rows)]
     markdown = "\n\n".join([title, *tables, MEMORY_NOTES, memory_table(memory_rows)])
     write_result(args.out, result)

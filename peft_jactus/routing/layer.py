@@ -111,16 +111,21 @@ class RoutedLinear(LowRankLinear):
         return torch.is_grad_enabled() and any(part.weight.requires_grad for part in (self.down, self.up))
 
     def gather(self, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return copies of the factors of some terms, each in one piece of memory.
+        """Return the factors of some terms, each in one piece of memory.
+
+        Terms that stand in a row are in one piece already, and not copied; a trained router mostly takes the leading
+        ones.
 
         Args:
-            terms: ``(active,)``, int64.
+            terms: ``(active,)``, int64, ascending.
 
         Returns:
             ``down`` ``(active, in)`` and ``up`` ``(out, active)``, the latter laid out as `arrange_parts_` does.
         """
-        terms = terms.to(self.down.weight.device)
-        down = self.down.weight.index_select(0, terms)
+        down, up = self.down.weight.detach(), self.up.weight.detach()
+        first, last = int(terms[0]), int(terms[-1])
+        if last - first + 1 == len(terms):
+            return down[first : last + 1], up[:, first : last + 1]
+        terms = terms.to(down.device)
         # Columns in one piece are copied in long runs, and read in long runs by products with few vectors.
-        up = self.up.weight.mT.index_select(0, terms).mT
-        return down, up
+        return down.index_select(0, terms), up.mT.index_select(0, terms).mT

@@ -23,7 +23,9 @@ _VECTORS_A_PATTERN = 64
 
 
 class ExpertPattern:
-    """One choice of experts for all layers, with copies of the chosen factors, each in one piece of memory.
+    """One choice of experts for all layers, with the chosen factors of each layer in one piece of memory.
+
+    Those that lie in one piece already are not copied.
 
     A layer whose parts are not plain, or train, runs all its terms, those that were not chosen times zero: the same
     result, no gain in speed.
@@ -53,7 +55,8 @@ class ExpertPattern:
                 self.num_terms.append(len(terms))
                 self._gates.append(gates.to(layer.down.weight.device))
                 self._factors.append(layer.gather(terms) if layer.has_plain_parts and not runs_all else None)
-        self.num_bytes = sum(factor.nbytes for pair in self._factors if pair is not None for factor in pair)
+        factors = [factor for pair in self._factors if pair is not None for factor in pair]
+        self.num_bytes = sum(factor.nbytes for factor in factors if factor.untyped_storage().nbytes() == factor.nbytes)
 
     def gates(self, layer: RoutedLinear) -> Tensor:
         """Return ``(1, rank)``, bool: which terms of a layer run."""
