@@ -381,7 +381,8 @@ def main():
         "memory": memory_rows,
         "environment": environment(args.device),
     }
-    title = f"{args.shape}, {args.layers} block(s), {args.device}, {result['dtype']}, pool {args.pool_ratio:g}, {args.choice} experts"
+    title = f"{args.shape}, {args.layers} block(s), {args.device}, {result['dtype']}, pool {args.pool_ratio:g}, "
+    title += f"{args.choice} experts"
     tables = [NOTES, times_table(rows, args.active_ratio), ROUTER_NOTES, router_table(router_rows)]
     markdown = "\n\n".join([title, *tables, MEMORY_NOTES, memory_table(memory_rows)])
     write_result(args.out, result)

@@ -52,7 +52,7 @@ def at_angle(degrees):
 
 @pytest.fixture(scope="module")
 def routed():
-    """A table of two layers, 6 to 5 features with 4 terms and 5 to 4 with 3, and the layers."""
+    """A table of two layers, 6 to 5 features with 4 terms and 5 to 4 with 3, an expert each, and the layers."""
     state = RoutingState()
     shapes = [LayerShape(5, 6, 4), LayerShape(4, 5, 3)]
     layers = []
@@ -60,7 +60,7 @@ def routed():
         down = nn.Linear(shape.in_features, shape.rank, bias=False, dtype=torch.float64)
         up = nn.Linear(shape.rank, shape.out_features, dtype=torch.float64)
         layers.append(RoutedLinear(down, up, position, state))
-    return ExpertTable(shapes, 2), layers
+    return ExpertTable(shapes, 1), layers
 
 
 def pattern_of(routed, *selected):
@@ -178,10 +178,10 @@ def test_prompts_are_forgotten_until_a_pattern_fits():
 
 
 def test_equal_patterns_share_memory_and_count_once(routed):
-    first, equal, other = (pattern_of(routed, 1, 0, *rest) for rest in ((0, 1), (0, 1), (1, 1)))
+    first, equal, other = (pattern_of(routed, 1, 0, 1, 0, *rest) for rest in ((1, 0, 1), (1, 0, 1), (0, 1, 1)))
     assert first.digest == equal.digest != other.digest
-    # float64: 2 of 4 terms of 6 + 5 numbers; one term of 5 + 4 of the second layer, or all of it: no copies
-    assert (first.num_bytes, other.num_bytes) == (8 * (2 * 11 + 9), 8 * 2 * 11)
+    # float64: terms 0 and 2 of 6 + 5 numbers, and 0 and 2 of 5 + 4 of the second layer, or two in a row: no copies
+    assert (first.num_bytes, other.num_bytes) == (8 * (2 * 11 + 2 * 9), 8 * 2 * 11)
     cache = PatternCache(3, 10_000, 0.9)
     cache.add(axis(0), first)
     cache.add(axis(1), equal)

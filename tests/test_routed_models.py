@@ -168,6 +168,21 @@ def test_remembered_factors_take_no_more_than_the_dense_weights():
     assert info.entries == info.patterns == 2
 
 
+def test_leading_experts_are_not_copied():
+    model = routed(tiny_llama())
+    router = model.rank_router
+    with torch.no_grad():
+        for first, last in router.table.spans:
+            router.bias[first:last] = torch.linspace(0, -1000, last - first)
+    ids = prompts(1)[0].unsqueeze(0)
+    selected = router.select(model.get_input_embeddings()(ids).mean(1))
+    with router.gated(selected.float()):
+        expected = run(model, input_ids=ids)
+    torch.testing.assert_close(run(model, input_ids=ids), expected, rtol=0, atol=1e-5)
+    info = router.cache_info()
+    assert (info.patterns, info.num_bytes) == (1, 0)
+
+
 def test_another_budget_needs_no_other_router():
     model = routed(tiny_llama())
     inputs = inputs_of(model)
