@@ -6,6 +6,7 @@ A subpackage because each part is a matter of its own: which experts to take (`s
 """
 
 from peft_jactus.routing.config import RouterConfig
-from peft_jactus.routing.router import ROUTER_NAME, RankRouter, install_router, remove_router, router_of
+from peft_jactus.routing.installation import ROUTER_NAME, install_router, remove_router, router_of
+from peft_jactus.routing.router import RankRouter
 
 __all__ = ["ROUTER_NAME", "RankRouter", "RouterConfig", "install_router", "remove_router", "router_of"]

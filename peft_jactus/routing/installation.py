@@ -1,0 +1,69 @@
+"""Put a router into a model, find it there, and take it out again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft_jactus.low_rank import LowRankLinear
+from peft_jactus.routing.layer import RoutedLinear, RoutingState
+from peft_jactus.routing.router import RankRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from peft_jactus.routing.config import RouterConfig
+
+# Name of the router in a model, and so of its tensors in a checkpoint.
+ROUTER_NAME = "rank_router"
+
+
+def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterConfig) -> RankRouter:
+    """Make low-rank layers of ``model`` routed ones, in place, and give it a router that steers them.
+
+    Args:
+        model: With a `LowRankLinear` of each name; its tensors may be on the meta device.
+        names: Full names, in the order of the experts.
+        config: Of the router.
+
+    Returns:
+        The router, which is ``model.rank_router``: untrained, all scores zero.
+
+    Raises:
+        TypeError: If the model is not one that can be routed.
+    """
+    embeddings = model.get_input_embeddings()
+    if model.config.is_encoder_decoder or embeddings is None:
+        raise TypeError(
+            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start "
+            "with; not the two together."
+        )
+    state = RoutingState()
+    layers = []
+    for position, name in enumerate(names):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LowRankLinear)
+        layers.append(RoutedLinear(layer.down, layer.up, position, state))
+        model.set_submodule(name, layers[-1])
+    width = getattr(embeddings, "embedding_dim", None) or model.config.hidden_size
+    router = RankRouter(config, layers, width, device=layers[0].weight.device)
+    model.add_module(ROUTER_NAME, router)
+    router.attach(model)
+    router.train(model.training)
+    return router
+
+
+def remove_router(model: nn.Module) -> None:
+    """Take the router and its hooks from a model, if it has one; layers that are left run all their ranks."""
+    router = router_of(model)
+    if router is not None:
+        router.detach_from(model)
+        delattr(model, ROUTER_NAME)
+
+
+def router_of(model: nn.Module) -> RankRouter | None:
+    """Return the router of a model, if it has one."""
+    router = getattr(model, ROUTER_NAME, None)
+    return router if isinstance(router, RankRouter) else None
