@@ -36,12 +36,14 @@ class ExpertPattern:
         layers: The routed layers, in the order of the table.
 
     Attributes:
+        selected: As given.
         digest: Equal for equal choices.
         num_terms: By layer, how many terms run.
         num_bytes: Memory of the copies.
     """
 
     def __init__(self, selected: Tensor, table: ExpertTable, layers: Sequence[RoutedLinear]) -> None:
+        self.selected = selected
         self.digest = selected.numpy().tobytes()
         self.num_terms: list[int] = []
         self._gates: list[Tensor] = []
