@@ -8,20 +8,19 @@ arXiv:1412.1193).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from peft_jactus.calibration.batches import IGNORED_LABEL
 from peft_jactus.routing import router_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-Batch = Mapping[str, Any]
-IGNORED_LABEL = -100
+    from peft_jactus.calibration.batches import Batch
 
 
 def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.trainer_utils import TrainOutput
 
-    from peft_jactus.parse.importance import Batch
+    from peft_jactus.calibration.batches import Batch
     from peft_jactus.routing import RankRouter
 
 # Least importance of an expert, as a share of the mean: the logarithm needs one.

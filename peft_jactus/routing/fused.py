@@ -27,7 +27,7 @@ _STAGES = 4
 
 
 # Triton resolves annotations when it compiles for a GPU (its interpreter does not), and refuses any but its own.
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # Triton may be missing where types are checked
 def _kernel(
     x: tl.tensor,
     down: tl.tensor,

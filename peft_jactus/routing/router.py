@@ -201,6 +201,7 @@ class RankRouter(nn.Module):
         self.clear_cache()
         return super().train(mode)
 
+    # torch has no annotation of this method
     def _apply(self, *args: Any, **kwargs: Any) -> RankRouter:
         self.clear_cache()
         module: RankRouter = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -169,10 +169,7 @@ def select_experts(scores: Tensor, table: ExpertTable, budgets: Tensor, allocati
         ranking, item_costs = _with_dense_items(scores, costs, table.all_costs.to(scores))
     ranking = ranking.clone()
     ranking[:, :, 0] = torch.inf
-    groups = (
-        torch.arange(len(table.layers), device=scores.device) if allocation == "uniform" else torch.zeros(1).long()
-    )
-    groups = groups.to(scores.device).view(1, -1, 1).expand_as(experts).flatten(1)
+    groups = table.groups(allocation).to(scores.device)[experts].flatten(1)
     is_real = valid.expand_as(experts).flatten(1)
     limits = budgets.to(scores.device)[groups]
 
