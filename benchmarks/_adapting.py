@@ -17,28 +17,35 @@ LORA = {
 }
 
 
-def adapt(model, case, task_type, calibration_batches):
-    """Return the adapted model and figures about it; the head trains whole in each."""
+def adapt(model, case, workload):
+    """Return the adapted model and figures about it; a fresh head trains whole in each."""
     if case.method == "full":
         return model.requires_grad_(True), {}
     if case.method in LORA:
-        return with_lora(model, case.method, task_type), {}
+        return with_lora(model, case.method, workload), {}
     if case.method == "jactus":
-        return compressed(model, case, task_type, calibration_batches, "jactus", "global")
+        return compressed(model, case, workload, "jactus", "global")
     decomposition, _, on_top = case.method.partition("+")
-    model, figures = compressed(model, case, task_type, calibration_batches, decomposition, "uniform")
-    return with_lora(compressed_copy(model), on_top, task_type), figures
+    model, figures = compressed(model, case, workload, decomposition, "uniform")
+    return with_lora(compressed_copy(model), on_top, workload), figures
 
 
-def with_lora(model, name, task_type):
-    config = LoraConfig(task_type=task_type, target_modules="all-linear", r=RANK, **LORA[name])
+def with_lora(model, name, workload):
+    config = LoraConfig(
+        task_type=workload.task_type,
+        target_modules="all-linear",
+        modules_to_save=workload.modules_to_save,
+        r=RANK,
+        **LORA[name],
+    )
     return get_peft_model(model, config)
 
 
-def compressed(model, case, task_type, calibration_batches, decomposition, allocation):
+def compressed(model, case, workload, decomposition, allocation):
     config = JactusConfig(
-        task_type=task_type,
+        task_type=workload.task_type,
         target_modules="all-linear",
+        modules_to_save=workload.modules_to_save,
         retained_ratio=case.retained_ratio,
         storage=case.storage,
         decomposition=decomposition,
@@ -46,7 +53,7 @@ def compressed(model, case, task_type, calibration_batches, decomposition, alloc
     )
     started = time.perf_counter()
     if config.factorization_options().decomposition.needs_statistics:
-        calibrate(model, config, calibration_batches, progress_bar=False)
+        calibrate(model, config, workload.calibration_batches(), progress_bar=False)
     calibrated = time.perf_counter()
     model = get_peft_model(model, config)
     return model, {

@@ -3,7 +3,11 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-TEXT_TASKS = ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news")
+TASKS = {
+    "text": ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news"),
+    "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5", "digits8x8"),
+    "language": ("ptb", "wikitext2"),
+}
 RATIOS = (0.8, 0.6, 0.4)
 SEEDS = (0, 1, 2)
 
@@ -11,10 +15,10 @@ SEEDS = (0, 1, 2)
 FULL_SIZE = ("full", "lora", "dora", "pissa", "rslora")
 # Compress with a peer, then train LoRA on the factors, and merge it into them.
 COMPRESS_THEN_ADAPT = ("svd+lora", "svd-llm+lora", "svd-llm+dora")
-# Chosen by `compare.py choose-learning-rates`, on held-out training rows: results/learning_rates.json.
+# Chosen from by `compare.py learning-rates`, on held-out training rows: results/KIND/learning_rates.json.
 LEARNING_RATE_GRID = {
-    "full": (2e-5, 5e-5, 1e-4),
-    "default": (5e-4, 1e-3, 2e-3),
+    "full": (5e-5, 1e-4, 2e-4, 4e-4),
+    "default": (2.5e-4, 5e-4, 1e-3, 2e-3),
 }
 
 
@@ -40,7 +44,7 @@ class Case:
     storage: str = "factored"
     seed: int = 0
     learning_rate: float = 1e-3
-    num_rows: int = 2000
+    num_rows: int = 1500
     epochs: float = 3
     scored_on: str = "test"
 

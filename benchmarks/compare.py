@@ -1,57 +1,66 @@
 """Every method beside every other: same data, batches, steps and head; one JSON a case.
 
-    python benchmarks/compare.py learning-rates             # on held-out training rows; writes learning_rates.json
-    python benchmarks/compare.py run                        # the table; --tasks, --methods, --seeds pick a part of it
-    python benchmarks/compare.py run --part 0/2             # half of the cases, beside another process with --part 1/2
-    python benchmarks/compare.py report                     # text.md and text.png
+    python benchmarks/compare.py learning-rates text        # on held-out training rows; writes learning_rates.json
+    python benchmarks/compare.py run text                   # the table; --tasks, --methods, --seeds pick a part of it
+    python benchmarks/compare.py run text --part 0/2        # half of the cases, beside another process with --part 1/2
+    python benchmarks/compare.py report text                # text.md and text.png
 
-A case whose file exists is skipped, so that a run can be stopped, goes on where it was, and spreads over machines.
+The kinds are text, vision and language. A case whose file exists is skipped, so that a run can be stopped, goes on
+where it was, and spreads over machines.
 """
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import statistics
 import tempfile
 from pathlib import Path
 
-import _text
 import transformers
-from _cases import LEARNING_RATE_GRID, SEEDS, TEXT_TASKS, Case, budgets
+from _cases import LEARNING_RATE_GRID, SEEDS, TASKS, Case, budgets
 from _environment import environment, write_result
 from _tables import write_report
+from _training import run as run_case
+from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
-RESULTS = Path(__file__).parent / "results" / "text"
-# Tasks that learning rates are chosen on, and rows that are trained on there.
-LEARNING_RATE_TASKS = ("trec", "mr")
+RESULTS = Path(__file__).parent / "results"
+# Tasks that learning rates are chosen on.
+LEARNING_RATE_TASKS = {
+    "text": ("trec", "mr", "clinc150"),
+    "vision": ("fashion_mnist", "flowers5"),
+    "language": ("ptb",),
+}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["learning-rates", "run", "report"])
+    parser.add_argument("kind", choices=list(TASKS))
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
-    parser.add_argument("--tasks", nargs="+", default=TEXT_TASKS)
+    parser.add_argument("--tasks", nargs="+", help="default: all")
     parser.add_argument("--methods", nargs="+", help="labels as in the table, for instance 'jactus pivoted 0.8'")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--rows", type=int, default=2000, help="training rows at most")
+    parser.add_argument("--rows", type=int, default=1500, help="training rows at most")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each kind is made in it")
     return parser.parse_args()
 
 
 def learning_rate_cases(args):
-    for task in LEARNING_RATE_TASKS:
+    for task in args.tasks or LEARNING_RATE_TASKS[args.kind]:
         for method, ratio, storage in budgets(ratios=(0.6,)):
             for rate in LEARNING_RATE_GRID.get(method, LEARNING_RATE_GRID["default"]):
                 yield Case(task, method, ratio, storage, 0, rate, args.rows, args.epochs, "held-out")
 
 
 def table_cases(args):
-    rates = json.loads((args.out / "learning_rates.json").read_text())["learning_rates"]
+    rates = json.loads((args.out / args.kind / "learning_rates.json").read_text())["learning_rates"]
     for seed in args.seeds:
-        for task in args.tasks:
+        for task in args.tasks or TASKS[args.kind]:
             for method, ratio, storage in budgets():
                 yield Case(task, method, ratio, storage, seed, rates[method], args.rows, args.epochs)
 
@@ -59,40 +68,46 @@ def table_cases(args):
 def run(cases, args):
     part, parts = map(int, args.part.split("/"))
     cases = [case for case in cases if args.methods is None or case.label in args.methods]
+    module = importlib.import_module(f"_{args.kind}")
+    load_workload = functools.lru_cache(maxsize=1)(functools.partial(module.load_workload, args.data_dir))
     for case in tqdm(cases[part::parts], unit="case"):
-        path = case.path(args.out)
+        path = case.path(args.out / args.kind)
         if path.exists():
             continue
+        workload = load_workload(case.task, num_rows=case.num_rows, scored_on=case.scored_on)
         with tempfile.TemporaryDirectory() as folder:
-            figures = _text.run(case, args.data_dir, folder)
+            figures = run_case(case, workload, folder)
         write_result(path, {**case.settings(), **figures, "environment": environment()})
-        tqdm.write(f"{path.name} {figures['accuracy']:.4f} {figures['train_seconds']:.0f} s")
+        score = figures.get("accuracy", figures["loss"])
+        tqdm.write(f"{path.name} {score:.4f} {figures['train_seconds']:.0f} s")
 
 
 def choose_learning_rates(args):
-    """Write the best rate of each method: the mean over tasks of the accuracy on held-out training rows."""
+    """Write the best rate of each method: the mean over tasks of the accuracy (or loss) on held-out training rows."""
     scores = {}
     for case in learning_rate_cases(args):
-        result = json.loads(case.path(args.out).read_text())
-        scores.setdefault(case.method, {}).setdefault(case.learning_rate, []).append(result["accuracy"])
+        result = json.loads(case.path(args.out / args.kind).read_text())
+        score = result.get("accuracy", -result["loss"])
+        scores.setdefault(case.method, {}).setdefault(case.learning_rate, []).append(score)
     means = {m: {rate: statistics.mean(found) for rate, found in by.items()} for m, by in scores.items()}
     chosen = {method: max(by, key=by.get) for method, by in means.items()}
-    result = {"learning_rates": chosen, "mean_accuracy": means, "tasks": LEARNING_RATE_TASKS}
-    write_result(args.out / "learning_rates.json", result | {"environment": environment()})
+    result = {"learning_rates": chosen, "mean_score": means, "tasks": LEARNING_RATE_TASKS[args.kind]}
+    write_result(args.out / args.kind / "learning_rates.json", result | {"environment": environment()})
     print(json.dumps(chosen, indent=1))
 
 
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
+    disable_progress_bars()
     if args.command == "learning-rates":
         run(learning_rate_cases(args), args)
         if args.part == "0/1":
             choose_learning_rates(args)
     elif args.command == "run":
-        run(list(table_cases(args)), args)
+        run(table_cases(args), args)
     else:
-        write_report(args.out)
+        write_report(args.out / args.kind)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 import transformers
 from _environment import environment, write_result
-from _text import CALIBRATION_BATCHES, MINILM, load_splits, training_arguments
+from _text import load_workload
+from _training import CALIBRATION_BATCHES, make_trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, Trainer, set_seed
+from transformers import set_seed
 
 from peft_jactus import JactusConfig, calibrate
 from peft_jactus.allocation import LayerGains, allocate
@@ -59,25 +60,24 @@ def loss_and_accuracy(model, rows, collator):
     return {"loss": losses / len(rows), "accuracy": hits / len(rows)}
 
 
-def fine_tuned(model, train, collator, seed):
+def fine_tuned(workload, seed):
     """Train all of the model."""
+    set_seed(seed)
+    model = workload.make_model()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(folder, LEARNING_RATE, EPOCHS, seed)
-        Trainer(model=model, args=arguments, train_dataset=train, data_collator=collator).train()
+        make_trainer(model, workload, folder, learning_rate=LEARNING_RATE, epochs=EPOCHS, seed=seed).train()
     return model.eval()
 
 
 def calibrated(task, seed, args):
     """Return a fine-tuned model, its statistics, and test rows."""
-    train, test, num_labels, collator = load_splits(args.data_dir, task, num_rows=args.rows, scored_on="test")
-    set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=num_labels)
-    model = fine_tuned(model, train, collator, seed)
+    workload = load_workload(args.data_dir, task, num_rows=args.rows, scored_on="test")
+    model = fine_tuned(workload, seed)
     # Asks for all statistics that any of the decompositions needs.
     config = JactusConfig(task_type="SEQ_CLS", target_modules="all-linear", decomposition="fwsvd")
-    loader = DataLoader(train, BATCH_SIZE, shuffle=True, collate_fn=collator)
+    loader = DataLoader(workload.train, BATCH_SIZE, shuffle=True, collate_fn=workload.collator)
     found = calibrate(model, config, loader, max_batches=CALIBRATION_BATCHES, progress_bar=False)
-    return model, found, test.sort("labels"), collator
+    return model, found, workload.test.sort("labels"), workload.collator
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import transformers
 from _environment import environment, write_result
-from _text import MAX_LENGTH, MINILM, accuracy, training_arguments
+from _text import MAX_LENGTH, MINILM, accuracy
+from _training import training_arguments
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -128,7 +129,14 @@ def run_case(args, ratio, seed):
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=training_arguments(folder, args.learning_rate, args.epochs, seed, args.batch_size),
+            args=training_arguments(
+                folder,
+                learning_rate=args.learning_rate,
+                epochs=args.epochs,
+                seed=seed,
+                batch_size=args.batch_size,
+                train_sampling_strategy="group_by_length",
+            ),
             train_dataset=train,
             eval_dataset=test,
             data_collator=collator,

@@ -58,8 +58,8 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(mo
     out.mkdir()
     rates = dict.fromkeys(["full", "lora", "dora", "pissa", "jactus", "svd+lora", "svd-llm+lora"], 1e-3)
     (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
-    options = ["--data-dir", data_dir, "--tasks", "trec", "--seeds", 0, "--rows", 48, "--epochs", 1, "--out", out]
-    run("compare.py", "run", *options, "--methods", *METHODS, model_dir=model_dir)
+    options = ["--data-dir", data_dir, "--tasks", "trec", "--seeds", 0, "--rows", 48, "--epochs", 1, "--out", tmp_path]
+    run("compare.py", "run", "text", *options, "--methods", *METHODS, model_dir=model_dir)
     files = sorted(out.glob("trec_*.json"))
     results = {result["label"]: result for result in map(json.loads, map(Path.read_text, files))}
     assert set(results) == set(METHODS)
@@ -68,9 +68,9 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(mo
     assert results["full"]["trainable_parameters"] > results["jactus pivoted 0.6"]["trainable_parameters"]
 
     files[0].write_text(files[0].read_text().replace('"accuracy": ', '"accuracy": 0.123, "was": '))
-    run("compare.py", "run", *options, "--methods", *METHODS, model_dir=model_dir)
+    run("compare.py", "run", "text", *options, "--methods", *METHODS, model_dir=model_dir)
     assert json.loads(files[0].read_text())["accuracy"] == 0.123
-    table = run("compare.py", "report", "--out", out, model_dir=model_dir)
+    table = run("compare.py", "report", "text", "--out", tmp_path, model_dir=model_dir)
     assert all(f"| {method} |" in table for method in METHODS)
     assert (tmp_path / "text.md").read_text() == table
     assert (tmp_path / "text.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,115 @@
+"""One training run of the comparison: the same steps, batches, head and schedule for every method."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from _adapting import adapt
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, set_seed
+
+CALIBRATION_BATCHES = 16
+# The same for every method: a fresh head needs larger steps than a pretrained body.
+HEAD_LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on what.
+
+    Attributes:
+        train: Rows to train on.
+        test: Rows to score on.
+        collator: Makes a batch of rows.
+        make_model: Returns the pretrained model, with a fresh head if it needs one.
+        score: Figures of an evaluation, from the Trainer's prediction.
+        task_type: PEFT's name of the task, or ``None``.
+        head: Name of the fresh head, which trains whole; or ``None``.
+        batch_size: Rows in a training batch.
+        training_arguments: Further ones of the Trainer.
+    """
+
+    train: Dataset
+    test: Dataset
+    collator: Callable
+    make_model: Callable[[], nn.Module]
+    score: Callable | None
+    task_type: str | None
+    head: str | None
+    batch_size: int = 16
+    training_arguments: dict = field(default_factory=dict)
+
+    @property
+    def modules_to_save(self):
+        """What PEFT has to be told to train whole; of a classifier of texts it knows."""
+        return [self.head] if self.head is not None and self.task_type is None else None
+
+    def calibration_batches(self):
+        """Return the first batches of a shuffled pass over the training rows."""
+        loader = DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=self.collator)
+        return [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+
+
+def training_arguments(folder, *, epochs, seed, batch_size, **further):
+    """Return what every method trains with: a linear schedule with warm-up, no weight decay, no checkpoints."""
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=128,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        weight_decay=0.0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        seed=seed,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **further,
+    )
+
+
+def make_trainer(model, workload, folder, *, learning_rate, epochs, seed):
+    """Return a Trainer with AdamW."""
+    return Trainer(
+        model=model,
+        args=training_arguments(
+            folder, epochs=epochs, seed=seed, batch_size=workload.batch_size, **workload.training_arguments
+        ),
+        train_dataset=workload.train,
+        eval_dataset=workload.test,
+        data_collator=workload.collator,
+        compute_metrics=workload.score,
+        optimizers=(make_optimizer(model, workload.head, learning_rate), None),
+    )
+
+
+def make_optimizer(model, head, learning_rate):
+    """Return AdamW with one learning rate for the head, and another for all else that trains."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    heads = [parameter for name, parameter in trainable if head is not None and head in name.split(".")]
+    body = [parameter for name, parameter in trainable if head is None or head not in name.split(".")]
+    groups = [{"params": heads, "lr": HEAD_LEARNING_RATE}, {"params": body, "lr": learning_rate}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+
+
+def run(case, workload, folder):
+    """Train and score one case; return its figures."""
+    set_seed(case.seed)
+    model = workload.make_model()
+    model, figures = adapt(model, case, workload)
+    trainer = make_trainer(
+        model, workload, folder, learning_rate=case.learning_rate, epochs=case.epochs, seed=case.seed
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    scores = trainer.evaluate()
+    return figures | {
+        "num_train_rows": len(workload.train),
+        "num_test_rows": len(workload.test),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_seconds": seconds,
+        **{name: scores[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in scores},
+    }
