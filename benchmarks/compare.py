@@ -102,7 +102,7 @@ def main():
     disable_progress_bars()
     if args.command == "learning-rates":
         run(learning_rate_cases(args), args)
-        if args.part == "0/1":
+        if args.part == "0/1" and args.methods is None and args.tasks is None:
             choose_learning_rates(args)
     elif args.command == "run":
         run(table_cases(args), args)
