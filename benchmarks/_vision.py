@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _text import accuracy, split_rows
-from _training import Workload
+from _training import Workload, accuracy, split_rows
 from datasets import load_dataset
 from PIL import Image
 from torch.utils.data import Dataset

@@ -5,7 +5,7 @@
     python benchmarks/compare.py run text --part 0/2        # half of the cases, beside another process with --part 1/2
     python benchmarks/compare.py report text                # text.md and text.png
 
-The kinds are text, vision and language. A case whose file exists is skipped, so that a run can be stopped, goes on
+The kinds are text and vision. A case whose file exists is skipped, so that a run can be stopped, goes on
 where it was, and spreads over machines.
 """
 

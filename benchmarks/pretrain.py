@@ -9,15 +9,12 @@ Stop it and run it again: it goes on at its last checkpoint. A folder that holds
 
 import argparse
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from _environment import environment, write_result
 from _language import COLUMNS, as_dataset, load_blocks, load_texts, mixed_blocks, train_tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from _pretraining import add_common_arguments, is_pretrained, train_and_save, training_arguments
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 # Texts that the tokenizer is trained on.
 TOKENIZER_TEXTS = 500
@@ -27,8 +24,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/llama-novels"))
+    add_common_arguments(parser, out="outputs/llama-novels", batch_size=16, learning_rate=2e-3)
     parser.add_argument("--start-from", type=Path, help="a folder that this script wrote: go on from its model")
     parser.add_argument("--corpora", nargs="+", default=["novels"], choices=list(COLUMNS), help="in equal parts")
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -39,10 +35,6 @@ def parse_arguments():
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--sequences", type=int, default=40_000, help="to train on, once")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
@@ -77,8 +69,7 @@ def build_model(args, tokenizer):
 def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    if (args.out / "config.json").exists():
-        print(f"{args.out} holds a model already.")
+    if is_pretrained(args.out):
         return
     args.out.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
@@ -87,45 +78,29 @@ def main():
         args.data_dir, args.corpora, tokenizer, length=args.length, num_blocks=args.sequences, seed=args.seed
     )
     held_out = load_blocks(args.data_dir, "novels", "validation", tokenizer, length=args.length, max_blocks=400)
-    model = build_model(args, tokenizer)
-    checkpoints = args.out / "trainer"
-    training = TrainingArguments(
-        output_dir=checkpoints,
-        num_train_epochs=1,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=32,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        bf16=torch.cuda.is_available(),
-        logging_steps=100,
-        save_steps=500,
-        save_total_limit=1,
-        seed=args.seed,
-        report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available(),
+    trainer = Trainer(
+        model=build_model(args, tokenizer),
+        args=training_arguments(
+            args,
+            num_train_epochs=1,
+            per_device_eval_batch_size=32,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            bf16=torch.cuda.is_available(),
+        ),
+        train_dataset=as_dataset(blocks),
+        eval_dataset=as_dataset(held_out),
     )
-    trainer = Trainer(model=model, args=training, train_dataset=as_dataset(blocks), eval_dataset=as_dataset(held_out))
-    last = get_last_checkpoint(checkpoints) if checkpoints.exists() else None
-    trainer.train(resume_from_checkpoint=last)
-    loss = trainer.evaluate()["eval_loss"]
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_result(
-        args.out / "pretraining.json",
-        {
-            "settings": settings,
+
+    def figures(metrics):
+        loss = metrics["eval_loss"]
+        return {
             "num_tokens": blocks.numel(),
-            "num_parameters": model.num_parameters(),
             "validation_loss": loss,
             "validation_perplexity": math.exp(loss),
-            "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
-        },
-    )
-    model.save_pretrained(args.out)
-    shutil.rmtree(checkpoints)
-    print(f"{args.out}: validation perplexity {math.exp(loss):.2f} of a token")
+        }
+
+    train_and_save(trainer, args, figures)
 
 
 if __name__ == "__main__":

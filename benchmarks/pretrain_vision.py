@@ -6,18 +6,15 @@ Stop it and run it again: it goes on at its last checkpoint. A folder that holds
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from _environment import environment, write_result
-from _text import accuracy
+from _pretraining import add_common_arguments, is_pretrained, train_and_save, training_arguments
+from _training import accuracy
 from _vision import SIZE, collate, load_images
 from datasets import load_dataset
 from torch.nn.functional import pad
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, ViTConfig, ViTForImageClassification, set_seed
 
 # Pixels of the border that random crops are taken from.
 BORDER = 4
@@ -27,18 +24,13 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/vit-cifar10"))
+    add_common_arguments(parser, out="outputs/vit-cifar10", batch_size=128, learning_rate=1e-3)
     parser.add_argument("--task", default="cifar10")
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=15)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
@@ -69,8 +61,7 @@ class AugmentingTrainer(Trainer):
 def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    if (args.out / "config.json").exists():
-        print(f"{args.out} holds a model already.")
+    if is_pretrained(args.out):
         return
     set_seed(args.seed)
     data = load_dataset("parquet", data_dir=str(Path(args.data_dir) / args.task))
@@ -84,47 +75,19 @@ def main():
         num_attention_heads=args.heads,
         num_labels=1 + int(train.labels.max()),
     )
-    model = ViTForImageClassification(config)
-    checkpoints = args.out / "trainer"
-    training = TrainingArguments(
-        output_dir=checkpoints,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=256,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.05,
-        logging_steps=100,
-        save_steps=500,
-        save_total_limit=1,
-        seed=args.seed,
-        report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
     trainer = AugmentingTrainer(
-        model=model,
-        args=training,
+        model=ViTForImageClassification(config),
+        args=training_arguments(args, num_train_epochs=args.epochs, per_device_eval_batch_size=256, weight_decay=0.05),
         train_dataset=train,
         eval_dataset=test,
         data_collator=collate,
         compute_metrics=accuracy,
     )
-    last = get_last_checkpoint(checkpoints) if checkpoints.exists() else None
-    trainer.train(resume_from_checkpoint=last)
-    scores = trainer.evaluate()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = {
-        "settings": settings,
-        "num_parameters": model.num_parameters(),
-        "test_loss": scores["eval_loss"],
-        "test_accuracy": scores["eval_accuracy"],
-        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
-    }
-    write_result(args.out / "pretraining.json", result)
-    model.save_pretrained(args.out)
-    shutil.rmtree(checkpoints)
-    print(f"{args.out}: accuracy {scores['eval_accuracy']:.4f}")
+    train_and_save(
+        trainer,
+        args,
+        lambda metrics: {"test_loss": metrics["eval_loss"], "test_accuracy": metrics["eval_accuracy"]},
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import transformers
 from _environment import environment, write_result
-from _text import MAX_LENGTH, MINILM, accuracy
-from _training import training_arguments
+from _text import MAX_LENGTH, MINILM
+from _training import accuracy, training_arguments
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (

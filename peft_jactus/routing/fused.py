@@ -27,7 +27,7 @@ _STAGES = 4
 
 
 # Triton resolves annotations when it compiles for a GPU (its interpreter does not), and refuses any but its own.
-@triton.jit  # type: ignore[untyped-decorator]  # Triton may be missing where types are checked
+@triton.jit  # type: ignore[untyped-decorator]  # mypy skips Triton: see pyproject.toml
 def _kernel(
     x: tl.tensor,
     down: tl.tensor,
