@@ -6,15 +6,30 @@ from pathlib import Path
 TASKS = {
     "text": ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news"),
     "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5", "digits8x8"),
+    "language": ("ptb", "wikitext2"),
 }
+# Training rows at most; of a language model, blocks of 256 tokens.
+ROWS = {"text": 1000, "vision": 1000, "language": 400}
 RATIOS = (0.8, 0.6, 0.4)
+STORAGES = ("pivoted", "factored")
 SEEDS = (0, 1, 2)
+# Passes over the training rows.
+EPOCHS = 3
+# With ten rows or less for each of its classes, a task is far from converged after three.
+EPOCHS_BY_TASK = {"clinc150": 10}
 
 # Methods that keep every parameter.
 FULL_SIZE = ("full", "lora", "dora", "pissa", "rslora")
 # Compress with a peer, then train LoRA on the factors, and merge it into them.
 COMPRESS_THEN_ADAPT = ("svd+lora", "svd-llm+lora", "svd-llm+dora")
-# Chosen from by `compare.py learning-rates`, on held-out training rows: results/KIND/learning_rates.json.
+# Learning rates are chosen from a grid by `compare.py learning-rates`, on held-out training rows of some tasks, which
+# gives results/KIND/learning_rates.json.
+LEARNING_RATE_TASKS = {
+    "text": ("trec", "mr", "clinc150"),
+    "vision": ("fashion_mnist", "flowers5"),
+    "language": ("ptb",),
+}
+LEARNING_RATE_ROWS = {"text": 1500, "vision": 1000, "language": 400}
 LEARNING_RATE_GRID = {
     "full": (5e-5, 1e-4, 2e-4, 4e-4),
     "default": (2.5e-4, 5e-4, 1e-3, 2e-3),
@@ -69,10 +84,10 @@ class Case:
         return asdict(self) | {"label": self.label}
 
 
-def budgets(ratios=RATIOS):
+def budgets(ratios=RATIOS, storages=STORAGES):
     """Return (method, ratio, storage) of every row of a table."""
     rows = [(method, 1.0, "factored") for method in ("full", "lora", "dora", "pissa")]
     for ratio in ratios:
-        rows += [("jactus", ratio, storage) for storage in ("pivoted", "factored")]
+        rows += [("jactus", ratio, storage) for storage in storages]
         rows += [(method, ratio, "factored") for method in ("svd+lora", "svd-llm+lora")]
     return rows

@@ -1,14 +1,20 @@
-"""Language-model text: tokens in blocks of one length, from folders of parquet files."""
+"""Language-model text: tokens in blocks of one length, from folders of parquet files; and the language tasks."""
 
 import math
+import os
 from itertools import chain
 from pathlib import Path
 
 import torch
+from _training import Workload, split_rows
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, default_data_collator
 
+LLAMA = os.environ.get("JACTUS_LLAMA", "outputs/llama-novels")
+# Tokens in a row of the language tasks, and rows to score on at most.
+LENGTH = 256
+MAX_TEST_BLOCKS = 300
 # By corpus: which column holds the text, and what parts one row from the next.
 COLUMNS = {
     "novels": "text",
@@ -81,3 +87,20 @@ def train_tokenizer(texts, vocab_size):
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def load_workload(data_dir, task, *, num_rows, scored_on):
+    """Return blocks of a corpus, the same for every seed; of wikitext2 the validation split is trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA)
+    splits = {"train": "validation" if task == "wikitext2" else "train", "test": "test"}
+    data = {name: as_dataset(load_blocks(data_dir, task, of, tokenizer, length=LENGTH)) for name, of in splits.items()}
+    train, test = split_rows(data, num_rows=num_rows, scored_on=scored_on)
+    return Workload(
+        train,
+        test.select(range(min(MAX_TEST_BLOCKS, len(test)))),
+        default_data_collator,
+        lambda: AutoModelForCausalLM.from_pretrained(LLAMA),
+        None,
+        task_type="CAUSAL_LM",
+        head=None,
+    )

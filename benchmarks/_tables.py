@@ -1,6 +1,7 @@
 """From result files to a Markdown table and a plot."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -13,12 +14,20 @@ def load_results(folder):
     return [result for result in results if result["scored_on"] == "test"]
 
 
+def score(result):
+    """Return the accuracy in percent; of a language model, which has none, the perplexity."""
+    return 100 * result["accuracy"] if "accuracy" in result else math.exp(result["loss"])
+
+
+def score_name(results):
+    return "accuracy, %" if all("accuracy" in result for result in results) else "perplexity"
+
+
 def by_seed(results):
-    """Return {label: {seed: {task: accuracy in percent}}}."""
+    """Return {label: {seed: {task: score}}}."""
     table = {}
     for result in results:
-        seeds = table.setdefault(result["label"], {})
-        seeds.setdefault(result["seed"], {})[result["task"]] = 100 * result["accuracy"]
+        table.setdefault(result["label"], {}).setdefault(result["seed"], {})[result["task"]] = score(result)
     return table
 
 
@@ -29,12 +38,13 @@ def mean_and_spread(values):
 
 
 def markdown(results):
-    """Return a row for each method: mean and standard deviation over seeds, by task and over all tasks."""
+    """Return a row for each method: by task, and over all tasks."""
     tasks = sorted({result["task"] for result in results})
     kept = {}
     for result in results:
         kept.setdefault(result["label"], []).append(result.get("retained_ratio_reached", 1.0))
-    lines = [f"| method | kept | {' | '.join(tasks)} | mean | seeds |", "|---" * (4 + len(tasks)) + "|"]
+    lines = [f"Mean and standard deviation over seeds; {score_name(results)}.", ""]
+    lines += [f"| method | kept | {' | '.join(tasks)} | mean | seeds |", "|---" * (4 + len(tasks)) + "|"]
     for label, seeds in sorted(by_seed(results).items(), key=lambda row: (-statistics.mean(kept[row[0]]), row[0])):
         cells = [
             mean_and_spread(s[task] for s in seeds.values() if task in s)
@@ -50,7 +60,7 @@ def markdown(results):
 
 
 def plot(results, path):
-    """Draw accuracy against kept parameters, a line for each method, with the spread over seeds."""
+    """Draw scores against kept parameters, a line for each method, with the spread over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -68,7 +78,7 @@ def plot(results, path):
         x, y, spread = zip(*sorted(points), strict=True)
         axes.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=COLORS.get(name))
     axes.set_xlabel("kept of the targeted parameters, %")
-    axes.set_ylabel("accuracy, mean over tasks, %")
+    axes.set_ylabel(f"{score_name(results)}, mean over tasks")
     axes.legend()
     figure.savefig(path, dpi=150)
 

@@ -28,6 +28,8 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
         for rows in (train, test)
     )
+    lengths = [len(tokens) for tokens in test["input_ids"]]
+    test = test.select(sorted(range(len(test)), key=lengths.__getitem__))  # batches of one length need less padding
     return Workload(
         train,
         test,

@@ -5,7 +5,7 @@
     python benchmarks/compare.py run text --part 0/2        # half of the cases, beside another process with --part 1/2
     python benchmarks/compare.py report text                # text.md and text.png
 
-The kinds are text and vision. A case whose file exists is skipped, so that a run can be stopped, goes on
+The kinds are text, vision and language. A case whose file exists is skipped, so that a run can be stopped, goes on
 where it was, and spreads over machines.
 """
 
@@ -19,7 +19,18 @@ import tempfile
 from pathlib import Path
 
 import transformers
-from _cases import LEARNING_RATE_GRID, SEEDS, TASKS, Case, budgets
+from _cases import (
+    EPOCHS,
+    EPOCHS_BY_TASK,
+    LEARNING_RATE_GRID,
+    LEARNING_RATE_ROWS,
+    LEARNING_RATE_TASKS,
+    ROWS,
+    SEEDS,
+    TASKS,
+    Case,
+    budgets,
+)
 from _environment import environment, write_result
 from _tables import write_report
 from _training import run as run_case
@@ -27,12 +38,6 @@ from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-# Tasks that learning rates are chosen on.
-LEARNING_RATE_TASKS = {
-    "text": ("trec", "mr", "clinc150"),
-    "vision": ("fashion_mnist", "flowers5"),
-    "language": ("ptb",),
-}
 
 
 def parse_arguments():
@@ -43,8 +48,7 @@ def parse_arguments():
     parser.add_argument("--tasks", nargs="+", help="default: all")
     parser.add_argument("--methods", nargs="+", help="labels as in the table, for instance 'jactus pivoted 0.8'")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--rows", type=int, default=1500, help="training rows at most")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--rows", type=int, help="training rows of the table, at most")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each kind is made in it")
     return parser.parse_args()
@@ -52,17 +56,23 @@ def parse_arguments():
 
 def learning_rate_cases(args):
     for task in args.tasks or LEARNING_RATE_TASKS[args.kind]:
-        for method, ratio, storage in budgets(ratios=(0.6,)):
+        for method, ratio, storage in budgets(ratios=(0.6,), storages=("pivoted",)):
             for rate in LEARNING_RATE_GRID.get(method, LEARNING_RATE_GRID["default"]):
-                yield Case(task, method, ratio, storage, 0, rate, args.rows, args.epochs, "held-out")
+                yield Case(task, method, ratio, storage, 0, rate, LEARNING_RATE_ROWS[args.kind], EPOCHS, "held-out")
 
 
 def table_cases(args):
-    rates = json.loads((args.out / args.kind / "learning_rates.json").read_text())["learning_rates"]
+    path = args.out / args.kind / "learning_rates.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run `compare.py learning-rates {args.kind}` first.")
+    rates = json.loads(path.read_text())["learning_rates"]
     for seed in args.seeds:
         for task in args.tasks or TASKS[args.kind]:
+            epochs = EPOCHS_BY_TASK.get(task, EPOCHS)
             for method, ratio, storage in budgets():
-                yield Case(task, method, ratio, storage, seed, rates[method], args.rows, args.epochs)
+                if method not in rates:
+                    continue  # its grid is not complete yet
+                yield Case(task, method, ratio, storage, seed, rates[method], args.rows or ROWS[args.kind], epochs)
 
 
 def run(cases, args):
@@ -83,17 +93,30 @@ def run(cases, args):
 
 
 def choose_learning_rates(args):
-    """Write the best rate of each method: the mean over tasks of the accuracy (or loss) on held-out training rows."""
-    scores = {}
+    """Write the best rate of each method: the mean over tasks of the accuracy (or loss) on held-out training rows.
+
+    A method whose grid is not complete is left out.
+    """
+    scores, incomplete = {}, set()
     for case in learning_rate_cases(args):
-        result = json.loads(case.path(args.out / args.kind).read_text())
-        score = result.get("accuracy", -result["loss"])
-        scores.setdefault(case.method, {}).setdefault(case.learning_rate, []).append(score)
-    means = {m: {rate: statistics.mean(found) for rate, found in by.items()} for m, by in scores.items()}
-    chosen = {method: max(by, key=by.get) for method, by in means.items()}
+        path = case.path(args.out / args.kind)
+        if path.exists():
+            result = json.loads(path.read_text())
+            score = result.get("accuracy", -result["loss"])
+            scores.setdefault(case.method, {}).setdefault(case.learning_rate, []).append(score)
+        else:
+            incomplete.add(case.method)
+    means = {
+        method: {rate: statistics.mean(found) for rate, found in by_rate.items()}
+        for method, by_rate in scores.items()
+        if method not in incomplete
+    }
+    chosen = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
     result = {"learning_rates": chosen, "mean_score": means, "tasks": LEARNING_RATE_TASKS[args.kind]}
     write_result(args.out / args.kind / "learning_rates.json", result | {"environment": environment()})
     print(json.dumps(chosen, indent=1))
+    if incomplete:
+        print(f"Not complete, left out: {', '.join(sorted(incomplete))}.")
 
 
 def main():
@@ -102,7 +125,7 @@ def main():
     disable_progress_bars()
     if args.command == "learning-rates":
         run(learning_rate_cases(args), args)
-        if args.part == "0/1" and args.methods is None and args.tasks is None:
+        if args.tasks is None:
             choose_learning_rates(args)
     elif args.command == "run":
         run(table_cases(args), args)

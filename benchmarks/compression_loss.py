@@ -1,14 +1,17 @@
 """The loss right after compression, without training: every decomposition, budget, allocation and storage.
 
-    python benchmarks/compression_loss.py --tasks trec mr --seeds 0 1 2
-    python benchmarks/compression_loss.py --report
+    python benchmarks/compression_loss.py run text --tasks trec mr --seeds 0 1 2
+    python benchmarks/compression_loss.py report text     # compression_loss-text.md and .png
 
-MiniLM, fine-tuned on the task first: far from a minimum, truncation moves the loss to first order, and says little
-about the metric. One calibration serves all decompositions. A result that is there is not computed again.
+The kinds are text, vision and language. A classifier is fine-tuned on its task first: with a fresh head, far from a
+minimum, truncation moves the loss to first order, and says little about the metric. A language model is compressed as
+it was pretrained, calibrated on the text that it is scored on. One calibration serves all decompositions. A result
+that is there is not computed again.
 """
 
 import argparse
 import copy
+import importlib
 import itertools
 import json
 import os
@@ -18,10 +21,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from _cases import RATIOS, SEEDS, STORAGES
 from _environment import environment, write_result
-from _text import load_workload
-from _training import CALIBRATION_BATCHES, make_trainer
-from torch.utils.data import DataLoader
+from _training import make_trainer
+from datasets import disable_progress_bars
+from torch.nn.functional import kl_div
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -29,55 +34,77 @@ from peft_jactus import JactusConfig, calibrate
 from peft_jactus.allocation import LayerGains, allocate
 from peft_jactus.decomposition import DecompositionOptions, project_weight
 
+TASKS = {"text": ("trec", "mr"), "vision": ("fashion_mnist", "flowers5"), "language": ("ptb", "wikitext2")}
 DECOMPOSITIONS = ("jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd")
-RATIOS = (0.8, 0.6, 0.4)
-STORAGES = ("pivoted", "factored")
 ALLOCATIONS = ("global", "uniform")
-BATCH_SIZE = 32
-LEARNING_RATE = 1e-4
+# Of the fine-tuning; rows are those of a language model's calibration, too.
+ROWS = 2000
+LEARNING_RATE = 2e-4
 EPOCHS = 3
-RESULTS = Path(__file__).parent / "results" / "compression_loss"
+# Rows to score on: the logits of the dense model are kept.
+MAX_TEST_ROWS = {"text": 1000, "vision": 1000, "language": 100}
+BATCH_SIZE = 50
+RESULTS = Path(__file__).parent / "results"
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("kind", choices=list(TASKS))
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
-    parser.add_argument("--tasks", nargs="+", default=["trec", "mr"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=2000, help="training rows at most")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--report", action="store_true", help="write compression_loss.md from the results and stop")
+    parser.add_argument("--tasks", nargs="+", help="default: two of the kind's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows at most")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each kind is made in it")
     return parser.parse_args()
 
 
-@torch.no_grad()
-def loss_and_accuracy(model, rows, collator):
-    losses, hits = 0.0, 0
-    for batch in DataLoader(rows, 100, collate_fn=collator):
-        output = model(**batch)
-        losses += float(output.loss) * len(batch["labels"])
-        hits += int((output.logits.argmax(-1) == batch["labels"]).sum())
-    return {"loss": losses / len(rows), "accuracy": hits / len(rows)}
+class Scorer:
+    """Scores a model by its loss, and by how far its logits are from the dense model's."""
+
+    def __init__(self, model, rows, collator):
+        self.batches = list(DataLoader(rows, BATCH_SIZE, collate_fn=collator))
+        with torch.no_grad():
+            self.dense = [model(**batch).logits.log_softmax(-1) for batch in self.batches]
+
+    @torch.no_grad()
+    def score(self, model):
+        """Return the mean loss of a row, and the mean KL divergence of a prediction from the dense model's."""
+        loss, divergence, num_rows, num_predictions = 0.0, 0.0, 0, 0
+        for batch, dense in zip(self.batches, self.dense, strict=True):
+            output = model(**batch)
+            loss += float(output.loss) * len(batch["labels"])
+            num_rows += len(batch["labels"])
+            divergence += float(kl_div(output.logits.log_softmax(-1), dense, log_target=True, reduction="sum"))
+            num_predictions += dense.shape[:-1].numel()
+        return {"loss": loss / num_rows, "divergence": divergence / num_predictions}
 
 
-def fine_tuned(workload, seed):
-    """Train all of the model."""
+def pretrained(workload, seed):
+    """Return the model to compress; one with a fresh head is trained whole first."""
     set_seed(seed)
     model = workload.make_model()
-    with tempfile.TemporaryDirectory() as folder:
-        make_trainer(model, workload, folder, learning_rate=LEARNING_RATE, epochs=EPOCHS, seed=seed).train()
+    if workload.head is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            make_trainer(model, workload, folder, learning_rate=LEARNING_RATE, epochs=EPOCHS, seed=seed).train()
     return model.eval()
 
 
-def calibrated(task, seed, args):
-    """Return a fine-tuned model, its statistics, and test rows."""
-    workload = load_workload(args.data_dir, task, num_rows=args.rows, scored_on="test")
-    model = fine_tuned(workload, seed)
+def calibrated(args, task, seed):
+    """Return a model, its statistics, and what scores it."""
+    module = importlib.import_module(f"_{args.kind}")
+    workload = module.load_workload(args.data_dir, task, num_rows=args.rows, scored_on="test")
+    model = pretrained(workload, seed)
     # Asks for all statistics that any of the decompositions needs.
-    config = JactusConfig(task_type="SEQ_CLS", target_modules="all-linear", decomposition="fwsvd")
-    loader = DataLoader(workload.train, BATCH_SIZE, shuffle=True, collate_fn=workload.collator)
-    found = calibrate(model, config, loader, max_batches=CALIBRATION_BATCHES, progress_bar=False)
-    return model, found, workload.test.sort("labels"), workload.collator
+    config = JactusConfig(
+        task_type=workload.task_type,
+        target_modules="all-linear",
+        modules_to_save=workload.modules_to_save,
+        decomposition="fwsvd",
+    )
+    found = calibrate(model, config, workload.calibration_batches(), progress_bar=False)
+    rows = Subset(workload.test, range(min(MAX_TEST_ROWS[args.kind], len(workload.test))))
+    return model, found, Scorer(model, rows, workload.collator)
 
 
 @torch.no_grad()
@@ -87,16 +114,17 @@ def compress_(model, dense, projected, ranks, found, decomposition):
         layer, weight = model.get_submodule(name), dense[name].weight.double()
         truncated = weight if rank >= min(weight.shape) else projected[name].truncate(rank).dense()
         layer.weight.copy_(truncated)
-        layer.bias.copy_(dense[name].bias)
-        if decomposition != "svd":  # which is data-free
-            layer.bias.add_(((weight - truncated) @ found[name].input.mean).float())
+        if layer.bias is not None:
+            layer.bias.copy_(dense[name].bias)
+            if decomposition != "svd":  # which is data-free
+                layer.bias.add_(((weight - truncated) @ found[name].input.mean).float())
 
 
-def measure(task, seed, args):
+def measure(args, task, seed):
     """Return a row for each way to compress."""
-    model, found, test, collator = calibrated(task, seed, args)
+    model, found, scorer = calibrated(args, task, seed)
     dense = {name: copy.deepcopy(model.get_submodule(name)) for name in found}
-    rows = [{"decomposition": "dense", **loss_and_accuracy(model, test, collator)}]
+    rows = [{"decomposition": "dense", **scorer.score(model)}]
     for decomposition in tqdm(DECOMPOSITIONS, desc=f"{task} {seed}"):
         options = DecompositionOptions(decomposition=decomposition)
         projected = {name: project_weight(layer.weight, found[name], options) for name, layer in dense.items()}
@@ -116,43 +144,78 @@ def measure(task, seed, args):
                 "retained_ratio": ratio,
                 "storage": storage,
                 "allocation": allocation,
-                **loss_and_accuracy(model, test, collator),
+                **scorer.score(model),
             })
     return rows
 
 
-def report(folder):
-    """Return the mean loss over tasks and seeds as Markdown, and how often a row beats those of the peers."""
+def load_rows(folder):
+    """Return {(decomposition, storage, allocation, retained ratio): rows} over all runs, and the names of the runs."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    losses = {}
+    found = {}
     for result in results:
         for row in result["rows"]:
             key = tuple(row.get(name) for name in ("decomposition", "storage", "allocation", "retained_ratio"))
-            losses.setdefault(key, []).append(row["loss"])
-    columns = [(storage, allocation) for storage in STORAGES for allocation in ALLOCATIONS]
-    dense = statistics.mean(losses[("dense", None, None, None)])
-    runs = ", ".join(f"{result['task']} {result['seed']}" for result in results)
-    lines = [f"Mean test loss over {len(results)} runs ({runs}); dense {dense:.3f}. ± is the deviation over runs.", ""]
-    lines += [f"| kept | decomposition | {' | '.join(map(' '.join, columns))} |", "|---" * (2 + len(columns)) + "|"]
-    for ratio, decomposition in itertools.product(RATIOS, DECOMPOSITIONS):
-        cells = [losses[(decomposition, *column, ratio)] for column in columns]
-        text = [f"{statistics.mean(cell):.3f} ± {statistics.pstdev(cell):.3f}" for cell in cells]
-        lines.append(f"| {ratio:g} | {decomposition} | {' | '.join(text)} |")
+            found.setdefault(key, []).append(row)
+    return found, [f"{result['task']} {result['seed']}" for result in results]
+
+
+def markdown(found, runs):
+    """Return loss and divergence, mean and deviation over runs."""
+    columns = list(itertools.product(STORAGES, ALLOCATIONS))
+    dense = statistics.mean(row["loss"] for row in found[("dense", None, None, None)])
+    lines = [
+        f"Mean over {len(runs)} runs ({', '.join(runs)}); ± is the deviation over runs. Loss of the dense model: "
+        f"{dense:.3f}. Divergence: of a prediction from the dense model's, in nats."
+    ]
+    for figure in ("loss", "divergence"):
+        lines += ["", f"| kept | {figure} | {' | '.join(map(' '.join, columns))} |", "|---" * (2 + len(columns)) + "|"]
+        for ratio, decomposition in itertools.product(RATIOS, DECOMPOSITIONS):
+            cells = [[row[figure] for row in found[(decomposition, *column, ratio)]] for column in columns]
+            text = [f"{statistics.mean(cell):.4f} ± {statistics.pstdev(cell):.4f}" for cell in cells]
+            lines.append(f"| {ratio:g} | {decomposition} | {' | '.join(text)} |")
     return "\n".join(lines)
+
+
+def plot(found, path):
+    """Draw loss over the dense model's against kept parameters, a line for each decomposition: its best cell."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    dense = statistics.mean(row["loss"] for row in found[("dense", None, None, None)])
+    for decomposition in DECOMPOSITIONS:
+        losses = [
+            min(
+                statistics.mean(row["loss"] for row in found[(decomposition, *column, ratio)])
+                for column in itertools.product(STORAGES, ALLOCATIONS)
+            )
+            for ratio in RATIOS
+        ]
+        axes.plot([100 * ratio for ratio in RATIOS], losses, marker="o", label=decomposition)
+    axes.axhline(dense, color="gray", linestyle=":", label="dense")
+    axes.set_xlabel("kept of the targeted parameters, %")
+    axes.set_ylabel("loss right after compression")
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
-    if args.report:
-        table = report(args.out)
-        args.out.with_suffix(".md").write_text(table + "\n")
+    disable_progress_bars()
+    folder = args.out / f"compression_loss-{args.kind}"
+    if args.command == "report":
+        found, runs = load_rows(folder)
+        table = markdown(found, runs)
+        folder.with_suffix(".md").write_text(table + "\n")
+        plot(found, folder.with_suffix(".png"))
         print(table)
         return
-    for task, seed in itertools.product(args.tasks, args.seeds):
-        path = args.out / f"{task}_seed{seed}.json"
+    for task, seed in itertools.product(args.tasks or TASKS[args.kind], args.seeds):
+        path = folder / f"{task}_seed{seed}.json"
         if not path.exists():
-            rows = measure(task, seed, args)
+            rows = measure(args, task, seed)
             write_result(path, {"task": task, "seed": seed, "rows": rows, "environment": environment()})
 
 

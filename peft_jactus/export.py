@@ -278,8 +278,8 @@ def _deployed_layer(
             raise ValueError(f"{name}: `{tensor_name}` has no values in memory; load the model without offloading.")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: `{tensor_name}` is not finite. The training diverged, or nothing was loaded.")
-    left, core, right = (to_decomposition_dtype(tensors[f"jactus_{part}"]) for part in ("left", "core", "right"))
-    bias = tensors.get("jactus_bias")
+    factors, bias = layer.get_factors(adapter_name), tensors.get("jactus_bias")
+    left, core, right = map(to_decomposition_dtype, (factors.left.dense(), factors.core, factors.right.dense()))
     if stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
         weight = (left @ core @ right.mT).to(tensors["jactus_left"].device, dtype)
         return make_dense_layer(weight, None if bias is None else bias.to(dtype), is_conv1d=layer.is_conv1d)

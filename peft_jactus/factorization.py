@@ -11,11 +11,11 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from tqdm.auto import tqdm
 
 from peft_jactus.allocation import Allocation, LayerGains, Storage, allocate
 from peft_jactus.decomposition import DecompositionOptions, project, project_weight
+from peft_jactus.interpolation import interpolative_basis
 from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from peft_jactus.interpolation import InterpolativeBasis
     from peft_jactus.statistics import LayerStatistics
 
 
@@ -56,21 +57,25 @@ class LayerFactors:
     """What replaces one layer: ``y = left (core (right^T x)) + bias``.
 
     Attributes:
-        left: ``(out, rank)``, orthonormal columns.
-        core: ``(rank, rank)``, diagonal at the start.
-        right: ``(in, rank)``, orthonormal columns.
+        left: Basis of the output side, ``(out, rank)``.
+        core: ``(rank, rank)``: the weight in those of its rows and columns that span the others.
+        right: Basis of the input side, ``(in, rank)``.
         bias: ``(out,)``, or ``None`` for a layer without one.
     """
 
-    left: Tensor
+    left: InterpolativeBasis
     core: Tensor
-    right: Tensor
+    right: InterpolativeBasis
     bias: Tensor | None
 
     @property
     def rank(self) -> int:
         """Size of the core."""
         return self.core.shape[0]
+
+    def dense(self) -> Tensor:
+        """Return the weight ``(out, in)``."""
+        return self.left.dense() @ self.core @ self.right.dense().mT
 
 
 def plan_ranks(
@@ -181,4 +186,6 @@ def factorize(
         if options.bias_correction and statistics is not None:
             error = to_decomposition_dtype(weight) - factors.dense()
             bias = bias + error @ statistics.input.mean.to(error.device)
-    return LayerFactors(factors.left, torch.diag(factors.singular_values), factors.right, bias)
+    left, from_left = interpolative_basis(factors.left)
+    right, from_right = interpolative_basis(factors.right)
+    return LayerFactors(left, (from_left * factors.singular_values) @ from_right.mT, right, bias)

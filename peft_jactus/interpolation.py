@@ -1,4 +1,9 @@
-"""Interpolative decomposition: a matrix from some of its rows (Cheng et al., SIAM J. Sci. Comput. 26, 2005)."""
+"""Interpolative decomposition: a matrix from some of its rows (Cheng et al., SIAM J. Sci. Comput. 26, 2005).
+
+A subspace of dimension r has a basis that is the identity in r of its rows. A product with it costs ``r (dim - r)``
+multiplications instead of ``r dim``, and keeping it as many numbers; with such bases on both sides, a weight ``left
+core right^T`` of rank r takes ``r (out + in - r)`` of both.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ if TYPE_CHECKING:
 
 # A row is exchanged as long as that makes the spanned volume this much larger; more exchanges bring little.
 _MAXVOL_TOLERANCE = 1.05
+# Putting a number in its place takes as long as about so many multiplications in a matrix product.
+_GATHER_COST = 100
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,79 @@ def interpolate_rows(basis: Tensor) -> RowInterpolation:
     # Once more from the matrix itself: exchanges accumulate rounding.
     coefficients = torch.linalg.solve(basis[rows], basis[others], left=False)
     return RowInterpolation(rows, others, coefficients)
+
+
+@dataclass(frozen=True)
+class InterpolativeBasis:
+    """A basis ``[I; T]`` of a subspace, with its rows in another order: some of them are those of the identity.
+
+    Attributes:
+        order: ``(dim,)``, an integer type: where the ``rank`` rows of the identity belong, then where the others do;
+            ascending if there are no others.
+        coefficients: ``T`` ``(dim - rank, rank)``, absolute values up to 1.05.
+    """
+
+    order: Tensor
+    coefficients: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Number of rows."""
+        return self.order.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns."""
+        return self.coefficients.shape[1]
+
+    def dense(self) -> Tensor:
+        """Return the basis as a matrix ``(dim, rank)``."""
+        identity = torch.eye(self.rank, dtype=self.coefficients.dtype, device=self.coefficients.device)
+        return torch.cat([identity, self.coefficients])[self.order.argsort()]
+
+    def column_norms(self) -> Tensor:
+        """Return the lengths of the columns ``(rank,)``, at least 1; in float32 at least."""
+        dtype = torch.promote_types(self.coefficients.dtype, torch.float32)
+        lengths: Tensor = torch.linalg.vector_norm(self.coefficients, dim=0, dtype=dtype)
+        return (1 + lengths.square()).sqrt()
+
+    def project(self, x: Tensor) -> Tensor:
+        """Multiply rows ``(rows, dim)`` with the basis: ``x @ basis``, ``(rows, rank)``."""
+        if self.rank == self.dim:
+            return x
+        if self._gathering_costs_more():
+            return x @ self.dense()
+        ordered = x.index_select(1, self.order)
+        return torch.addmm(ordered[:, : self.rank], ordered[:, self.rank :], self.coefficients)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Multiply rows ``(rows, rank)`` with the transposed basis: ``z @ basis^T``, ``(rows, dim)``."""
+        if self.rank == self.dim:
+            return z
+        if self._gathering_costs_more():
+            return z @ self.dense().mT
+        return torch.cat([z, z @ self.coefficients.mT], dim=1).index_select(1, self.order.argsort())
+
+    def _gathering_costs_more(self) -> bool:
+        return self.rank * self.rank < _GATHER_COST * self.dim
+
+
+def interpolative_basis(basis: Tensor) -> tuple[InterpolativeBasis, Tensor]:
+    """Change to another basis of the same subspace.
+
+    Args:
+        basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
+
+    Returns:
+        ``found`` and ``transform`` ``(rank, rank)`` in float64, with ``basis = found.dense() @ transform``. Where the
+        rank is the dimension, ``found`` is the identity. A basis without full column rank is a `ValueError`.
+    """
+    basis = to_decomposition_dtype(basis)
+    dim, rank = basis.shape
+    if rank == dim:
+        return InterpolativeBasis(torch.arange(dim, device=basis.device), basis.new_empty(0, rank)), basis
+    found = interpolate_rows(basis)
+    return InterpolativeBasis(torch.cat([found.rows, found.others]), found.coefficients), basis[found.rows]
 
 
 def _permutation(pivots: Tensor, dim: int) -> Tensor:

@@ -10,17 +10,17 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus.adapter_tensors import TENSOR_NAMES, factors_of, tensor_dtype, tensor_shapes, tensors_of, unfilled
+from peft_jactus.core_product import core_product
+from peft_jactus.interpolation import InterpolativeBasis
 from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.factorization import LayerFactors
-
-TENSOR_NAMES = ("jactus_left", "jactus_core", "jactus_right", "jactus_bias")
 
 
 def raise_base_weights_freed(action: str) -> NoReturn:
@@ -55,14 +55,17 @@ class FreedBase(nn.Module):
 
 
 class JactusLayer(BaseTunerLayer):
-    """State of one adapted layer: ``left (out, rank)``, ``core (rank, rank)``, ``right (in, rank)`` for each adapter.
+    """State of one adapted layer: two frozen bases and a trainable core ``(rank, rank)`` for each adapter.
 
-    Left, right and a bias are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is
-    the only parameter.
+    ``jactus_left`` ``(out - rank, rank)`` and ``jactus_right`` ``(in - rank, rank)`` are coefficients of the bases;
+    ``jactus_left_order`` and ``jactus_right_order`` say of which features (`interpolation.InterpolativeBasis`).
+
+    All but the core are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is the
+    only parameter.
     """
 
     adapter_layer_names = ("jactus_core",)
-    other_param_names = ("jactus_left", "jactus_right", "jactus_bias", "r")
+    other_param_names = (*(name for name in TENSOR_NAMES if name != "jactus_core"), "r")
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
@@ -73,8 +76,10 @@ class JactusLayer(BaseTunerLayer):
         self.out_features: int = out_features
         self.r: dict[str, int] = {}
         self.jactus_left = BufferDict({}, persistent=True)
+        self.jactus_left_order = BufferDict({}, persistent=True)
         self.jactus_core = nn.ParameterDict({})
         self.jactus_right = BufferDict({}, persistent=True)
+        self.jactus_right_order = BufferDict({}, persistent=True)
         self.jactus_bias = BufferDict({}, persistent=True)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -124,22 +129,12 @@ class JactusLayer(BaseTunerLayer):
         if r < 1:
             raise ValueError(f"{self._module_name}: the rank must be at least 1; got {r}.")
         weight = self._base().weight
-        core_dtype = torch.promote_types(weight.dtype, torch.float32)
-
-        def values(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            if tensor is None:
-                return torch.full(shape, torch.nan, device=weight.device, dtype=dtype)
-            return tensor.to(device=weight.device, dtype=dtype).contiguous()
-
-        left, core, right, bias = (
-            (None,) * 4 if factors is None else (factors.left, factors.core, factors.right, factors.bias)
-        )
         self.r[adapter_name] = r
-        self.jactus_left[adapter_name] = values(left, (self.out_features, r), weight.dtype)
-        self.jactus_core[adapter_name] = nn.Parameter(values(core, (r, r), core_dtype))
-        self.jactus_right[adapter_name] = values(right, (self.in_features, r), weight.dtype)
-        if self.has_bias:
-            self.jactus_bias[adapter_name] = values(bias, (self.out_features,), weight.dtype)
+        values = {} if factors is None else tensors_of(factors)
+        for name, shape in self._expected_shapes(r).items():
+            dtype = tensor_dtype(name, weight.dtype)
+            tensor = values[name] if name in values else unfilled(shape, dtype, weight.device)
+            self._set_tensor(name, adapter_name, tensor.to(device=weight.device, dtype=dtype).contiguous())
         self._unfilled.discard(adapter_name)
         if factors is None:
             self._unfilled.add(adapter_name)
@@ -150,18 +145,22 @@ class JactusLayer(BaseTunerLayer):
         """Allocate the adapter for another rank; a checkpoint is about to fill it."""
         if self.r[adapter_name] == r:
             return
-        core = self.jactus_core[adapter_name]
-        left, right = self.jactus_left[adapter_name], self.jactus_right[adapter_name]
         self.r[adapter_name] = r
-        self.jactus_left[adapter_name] = left.new_full((self.out_features, r), torch.nan)
-        self.jactus_right[adapter_name] = right.new_full((self.in_features, r), torch.nan)
-        self.jactus_core[adapter_name] = nn.Parameter(
-            core.detach().new_full((r, r), torch.nan), requires_grad=core.requires_grad
-        )
+        held = self.adapter_tensors(adapter_name)
+        trains = held["jactus_core"].requires_grad
+        for name, shape in self._expected_shapes(r).items():
+            self._set_tensor(name, adapter_name, unfilled(shape, held[name].dtype, held[name].device))
+        self.jactus_core[adapter_name].requires_grad_(trains)
         self._unfilled.add(adapter_name)
 
+    def _expected_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(self.out_features, self.in_features, rank, bias=self.has_bias)
+
+    def _set_tensor(self, name: str, adapter_name: str, tensor: Tensor) -> None:
+        getattr(self, name)[adapter_name] = nn.Parameter(tensor) if name == "jactus_core" else tensor
+
     def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Return the adapter's tensors by the names of `TENSOR_NAMES`; a layer without bias has three."""
+        """Return the adapter's tensors by the names of `TENSOR_NAMES`; a layer without bias lacks one."""
         containers = {name: getattr(self, name) for name in TENSOR_NAMES}
         return {name: held[adapter_name] for name, held in containers.items() if adapter_name in held}
 
@@ -188,22 +187,19 @@ class JactusLayer(BaseTunerLayer):
         for name, tensor in self.adapter_tensors(adapter_name).items():
             if device.type == "meta" or tensor.device.type == "meta" or tensor.device == device:
                 continue
-            moved = tensor.detach().to(device)
-            if name == "jactus_core":
-                moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
-            getattr(self, name)[adapter_name] = moved
+            self._set_tensor(name, adapter_name, tensor.detach().to(device))
+            self.adapter_tensors(adapter_name)[name].requires_grad_(tensor.requires_grad)
 
     # -- dense weights: merging and comparing -------------------------------------------------------------
 
     def get_dense_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight as the base layer stores it: ``(out, in)``, or ``(in, out)`` for a Conv1D."""
-        left, core, right = (
-            self.adapter_tensors(adapter_name)[name] for name in ("jactus_left", "jactus_core", "jactus_right")
-        )
-        wide = torch.promote_types(core.dtype, torch.float32)
-        weight = (left.to(wide) @ core.detach().to(wide)) @ right.to(wide).mT  # (out, in)
-        weight = weight.to(left.dtype)
+        weight = self.get_factors(adapter_name).dense().to(self.jactus_left[adapter_name].dtype)  # (out, in)
         return weight.mT if self.is_conv1d else weight
+
+    def get_factors(self, adapter_name: str) -> LayerFactors:
+        """Return the adapter's factors, in float32 at least."""
+        return factors_of(self.adapter_tensors(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight less the dense one, as the base layer stores it."""
@@ -307,16 +303,11 @@ class JactusLayer(BaseTunerLayer):
     def _low_rank_forward(self, x: Tensor, adapter_name: str) -> Tensor:
         if self._unfilled and adapter_name in self._unfilled and not torch.compiler.is_compiling():
             self._check_filled(adapter_name)
-        left, core, right = (
-            self.jactus_left[adapter_name],
-            self.jactus_core[adapter_name],
-            self.jactus_right[adapter_name],
-        )
-        bias = self.adapter_tensors(adapter_name).get("jactus_bias")
-        x = self._cast_input_dtype(x, right.dtype)
-        h = linear(x, right.mT)  # (..., rank)
-        h = linear(h.to(core.dtype), core)  # (..., rank)
-        return linear(h.to(left.dtype), left, bias)  # (..., out)
+        tensors = self.adapter_tensors(adapter_name)
+        left = InterpolativeBasis(tensors["jactus_left_order"], tensors["jactus_left"])
+        right = InterpolativeBasis(tensors["jactus_right_order"], tensors["jactus_right"])
+        x = self._cast_input_dtype(x, right.coefficients.dtype)
+        return core_product(x, tensors["jactus_core"], left, right, tensors.get("jactus_bias"))
 
 
 class Linear(nn.Module, JactusLayer):

@@ -29,18 +29,20 @@ def balanced_factors(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor,
     """Fold a core into two factors of equal norm: ``left core right^T = up down``.
 
     Args:
-        left: ``(out, rank)``, orthonormal columns.
+        left: ``(out, rank)``.
         core: ``(rank, rank)``.
-        right: ``(in, rank)``, orthonormal columns.
+        right: ``(in, rank)``.
 
     Returns:
         ``up`` ``(out, rank)`` and ``down`` ``(rank, in)``, float64: the singular vectors, each scaled by the root of
         its singular value.
     """
     left, core, right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
-    vectors, singular_values, covectors = torch.linalg.svd(core)
+    left_basis, left_triangle = torch.linalg.qr(left)
+    right_basis, right_triangle = torch.linalg.qr(right)
+    vectors, singular_values, covectors = torch.linalg.svd(left_triangle @ core @ right_triangle.mT)
     roots = singular_values.sqrt()
-    return left @ (vectors * roots), (roots.unsqueeze(1) * covectors) @ right.mT
+    return left_basis @ (vectors * roots), (roots.unsqueeze(1) * covectors) @ right_basis.mT
 
 
 class FactorizedLinear(nn.Module, ABC):
@@ -95,9 +97,9 @@ class FactorizedLinear(nn.Module, ABC):
         """Return the layer for ``left @ core @ right.T``.
 
         Args:
-            left: ``(out, rank)``, orthonormal columns.
+            left: ``(out, rank)``, full column rank.
             core: ``(rank, rank)``.
-            right: ``(in, rank)``, orthonormal columns.
+            right: ``(in, rank)``, full column rank.
             bias: ``(out,)`` or ``None``.
             dtype: Of the model that the layer belongs to.
         """

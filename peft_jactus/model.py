@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_jactus.adapter_tensors import tensor_shapes
 from peft_jactus.allocation import uniform_rank
 from peft_jactus.calibration import check_statistics
 from peft_jactus.config import JactusConfig
 from peft_jactus.factorization import LayerFactors, factorize, plan_ranks
 from peft_jactus.layer import (
-    TENSOR_NAMES,
     JactusLayer,
     Linear,
     layer_weight_and_bias,
@@ -170,9 +170,9 @@ class JactusModel(BaseTuner):
         statistics = None if config.statistics is None else config.statistics.get(name)
         factors = factorize(weight, bias, statistics, rank, config.factorization_options())
         if config.init_weights is False:
-            core = torch.diag(factors.core.diagonal().abs())
+            core = factors.core
             noise = torch.randn(core.shape, dtype=core.dtype).to(core.device)
-            scale = core.diagonal().mean().clamp(min=0.05)  # visible also on a weight of zeros
+            scale = core.square().mean().sqrt().clamp(min=0.05)  # visible also on a weight of zeros
             factors = dataclasses.replace(factors, core=core + scale * noise)
         return factors
 
@@ -266,7 +266,7 @@ class JactusModel(BaseTuner):
             for layer in self._layers()
             for adapter_name in layer.r
             for name, tensor in layer.adapter_tensors(adapter_name).items()
-            if name != "jactus_core"
+            if name != "jactus_core" and tensor.is_floating_point()
         )
 
 
@@ -276,21 +276,15 @@ def _weight_getter(module: nn.Module) -> Any:
 
 def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
     """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
-    expected_names = set(TENSOR_NAMES if layer.has_bias else TENSOR_NAMES[:3])
-    if set(tensors) != expected_names:
-        raise ValueError(
-            f"{name}: the checkpoint must hold {sorted(expected_names)}; it holds {sorted(tensors)}. It is damaged, "
-            "or was made for another base model."
-        )
-    rank = tensors["jactus_core"].shape[0] if tensors["jactus_core"].dim() else 0
+    rank = tensors["jactus_core"].shape[0] if "jactus_core" in tensors and tensors["jactus_core"].dim() else 0
     if config.from_checkpoint:
         rank = config.layer_ranks.get(name) or 0
-    expected_shapes = {
-        "jactus_left": (layer.out_features, rank),
-        "jactus_core": (rank, rank),
-        "jactus_right": (layer.in_features, rank),
-        "jactus_bias": (layer.out_features,),
-    }
+    expected_shapes = tensor_shapes(layer.out_features, layer.in_features, rank, bias=layer.has_bias)
+    if set(tensors) != set(expected_shapes):
+        raise ValueError(
+            f"{name}: the checkpoint must hold {sorted(expected_shapes)}; it holds {sorted(tensors)}. It is damaged, "
+            "or was made for another base model."
+        )
     for tensor_name, tensor in tensors.items():
         if tuple(tensor.shape) != expected_shapes[tensor_name]:
             raise ValueError(

@@ -179,11 +179,13 @@ def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...
     """
     rows = []
     for name, rank in sorted(config.layer_ranks.items(), key=lambda item: _with_numbers(item[0])):
-        left, right = (shapes.get(f"base_model.model.{name}.jactus_{side}", ()) for side in ("left", "right"))
-        if len(left) != 2 or len(right) != 2 or {left[1], right[1]} != {rank}:
+        core, left, right = (
+            shapes.get(f"base_model.model.{name}.jactus_{part}", ()) for part in ("core", "left_order", "right_order")
+        )
+        if len(left) != 1 or len(right) != 1 or core != (rank, rank):
             raise ValueError(
-                f"{name}: adapter_config.json gives it rank {rank}; the adapter's file holds bases of {left} and "
-                f"{right}. It is damaged; save it again."
+                f"{name}: adapter_config.json gives it rank {rank}; the adapter's file holds a core of {core}, and "
+                f"orders of {left} and {right} features. It is damaged; save it again."
             )
         features = (left[0], right[0])
         storage = DENSE if stays_dense(rank, *features, config.storage) else config.storage

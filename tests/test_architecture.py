@@ -18,8 +18,9 @@ NUMERICS = (
     "statistics",
     "decomposition",
     "allocation",
-    "factorization",
     "interpolation",
+    "factorization",
+    "core_product",
     "low_rank",
     "benchmarking",
 )
@@ -30,6 +31,7 @@ ORDER = (
     "config",
     "targeting",
     "calibration",
+    "adapter_tensors",
     "layer",
     "model",
     "integrity",

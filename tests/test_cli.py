@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import peft_jactus
 from peft_jactus import JactusConfig, calibrate, export_compressed, loading_options, rank_summary
+from peft_jactus.adapter_tensors import tensor_shapes
 from peft_jactus.cli import app, compressing, exporting, places
 from peft_jactus.cli.calibration_data import DataOptions, make_batches
 from peft_jactus.summary import summary_of_adapter
@@ -166,7 +167,11 @@ def test_inspect_reads_off_an_adapter_what_the_loaded_one_says(home, name):
 def test_blocks_are_in_the_order_of_their_numbers():
     names = [f"layers.{block}.{name}" for block in range(12) for name in ("a", "b")]
     config = JactusConfig(target_modules="all-linear", layer_ranks=dict.fromkeys(reversed(names), 2))
-    shapes = {f"base_model.model.{name}.jactus_{side}": (8, 2) for name in names for side in ("left", "right")}
+    shapes = {
+        f"base_model.model.{name}.{tensor}": shape
+        for name in names
+        for tensor, shape in tensor_shapes(8, 8, 2, bias=False).items()
+    }
     assert [row.name for row in summary_of_adapter(config, shapes).rows] == names
 
 

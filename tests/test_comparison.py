@@ -1,4 +1,4 @@
-"""The comparison of methods (benchmarks/), in miniature: so that the harness can't rot."""
+"""The comparison of methods (benchmarks/), in miniature for each kind of model: so that the harness can't rot."""
 
 import json
 import os
@@ -6,81 +6,103 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
 
-from tests.compressed_models import VOCABULARY
+from tests.compressed_models import VOCABULARY, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = ["full", "dora", "jactus pivoted 0.6", "svd-llm+lora 0.6"]
+ALL_METHODS = ["full", "lora", "dora", "pissa", "jactus", "svd+lora", "svd-llm+lora"]
+TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
+MODEL_VARIABLES = {"text": "JACTUS_MINILM", "vision": "JACTUS_VIT", "language": "JACTUS_LLAMA"}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+def model_dirs(tmp_path_factory):
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in TASKS}
+    tiny_tokenizer().save_pretrained(folders["text"])
+    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=128, **SIZES)
+    transformers.BertModel(config).save_pretrained(folders["text"])
+    config = transformers.ViTConfig(image_size=32, patch_size=16, num_labels=3, **SIZES)
+    transformers.ViTForImageClassification(config).save_pretrained(folders["vision"])
+    tiny_tokenizer().save_pretrained(folders["language"])
+    tiny_llama().save_pretrained(folders["language"])
+    return folders
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["even", "odd"])})
-    for task in ("trec", "mr"):
-        (folder / task).mkdir()
-        rows = [{"text": f"w{2 + i} w{95 - i} w{2 + i % 7}", "label": i % 2} for i in range(64)]
-        splits = DatasetDict(train=Dataset.from_list(rows, features), test=Dataset.from_list(rows[:16], features))
-        for name, split in splits.items():
-            split.to_parquet(folder / task / f"{name}.parquet")
+    label = ClassLabel(names=["even", "odd"])
+    texts = [{"text": f"w{2 + i} w{95 - i} w{2 + i % 7}", "label": i % 2} for i in range(64)]
+    write(folder / "trec", texts, Features({"text": Value("string"), "label": label}))
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    images = [{"image": PILImage.fromarray(image), "label": i % 2} for i, image in enumerate(pixels)]
+    write(folder / "flowers5", images, Features({"image": Image(), "label": label}))
+    words = random.integers(2, VOCABULARY, (400, 64))
+    sentences = [{"sentence": " ".join(f"w{word}" for word in row)} for row in words]
+    write(folder / "ptb", sentences, Features({"sentence": Value("string")}))
     return folder
 
 
-def run(script, *arguments, model_dir):
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    environment = {**os.environ, "JACTUS_MINILM": str(model_dir)}
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+def write(folder, rows, features):
+    """Write a training split, and a quarter of it as the test split."""
+    folder.mkdir()
+    train = Dataset.from_list(rows, features)
+    splits = DatasetDict(train=train, test=train.select(range(len(train) // 4)))
+    for name, split in splits.items():
+        split.to_parquet(folder / f"{name}.parquet")
 
 
-def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(model_dir, data_dir, tmp_path):
-    out = tmp_path / "text"
+@pytest.fixture
+def run(model_dirs):
+    folders = {MODEL_VARIABLES[kind]: str(folder) for kind, folder in model_dirs.items()}
+
+    def run(script, *arguments):
+        command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+        environment = {**os.environ, **folders}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    return run
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(kind, run, data_dir, tmp_path):
+    out = tmp_path / kind
     out.mkdir()
-    rates = dict.fromkeys(["full", "lora", "dora", "pissa", "jactus", "svd+lora", "svd-llm+lora"], 1e-3)
+    rates = dict.fromkeys(ALL_METHODS, 1e-3)
     (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
-    options = ["--data-dir", data_dir, "--tasks", "trec", "--seeds", 0, "--rows", 48, "--epochs", 1, "--out", tmp_path]
-    run("compare.py", "run", "text", *options, "--methods", *METHODS, model_dir=model_dir)
-    files = sorted(out.glob("trec_*.json"))
+    options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
+    run("compare.py", "run", kind, *options, "--methods", *METHODS)
+    files = sorted(out.glob(f"{TASKS[kind]}_*.json"))
     results = {result["label"]: result for result in map(json.loads, map(Path.read_text, files))}
     assert set(results) == set(METHODS)
     assert {result["num_train_rows"] for result in results.values()} == {48}
     assert results["jactus pivoted 0.6"]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
     assert results["full"]["trainable_parameters"] > results["jactus pivoted 0.6"]["trainable_parameters"]
 
-    files[0].write_text(files[0].read_text().replace('"accuracy": ', '"accuracy": 0.123, "was": '))
-    run("compare.py", "run", "text", *options, "--methods", *METHODS, model_dir=model_dir)
-    assert json.loads(files[0].read_text())["accuracy"] == 0.123
-    table = run("compare.py", "report", "text", "--out", tmp_path, model_dir=model_dir)
+    files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
+    run("compare.py", "run", kind, *options, "--methods", *METHODS)
+    assert json.loads(files[0].read_text())["loss"] == 0.123
+    table = run("compare.py", "report", kind, "--out", tmp_path)
     assert all(f"| {method} |" in table for method in METHODS)
-    assert (tmp_path / "text.md").read_text() == table
-    assert (tmp_path / "text.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / f"{kind}.md").read_text() == table
+    assert (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_loss_right_after_compression_is_measured_for_each_decomposition(model_dir, data_dir, tmp_path):
-    out = tmp_path / "compression_loss"
-    options = ["--data-dir", data_dir, "--tasks", "mr", "--seeds", 0, "--rows", 48, "--out", out]
-    run("compression_loss.py", *options, model_dir=model_dir)
-    rows = json.loads((out / "mr_seed0.json").read_text())["rows"]
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_loss_right_after_compression_is_measured_for_each_decomposition(kind, run, data_dir, tmp_path):
+    options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
+    run("compression_loss.py", "run", kind, *options)
+    rows = json.loads((tmp_path / f"compression_loss-{kind}" / f"{TASKS[kind]}_seed0.json").read_text())["rows"]
     assert len(rows) == 1 + 6 * 3 * 2 * 2
-    table = run("compression_loss.py", "--report", "--out", out, model_dir=model_dir)
-    assert table.count("| jactus |") == 3
+    assert rows[0]["divergence"] == pytest.approx(0.0, abs=1e-6)
+    table = run("compression_loss.py", "report", kind, "--out", tmp_path)
+    assert table.count("| jactus |") == 2 * 3  # loss and divergence

