@@ -157,6 +157,12 @@ class ProjectedWeight:
     _left: _Side
     _right: _Side
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        sides = (getattr(side, name) for side in (self._left, self._right) for name in ("root", "inside", "outside"))
+        return sum(tensor.nbytes for tensor in (self.core, *sides) if tensor is not None)
+
     def gains(self) -> Tensor:
         """Return ``(max_rank,)``: drop of the squared weighted error by each further rank, non-increasing."""
         singular_values: Tensor = torch.linalg.svdvals(self.core)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor
 
+    from peft_jactus.decomposition import ProjectedWeight
+
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
 
@@ -56,6 +58,7 @@ class JactusModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT's own has this type
 
     _factorizing_bar: tqdm[NoReturn] | None = None
+    _projections: dict[str, ProjectedWeight] | None = None  # while layers are replaced
 
     # -- injecting ----------------------------------------------------------------------------------------
 
@@ -64,6 +67,7 @@ class JactusModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
+            self._projections = None
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
@@ -105,6 +109,7 @@ class JactusModel(BaseTuner):
                 fixed_ranks=fixed_ranks,
                 progress_bar=show_bar,
             )
+        self._projections = plan.projections
         ranks = plan.allocation.ranks
         peft_config.layer_ranks = dict(ranks)
         peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
@@ -163,12 +168,12 @@ class JactusModel(BaseTuner):
         out_features, in_features = layer_weight_and_bias(target)[0].shape
         return uniform_rank(config.retained_ratio, out_features, in_features, config.storage)
 
-    @staticmethod
     @torch.no_grad()
-    def _make_factors(config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
+    def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
         weight, bias = layer_weight_and_bias(target)
         statistics = None if config.statistics is None else config.statistics.get(name)
-        factors = factorize(weight, bias, statistics, rank, config.factorization_options())
+        projected = None if self._projections is None else self._projections.pop(name, None)
+        factors = factorize(weight, bias, statistics, rank, config.factorization_options(), projected=projected)
         if config.init_weights is False:
             core = factors.core
             noise = torch.randn(core.shape, dtype=core.dtype).to(core.device)

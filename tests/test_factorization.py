@@ -153,6 +153,25 @@ def test_errors_name_the_module(weights, statistics):
         plan(weights, None)
 
 
+def test_what_the_ranking_keeps_for_the_factors_changes_nothing(weights, statistics):
+    planned = plan(weights, statistics)
+    assert set(planned.projections) == set(weights)
+    for name, projected in planned.projections.items():
+        again, kept = (
+            factorize(weights[name], None, statistics[name], planned.allocation.ranks[name], OPTIONS, projected=given)
+            for given in (None, projected)
+        )
+        assert torch.equal(again.dense(), kept.dense())
+
+
+def test_the_ranking_keeps_no_more_than_there_is_memory_for(weights, statistics):
+    sizes = {name: projected.num_bytes for name, projected in plan(weights, statistics).projections.items()}
+    assert min(sizes.values()) > 0
+    first = next(iter(weights))
+    assert set(plan(weights, statistics, keep_bytes=sizes[first]).projections) == {first}
+    assert plan(weights, statistics, keep_bytes=0).projections == {}
+
+
 # -- factorize --------------------------------------------------------------------------------------------
 
 
