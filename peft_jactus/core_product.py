@@ -17,14 +17,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# How much a step of one in the core changes the weight. Columns of the bases lean towards each other, so that steps
-# add up: this makes the learning rates of other adapters fit, which with steps of one are three times too large.
-STEP = 1 / 3
+# What a step of one in each number of the core adds to the weight, in Frobenius norm, whatever the rank. With it the
+# learning rates of other adapters fit.
+STEP_NORM = 40
+
+
+def step(rank: int) -> float:
+    """Return what a step of one in one number of a core changes.
+
+    Steps of Adam, of one size for all numbers, add up over a matrix: its best learning rate is inversely
+    proportional to its width (Yang et al., arXiv:2203.03466). With this factor one rate serves all cores.
+    """
+    return min(1.0, STEP_NORM / rank)
 
 
 def core_scales(left: InterpolativeBasis, right: InterpolativeBasis) -> tuple[Tensor, Tensor]:
     """Return ``(rank, 1)`` and ``(rank,)``: the core is that between the bases, times both."""
-    return left.column_norms().unsqueeze(1) / STEP, right.column_norms()
+    return left.column_norms().unsqueeze(1) / step(left.rank), right.column_norms()
 
 
 class _CoreProduct(torch.autograd.Function):

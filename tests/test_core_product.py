@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_jactus import interpolation
-from peft_jactus.core_product import STEP, core_product
+from peft_jactus.core_product import STEP_NORM, core_product, step
 from peft_jactus.interpolation import InterpolativeBasis, interpolative_basis
 from tests.strategies import randn, random_orthonormal, seeds
 
@@ -32,7 +32,7 @@ def problem(seed=0, out_features=7, in_features=9, rank=4, dtype=torch.float64):
 def oracle(x, core, left, right):
     """The same with dense matrices whose columns have one length."""
     left, right = (basis.dense() / basis.dense().norm(dim=0) for basis in (left, right))
-    return x @ right @ (STEP * core).mT @ left.mT
+    return x @ right @ (step(len(core)) * core).mT @ left.mT
 
 
 @given(seed=seeds, dim=st.integers(1, 8), data=st.data())
@@ -63,9 +63,10 @@ def test_the_product_is_that_of_dense_matrices(rank):
     assert core_product(x, core, left, right, None).shape == (2, 3, 7)
 
 
-def test_a_step_in_any_number_of_the_core_changes_the_weight_by_as_much():
-    _, core, left, right = problem()
-    eye = torch.eye(9, dtype=torch.float64)
+@pytest.mark.parametrize("rank", [4, 50])
+def test_a_step_in_any_number_of_the_core_changes_the_weight_by_as_much(rank):
+    _, core, left, right = problem(out_features=60, in_features=55, rank=rank)
+    eye = torch.eye(55, dtype=torch.float64)
 
     def weight(core):
         return core_product(eye, core, left, right, None).mT
@@ -74,7 +75,9 @@ def test_a_step_in_any_number_of_the_core_changes_the_weight_by_as_much():
         for column in range(4):
             moved = core.clone()
             moved[row, column] += 1
-            assert float((weight(moved) - weight(core)).norm()) == pytest.approx(STEP, abs=ROUNDING)
+            assert float((weight(moved) - weight(core)).norm()) == pytest.approx(
+                min(1, STEP_NORM / rank), abs=ROUNDING
+            )
 
 
 @pytest.mark.parametrize("rank", [1, 4, 7])
