@@ -31,8 +31,9 @@ LEARNING_RATE_TASKS = {
 }
 LEARNING_RATE_ROWS = {"text": 1500, "vision": 1000, "language": 400}
 LEARNING_RATE_GRID = {
-    "full": (5e-5, 1e-4, 2e-4, 4e-4),
-    "default": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "text": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
+    "vision": {"full": (1e-4, 2e-4, 4e-4, 8e-4), "default": (5e-4, 1e-3, 2e-3, 4e-3)},
+    "language": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
 }
 
 

@@ -55,9 +55,10 @@ def parse_arguments():
 
 
 def learning_rate_cases(args):
+    grid = LEARNING_RATE_GRID[args.kind]
     for task in args.tasks or LEARNING_RATE_TASKS[args.kind]:
         for method, ratio, storage in budgets(ratios=(0.6,), storages=("pivoted",)):
-            for rate in LEARNING_RATE_GRID.get(method, LEARNING_RATE_GRID["default"]):
+            for rate in grid.get(method, grid["default"]):
                 yield Case(task, method, ratio, storage, 0, rate, LEARNING_RATE_ROWS[args.kind], EPOCHS, "held-out")
 
 
