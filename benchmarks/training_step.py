@@ -143,8 +143,10 @@ def main():
         run = {"compress": compress, "memory": measure_memory, "time": measure_time}[args.stage]
         print(json.dumps(run(args)))
         return
+    import torch
     from _environment import environment, write_result
 
+    torch.set_num_threads(1)  # as in the processes that are measured: the result records it
     methods = [*FULL_SIZE, *jactus_methods(args)]
     with tempfile.TemporaryDirectory() as adapters:
         run_stage(args, "compress", methods, adapters)
