@@ -15,15 +15,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-TENSOR_NAMES = (
-    "jactus_left",
-    "jactus_left_order",
-    "jactus_core",
-    "jactus_right",
-    "jactus_right_order",
-    "jactus_bias",
-)
-
 
 def tensor_shapes(out_features: int, in_features: int, rank: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor, by name."""
@@ -35,6 +26,9 @@ def tensor_shapes(out_features: int, in_features: int, rank: int, *, bias: bool)
         "jactus_right_order": (in_features,),
     }
     return {**shapes, "jactus_bias": (out_features,)} if bias else shapes
+
+
+TENSOR_NAMES = tuple(tensor_shapes(1, 1, 1, bias=True))
 
 
 def tensor_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:

@@ -16,9 +16,8 @@ from peft_jactus.interpolation import InterpolativeBasis
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-# What a step of one in each number of the core adds to the weight, in Frobenius norm, whatever the rank. With it the
-# learning rates of other adapters fit.
+# What steps of one in all numbers of the core, with random signs, add to the weight: a Frobenius norm, the same for
+# all ranks from here on. Chosen so that the learning rates of other adapters fit (benchmarks/NOTES.md).
 STEP_NORM = 40
 
 
@@ -101,19 +100,17 @@ def core_product(
     Returns:
         ``(..., out)``, of the dtype of the bases.
     """
-    coefficients = left.coefficients, right.coefficients
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, core = x.to(dtype), core.to(dtype)
-        coefficients = left.coefficients.to(dtype), right.coefficients.to(dtype)
+        left, right = (InterpolativeBasis(basis.order, basis.coefficients.to(dtype)) for basis in (left, right))
     rows = x.reshape(-1, x.shape[-1])
-    left, right = InterpolativeBasis(left.order, coefficients[0]), InterpolativeBasis(right.order, coefficients[1])
     with torch.autocast(device, enabled=False):
         if torch.compiler.is_compiling():  # which makes its own gradient
             output = _product(rows, core, left, right, bias)[0]
         else:
-            output = _CoreProduct.apply(  # type: ignore[no-untyped-call]
+            output = _CoreProduct.apply(  # type: ignore[no-untyped-call]  # torch has no annotation here
                 rows, core, left.order, left.coefficients, right.order, right.coefficients, bias
             )
     return output.view(*x.shape[:-1], output.shape[-1])

@@ -160,8 +160,9 @@ class ProjectedWeight:
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
-        sides = (getattr(side, name) for side in (self._left, self._right) for name in ("root", "inside", "outside"))
-        return sum(tensor.nbytes for tensor in (self.core, *sides) if tensor is not None)
+        left, right = self._left, self._right
+        held = (self.core, left.root, left.inside, left.outside, right.root, right.inside, right.outside)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def gains(self) -> Tensor:
         """Return ``(max_rank,)``: drop of the squared weighted error by each further rank, non-increasing."""

@@ -104,9 +104,11 @@ def test_only_the_inputs_of_the_core_are_kept_for_the_backward_pass():
 
 def test_bfloat16_bases_leave_the_core_its_own_precision():
     x, core, left, right = problem(dtype=torch.bfloat16)
-    output = core_product(x, core.float().requires_grad_(), left, right, None)
+    core = core.float().requires_grad_()
+    output = core_product(x, core, left, right, None)
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
+    assert bool((core.grad.bfloat16().float() != core.grad).any())  # rounded to bfloat16 nowhere
 
 
 def test_autocast_multiplies_in_its_dtype():
