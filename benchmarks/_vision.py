@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _training import Workload, accuracy, split_rows
+from _training import Workload, classification_metrics, split_rows
 from datasets import load_dataset
 from PIL import Image
 from torch.utils.data import Dataset
@@ -68,7 +68,7 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         load_images(test),
         collate,
         lambda: ViTForImageClassification.from_pretrained(VIT, num_labels=num_labels, ignore_mismatched_sizes=True),
-        accuracy,
+        classification_metrics,
         task_type=None,
         head="classifier",
     )

@@ -12,6 +12,7 @@ where it was, and spreads over machines.
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -22,14 +23,16 @@ import transformers
 from _cases import (
     EPOCHS,
     EPOCHS_BY_TASK,
-    LEARNING_RATE_GRID,
     LEARNING_RATE_ROWS,
     LEARNING_RATE_TASKS,
+    RATE_OF,
     ROWS,
     SEEDS,
     TASKS,
     Case,
     budgets,
+    first_stage,
+    grid,
 )
 from _environment import environment, write_result
 from _tables import write_report
@@ -54,12 +57,24 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def learning_rate_cases(args):
-    grid = LEARNING_RATE_GRID[args.kind]
-    for task in args.tasks or LEARNING_RATE_TASKS[args.kind]:
-        for method, ratio, storage in budgets(ratios=(0.6,), storages=("pivoted",)):
-            for rate in grid.get(method, grid["default"]):
-                yield Case(task, method, ratio, storage, 0, rate, LEARNING_RATE_ROWS[args.kind], EPOCHS, "held-out")
+def learning_rate_cases(args, tasks, rates):
+    """Yield the grid of each method; one with a first stage waits until ``rates`` has the rate of that stage."""
+    for method, ratio, storage in budgets(ratios=(0.6,), storages=("pivoted",)):
+        first = first_stage(method)
+        if method in RATE_OF or (first is not None and first not in rates):
+            continue
+        for task, rate in itertools.product(tasks, grid(args.kind, method)):
+            yield Case(
+                task,
+                method,
+                ratio,
+                storage,
+                learning_rate=rate,
+                num_rows=LEARNING_RATE_ROWS[args.kind],
+                epochs=EPOCHS,
+                scored_on="held-out",
+                first_learning_rate=rates.get(first),
+            )
 
 
 def table_cases(args):
@@ -67,13 +82,22 @@ def table_cases(args):
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `compare.py learning-rates {args.kind}` first.")
     rates = json.loads(path.read_text())["learning_rates"]
-    for seed in args.seeds:
-        for task in args.tasks or TASKS[args.kind]:
-            epochs = EPOCHS_BY_TASK.get(task, EPOCHS)
-            for method, ratio, storage in budgets():
-                if method not in rates:
-                    continue  # its grid is not complete yet
-                yield Case(task, method, ratio, storage, seed, rates[method], args.rows or ROWS[args.kind], epochs)
+    rates |= {method: rates[other] for method, other in RATE_OF.items() if other in rates}
+    for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
+        for method, ratio, storage in budgets():
+            if method not in rates:
+                continue  # its grid is not complete yet
+            yield Case(
+                task,
+                method,
+                ratio,
+                storage,
+                seed,
+                rates[method],
+                args.rows or ROWS[args.kind],
+                EPOCHS_BY_TASK.get(task, EPOCHS),
+                first_learning_rate=rates.get(first_stage(method)),
+            )
 
 
 def run(cases, args):
@@ -93,13 +117,14 @@ def run(cases, args):
         tqdm.write(f"{path.name} {score:.4f} {figures['train_seconds']:.0f} s")
 
 
-def choose_learning_rates(args):
-    """Write the best rate of each method: the mean over tasks of the accuracy (or loss) on held-out training rows.
+def choose_learning_rates(args, rates):
+    """Return the best rate of each method: the mean over tasks of the accuracy (or loss) on held-out training rows.
 
-    A method whose grid is not complete is left out.
+    They are written, too, to ``learning_rates.json``. A method whose grid is not complete is left out.
     """
+    tasks = LEARNING_RATE_TASKS[args.kind]
     scores, incomplete = {}, set()
-    for case in learning_rate_cases(args):
+    for case in learning_rate_cases(args, tasks, rates):
         path = case.path(args.out / args.kind)
         if path.exists():
             result = json.loads(path.read_text())
@@ -113,11 +138,11 @@ def choose_learning_rates(args):
         if method not in incomplete
     }
     chosen = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
-    result = {"learning_rates": chosen, "mean_score": means, "tasks": LEARNING_RATE_TASKS[args.kind]}
+    result = {"learning_rates": chosen, "mean_score": means, "tasks": tasks}
     write_result(args.out / args.kind / "learning_rates.json", result | {"environment": environment()})
-    print(json.dumps(chosen, indent=1))
     if incomplete:
         print(f"Not complete, left out: {', '.join(sorted(incomplete))}.")
+    return chosen
 
 
 def main():
@@ -125,9 +150,11 @@ def main():
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
     if args.command == "learning-rates":
-        run(learning_rate_cases(args), args)
-        if args.tasks is None:
-            choose_learning_rates(args)
+        rates = {}
+        for _ in range(2):  # then what starts with a method that has its rate from the first round
+            run(learning_rate_cases(args, args.tasks or LEARNING_RATE_TASKS[args.kind], rates), args)
+            rates = choose_learning_rates(args, rates)
+        print(json.dumps(rates, indent=1))
     elif args.command == "run":
         run(table_cases(args), args)
     else:

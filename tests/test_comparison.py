@@ -16,8 +16,8 @@ from tests.compressed_models import VOCABULARY, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-METHODS = ["full", "dora", "jactus pivoted 0.6", "svd-llm+lora 0.6"]
-ALL_METHODS = ["full", "lora", "dora", "pissa", "jactus", "svd+lora", "svd-llm+lora"]
+METHODS = ["full", "dora", "lora+jactus pivoted 0.6", "svd-llm+lora 0.6", "lora+svd-llm+lora 0.4"]
+ALL_METHODS = ["full", "lora", "dora", "pissa", "lora+jactus", "svd+lora", "svd-llm+lora"]
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
 MODEL_VARIABLES = {"text": "JACTUS_MINILM", "vision": "JACTUS_VIT", "language": "JACTUS_LLAMA"}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -85,8 +85,8 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     results = {result["label"]: result for result in map(json.loads, map(Path.read_text, files))}
     assert set(results) == set(METHODS)
     assert {result["num_train_rows"] for result in results.values()} == {48}
-    assert results["jactus pivoted 0.6"]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
-    assert results["full"]["trainable_parameters"] > results["jactus pivoted 0.6"]["trainable_parameters"]
+    assert results["lora+jactus pivoted 0.6"]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
+    assert results["full"]["trainable_parameters"] > results["lora+jactus pivoted 0.6"]["trainable_parameters"]
 
     files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
     run("compare.py", "run", kind, *options, "--methods", *METHODS)
