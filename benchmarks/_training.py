@@ -125,6 +125,11 @@ def make_optimizer(model, head, learning_rate):
 
 def run(case, workload, folder):
     """Train and score one case; return its figures."""
+    return trained(case, workload, folder)[1]
+
+
+def trained(case, workload, folder):
+    """Train and score one case; return the model and its figures."""
     set_seed(case.seed)
     model = workload.make_model()
     seconds = 0.0
@@ -141,7 +146,7 @@ def run(case, workload, folder):
     )
     seconds += trainer.train().metrics["train_runtime"]
     scores = trainer.evaluate()
-    return figures | {
+    return model, figures | {
         "num_train_rows": len(workload.train),
         "num_test_rows": len(workload.test),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -1,46 +1,52 @@
 """What is shipped: accuracy, size and exactness of the compressed checkpoint of a trained MiniLM, in each form.
 
-    python benchmarks/compressed_checkpoint.py --data-dir ../shared/data/trec
+    python benchmarks/compressed_checkpoint.py
 
-For each retained ratio one model is trained (as in text_classification.py) and exported as pivoted and as factored, in
-float32, in bfloat16, and with int8 weights through torchao, where that is installed. All forms are the same function.
+For each retained ratio one model is trained (lora+jactus of compare.py, at its learning rates) and exported as pivoted
+and as factored, in float32, in bfloat16, and with int8 weights through torchao, where that is installed. All forms are
+the same function.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from _cases import EPOCHS, Case
 from _environment import environment, write_result
-from text_classification import parse_arguments as training_arguments
-from text_classification import run_case
+from _text import load_workload
+from _training import trained
+from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from peft_jactus import export_compressed, rank_summary
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+RESULTS = Path(__file__).parent / "results"
+METHOD = "lora+jactus"
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data") + "/trec")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
+    parser.add_argument("--task", default="trec")
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
-    parser.add_argument("--epochs", default="3")
+    parser.add_argument("--rows", type=int, default=6000, help="training rows at most")
+    parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compressed_checkpoint.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compressed_checkpoint.json")
     return parser.parse_args()
 
 
 @torch.no_grad()
 def logits_and_labels(model, test, collator):
-    # Batches of one length, so that each form adds up the same padding.
-    rows = sorted(test, key=lambda row: len(row["input_ids"]))
     logits, labels = [], []
-    for batch in DataLoader(rows, 100, collate_fn=collator):
+    for batch in DataLoader(test, 100, collate_fn=collator):
         labels.append(batch.pop("labels"))
         logits.append(model(**batch).logits.float())
     return torch.cat(logits), torch.cat(labels)
@@ -105,20 +111,28 @@ def forms_of(model, test, collator):
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    rates = json.loads((RESULTS / "text" / "learning_rates.json").read_text())["learning_rates"]
+    workload = load_workload(args.data_dir, args.task, num_rows=args.rows, scored_on="test")
     results = []
     for ratio in args.retained_ratio:
-        training = ["--data-dir", args.data_dir, "--learning-rate", "5e-4", "--epochs", args.epochs]
-        model, test, collator, case = run_case(training_arguments(training), ratio, args.seed)
-        for row in forms_of(model, test, collator):
-            results.append({"retained_ratio": ratio, "accuracy_as_trained": case["accuracy"], **row})
+        case = Case(
+            args.task,
+            METHOD,
+            ratio,
+            "pivoted",
+            args.seed,
+            rates[METHOD],
+            args.rows,
+            args.epochs,
+            first_learning_rate=rates["lora"],
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            model, figures = trained(case, workload, folder)
+        for row in forms_of(model, workload.test, workload.collator):
+            results.append({"retained_ratio": ratio, "accuracy_as_trained": figures["accuracy"], **row})
             print(results[-1], flush=True)
-    settings = {
-        "task": Path(args.data_dir).name,
-        "model": "all-MiniLM-L6-v2",
-        "epochs": args.epochs,
-        "seed": args.seed,
-    }
-    settings |= {"epochs": float(args.epochs), "seed": args.seed}
+    settings = {name: value for name, value in case.settings().items() if name not in ("retained_ratio", "label")}
     write_result(args.out, {**settings, "rows": results, "environment": environment()})
 
 

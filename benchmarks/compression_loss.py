@@ -5,8 +5,8 @@
 
 The kinds are text, vision and language. A classifier is fine-tuned on its task first: with a fresh head, far from a
 minimum, truncation moves the loss to first order, and says little about the metric. A language model is compressed as
-it was pretrained, calibrated on the text that it is scored on. One calibration serves all decompositions. A result
-that is there is not computed again.
+it was pretrained, calibrated on the text that it is scored on. One calibration serves all decompositions. The peers
+are as published, so without JACTUS's correction of the bias. A result that is there is not computed again.
 """
 
 import argparse
@@ -109,14 +109,14 @@ def calibrated(args, task, seed):
 
 @torch.no_grad()
 def compress_(model, dense, projected, ranks, found, decomposition):
-    """Write the truncated weights, and the corrected biases, into ``model``."""
+    """Write the truncated weights, and JACTUS's corrected biases, into ``model``."""
     for name, rank in ranks.items():
         layer, weight = model.get_submodule(name), dense[name].weight.double()
         truncated = weight if rank >= min(weight.shape) else projected[name].truncate(rank).dense()
         layer.weight.copy_(truncated)
         if layer.bias is not None:
             layer.bias.copy_(dense[name].bias)
-            if decomposition != "svd":  # which is data-free
+            if decomposition == "jactus":
                 layer.bias.add_(((weight - truncated) @ found[name].input.mean).float())
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 import peft_jactus
 from peft_jactus import CalibrationStatistics
@@ -122,6 +122,22 @@ def test_checkpoint_does_not_depend_on_the_base_weights_of_targeted_layers(tmp_p
             if config["layer_ranks"].get(name) is not None:
                 module.weight.fill_(torch.nan)
     assert torch.equal(logits_of(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
+
+
+def test_an_adapter_made_after_lora_was_merged_loads_onto_the_original_base(tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2, init_lora_weights=False)
+    merged = get_peft_model(BertForSequenceClassification.from_pretrained(tmp_path / "base"), config)
+    merged = merged.merge_and_unload()
+    dense = logits_of(merged)
+    assert not torch.allclose(dense, logits_of(tiny_bert()), atol=1e-2)  # LoRA changed something
+    model = compressed(merged, retained_ratio=1.0)
+    torch.testing.assert_close(logits_of(model), dense, rtol=1e-4, atol=1e-5)
+    perturb_cores_(model)
+    model.save_pretrained(tmp_path / "adapter")
+
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits_of(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits_of(model))
 
 
 def test_saved_config_says_how_to_load(tmp_path):
