@@ -71,12 +71,14 @@ PROMPT = "### Instruction:\n{}\n\n### Response:\n"
 
 
 def to_prompt_and_answer(row: dict) -> dict:
-    """Bring a row of the sets that we know (Alpaca, GSM8K, ARC and the like) to one form."""
+    """Bring a row of the sets that we know (Alpaca, MetaMathQA, GSM8K, ARC and the like) to one form."""
     if "instruction" in row:
         return {
             "prompt": PROMPT.format("\n\n".join(filter(None, (row["instruction"], row["input"])))),
             "answer": row["output"],
         }
+    if "query" in row:
+        return {"prompt": PROMPT.format(row["query"]), "answer": row["response"]}
     if "choices" in row:
         return {
             "prompt": PROMPT.format("\n- ".join((row["question"], *row["choices"]))),
