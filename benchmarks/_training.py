@@ -79,14 +79,14 @@ def classification_metrics(prediction):
     }
 
 
-def training_arguments(folder, *, epochs, seed, batch_size, **further):
-    """Return what every method trains with: a linear schedule with warm-up, no weight decay, no checkpoints."""
+def training_arguments(folder, *, epochs, seed, batch_size, schedule, **further):
+    """Return what every method trains with: a schedule with warm-up, no weight decay, no checkpoints."""
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=128,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=schedule,
         warmup_steps=0.06,
         weight_decay=0.0,
         save_strategy="no",
@@ -99,12 +99,17 @@ def training_arguments(folder, *, epochs, seed, batch_size, **further):
     )
 
 
-def make_trainer(model, workload, folder, *, learning_rate, epochs, seed):
+def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, schedule="linear"):
     """Return a Trainer with AdamW."""
     return Trainer(
         model=model,
         args=training_arguments(
-            folder, epochs=epochs, seed=seed, batch_size=workload.batch_size, **workload.training_arguments
+            folder,
+            epochs=epochs,
+            seed=seed,
+            batch_size=workload.batch_size,
+            schedule=schedule,
+            **workload.training_arguments,
         ),
         train_dataset=workload.train,
         eval_dataset=workload.test,
@@ -156,7 +161,10 @@ def trained(case, workload, folder):
 
 
 def after_first_stage(model, case, workload, folder):
-    """Train the full-size stage; return the plain model with all that it learned, and the seconds."""
+    """Train the full-size stage; return the plain model with all that it learned, and the seconds.
+
+    Its learning rate stays, and falls to zero in the last stage: one schedule over both.
+    """
     model = full_size(model, first_stage(case.method), workload)
     trainer = make_trainer(
         model,
@@ -165,6 +173,7 @@ def after_first_stage(model, case, workload, folder):
         learning_rate=case.first_learning_rate,
         epochs=case.first_epochs,
         seed=case.seed,
+        schedule="constant_with_warmup",
     )
     seconds = trainer.train().metrics["train_runtime"]
     if isinstance(model, PeftModel):
