@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.linalg import Subspace
-    from peft_jactus.statistics import LayerStatistics, SecondMoment
+    from peft_jactus.moments import LayerStatistics, SecondMoment
 
 Decomposition = Literal["jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd"]
 

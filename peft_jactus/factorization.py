@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from peft_jactus.decomposition import ProjectedWeight
     from peft_jactus.interpolation import InterpolativeBasis
-    from peft_jactus.statistics import LayerStatistics
+    from peft_jactus.moments import LayerStatistics
 
 
 # Memory for what the first pass leaves to the second: 22 million parameters (MiniLM) take 0.7 GB.

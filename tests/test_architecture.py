@@ -15,6 +15,7 @@ PACKAGE = ROOT / "peft_jactus"
 # A module imports only modules before it. The numerics know tensors, but neither PEFT nor transformers.
 NUMERICS = (
     "linalg",
+    "moments",
     "statistics",
     "decomposition",
     "allocation",

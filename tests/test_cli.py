@@ -437,9 +437,19 @@ def test_image_batches_are_pixels_with_their_labels():
 
 
 def test_compress_calibrates_on_as_many_batches_as_asked_for_in_shuffled_order(home, tmp_path, calibrated):
-    options = ("--data-dir", home / "rows", "--batch-size", "3", "--max-batches", "5")
+    options = (
+        "--data-dir",
+        home / "rows",
+        "--batch-size",
+        "3",
+        "--max-batches",
+        "5",
+        "--max-statistics-memory",
+        "1MB",
+    )
     compress(home, "bert", tmp_path / "out", *options)
     assert calibrated.options["max_batches"] == 5
+    assert calibrated.options["max_statistics_memory"] == "1MB"
     assert len(calibrated.batches[0]["labels"]) == 3
     labels = torch.cat([batch["labels"] for batch in calibrated.batches]).tolist()
     assert sorted(labels) == sorted([i % 3 for i in range(48)])

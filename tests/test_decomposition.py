@@ -10,7 +10,7 @@ from peft_jactus.decomposition import (
     regularized_covariance,
 )
 from peft_jactus.linalg import Subspace
-from peft_jactus.statistics import LayerStatistics
+from peft_jactus.moments import LayerStatistics
 from tests import oracles
 from tests.strategies import (
     covariances,

@@ -7,7 +7,7 @@ from peft_jactus.allocation import stored_parameters
 from peft_jactus.decomposition import DecompositionOptions, project_weight
 from peft_jactus.factorization import FactorizationOptions, factorize, plan_ranks
 from peft_jactus.linalg import NumericalWarning
-from peft_jactus.statistics import LayerStatistics
+from peft_jactus.moments import LayerStatistics
 from tests import oracles
 from tests.strategies import moment_from, randn
 

@@ -10,12 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peft_jactus import statistics as statistics_module
-from peft_jactus.statistics import (
-    CalibrationStatistics,
-    LayerStatistics,
-    SecondMoment,
-    read_metadata,
-)
+from peft_jactus.moments import LayerStatistics, SecondMoment
+from peft_jactus.statistics import CalibrationStatistics, read_metadata
 from tests import oracles
 from tests.strategies import dims, moment_from, randn, seeds
 

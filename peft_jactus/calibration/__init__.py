@@ -1,9 +1,11 @@
 """From a model and a few batches to `CalibrationStatistics`.
 
 A subpackage because each concern has rules of its own: which positions count (`position_masks`), what the loss is
-summed over (`summed_loss`), how the model is left as it was (`restoring`), and what hooks collect (`collector`).
+summed over (`summed_loss`), how the model is left as it was (`restoring`), what hooks collect (`collector`), and of
+which layers at a time (`grouping`).
 """
 
 from peft_jactus.calibration.driver import calibrate, check_statistics
+from peft_jactus.calibration.grouping import memory_limit
 
-__all__ = ["calibrate", "check_statistics"]
+__all__ = ["calibrate", "check_statistics", "memory_limit"]

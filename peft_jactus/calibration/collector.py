@@ -15,7 +15,8 @@ import torch
 
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
-from peft_jactus.statistics import CalibrationStatistics, LayerStatistics, SecondMoment
+from peft_jactus.moments import LayerStatistics, SecondMoment
+from peft_jactus.statistics import CalibrationStatistics
 from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:

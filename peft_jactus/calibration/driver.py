@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,11 @@ from tqdm.auto import tqdm
 
 from peft_jactus.calibration.batches import num_batches
 from peft_jactus.calibration.collector import StatisticsCollector
+from peft_jactus.calibration.grouping import memory_limit, split_into_groups
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.restoring import prepared_for_calibration, random_state_kept
 from peft_jactus.calibration.summed_loss import SummedLoss
-from peft_jactus.statistics import CalibrationStatistics, read_metadata
+from peft_jactus.statistics import CalibrationStatistics, part_path, read_metadata, save_index
 from peft_jactus.targeting import dense_weight, targeted_modules
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def calibrate(
     train_mode: bool = False,
     statistics_file: str | os.PathLike[str] | None = None,
     save_every: int = 16,
+    max_statistics_memory: int | str | None = None,
     progress_bar: bool = True,
 ) -> CalibrationStatistics:
     """Collect the statistics that `peft.get_peft_model` needs to compress ``model``, and attach them to ``config``.
@@ -73,6 +77,10 @@ def calibrate(
             already, for the same layers: a complete one is used as it is, an interrupted one is continued,
             skipping the batches it has seen (which must come in the same order).
         save_every: Batches between two saves.
+        max_statistics_memory: Bytes, or a size such as ``"8GiB"``: hold the statistics of no more layers than fit, and
+            pass over the batches (which are kept) once for each group of layers. Each group goes to a file beside
+            ``statistics_file``, by default in a temporary folder, from which `get_peft_model` reads a layer at a
+            time. So peak memory does not grow with the depth of the model. Default: no limit, one pass.
         progress_bar: Show a bar over the batches.
 
     Returns:
@@ -80,8 +88,9 @@ def calibrate(
 
     Raises:
         ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted
-            module with no gradient, a statistics file of other layers. A `TypeError` names a module that cannot be
-            factorized, or a batch that is no mapping; a `RuntimeError` a targeted module that no token reached.
+            module with no gradient, a statistics file of other layers, a memory limit below one layer's. A
+            `TypeError` names a module that cannot be factorized, or a batch that is no mapping; a `RuntimeError` a
+            targeted module that no token reached.
 
     Example:
         >>> import torch
@@ -101,35 +110,92 @@ def calibrate(
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
-    saved = _read_statistics_file(statistics_file, targets)
-    compute_loss = SummedLoss(loss_fn, loss_reduction)
-    with random_state_kept():
-        if head_warmup_steps > 0:
-            warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
-            warm_up_head(model, config, batches, compute_loss, warmup, progress_bar=progress_bar)
+    row_fisher = config.factorization_options().decomposition.needs_row_fisher
+    groups = split_into_groups(targets, memory_limit(max_statistics_memory), row_fisher=row_fisher)
+    run = _Pass(
+        model=model,
+        compute_loss=SummedLoss(loss_fn, loss_reduction),
+        max_batches=max_batches,
+        train_mode=train_mode,
+        save_every=save_every,
+        row_fisher=row_fisher,
+        progress_bar=progress_bar,
+    )
+    path = None if statistics_file is None else Path(statistics_file)
+    saved = None if len(groups) > 1 else _read_statistics_file(path, targets)
+    if head_warmup_steps > 0:
+        warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
+        with random_state_kept():
+            warm_up_head(model, config, batches, run.compute_loss, warmup, progress_bar=progress_bar)
+    config.statistics = (
+        run.collect(targets, batches, path, saved) if len(groups) == 1 else run.collect_groups(groups, batches, path)
+    )
+    return config.statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """How to run the batches through the model."""
+
+    model: nn.Module
+    compute_loss: SummedLoss
+    max_batches: int | None
+    train_mode: bool
+    save_every: int
+    row_fisher: bool
+    progress_bar: bool
+
+    def collect_groups(
+        self, groups: list[dict[str, nn.Module]], batches: Iterable[Batch], path: Path | None
+    ) -> CalibrationStatistics:
+        """Return the statistics of all groups, which are in files; a pass over the batches for each."""
+        folder = None
+        if path is None:
+            folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
+            path = Path(folder.name) / "statistics.safetensors"
+        parts = [part_path(path, number, len(groups)) for number in range(1, len(groups) + 1)]
+        batches = list(itertools.islice(batches, self.max_batches))
+        for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
+            saved = _read_statistics_file(part, group)
+            self.collect(group, batches, part, saved, description=f"Calibrating {number}/{len(groups)}")
+        save_index(path, parts)
+        statistics = CalibrationStatistics.load(path)
+        if folder is not None:
+            weakref.finalize(statistics, folder.cleanup)
+        return statistics
+
+    def collect(
+        self,
+        targets: dict[str, nn.Module],
+        batches: Iterable[Batch],
+        path: Path | None,
+        saved: _SavedStatistics | None,
+        *,
+        description: str = "Calibrating",
+    ) -> CalibrationStatistics:
+        """Return the statistics of ``targets``, from ``saved`` on; save them to ``path`` if there is one."""
         if saved is not None and saved.complete:
-            logger.info("Using the statistics of %s.", statistics_file)
-            config.statistics = saved.statistics
+            logger.info("Using the statistics of %s.", path)
             return saved.statistics
         start = None if saved is None else saved.statistics
-        needs_row_fisher = config.factorization_options().decomposition.needs_row_fisher
-        collector = StatisticsCollector(model, targets, start, row_fisher=needs_row_fisher)
-        total = num_batches(batches, max_batches)
+        collector = StatisticsCollector(self.model, targets, start, row_fisher=self.row_fisher)
+        total = num_batches(batches, self.max_batches)
         with (
-            prepared_for_calibration(model, train_mode=train_mode),
+            random_state_kept(),  # so that each group sees the same dropout
+            prepared_for_calibration(self.model, train_mode=self.train_mode),
             collector.attached(),
-            tqdm(total=total, desc="Calibrating", unit="batch", disable=not progress_bar) as bar,
+            tqdm(total=total, desc=description, unit="batch", disable=not self.progress_bar) as bar,
         ):
             bar.update(collector.num_batches)
-            for batch in itertools.islice(batches, collector.num_batches, max_batches):
-                collector.collect(batch, compute_loss)
+            for batch in itertools.islice(batches, collector.num_batches, self.max_batches):
+                collector.collect(batch, self.compute_loss)
                 bar.update()
-                if statistics_file is not None and collector.num_batches % save_every == 0:
-                    collector.statistics().save(statistics_file, metadata={_COMPLETE: "false"})
-    config.statistics = statistics = collector.checked_statistics()
-    if statistics_file is not None:
-        statistics.save(statistics_file, metadata={_COMPLETE: "true"})
-    return statistics
+                if path is not None and collector.num_batches % self.save_every == 0:
+                    collector.statistics().save(path, metadata={_COMPLETE: "false"})
+        statistics = collector.checked_statistics()
+        if path is not None:
+            statistics.save(path, metadata={_COMPLETE: "true"})
+        return statistics
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -144,10 +210,8 @@ class _SavedStatistics:
     complete: bool
 
 
-def _read_statistics_file(
-    path: str | os.PathLike[str] | None, targets: Mapping[str, nn.Module]
-) -> _SavedStatistics | None:
-    if path is None or not Path(path).exists():
+def _read_statistics_file(path: Path | None, targets: Mapping[str, nn.Module]) -> _SavedStatistics | None:
+    if path is None or not path.exists():
         return None
     statistics = CalibrationStatistics.load(path)
     check_statistics(statistics, targets, source=f"`statistics_file` {path}")

@@ -12,7 +12,7 @@ import typer
 from peft import get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from peft_jactus.calibration import calibrate
+from peft_jactus.calibration import calibrate, memory_limit
 from peft_jactus.cli.calibration_data import DataOptions, Task, make_batches, open_rows
 from peft_jactus.cli.options import DeviceOption, DtypeOption, OverwriteOption, StorageOption, to_device, to_dtype
 from peft_jactus.cli.places import find_processor, model_class
@@ -45,6 +45,7 @@ class Compression:
         data: What to calibrate on; ``None`` for a data-free decomposition.
         task: What the model does. Default: what its architecture says.
         max_batches: To calibrate on.
+        max_statistics_memory: As `calibrate` takes it.
         dtype: Of the checkpoint. Default: the model's.
         device: Where to compute. Default: a GPU if there is one.
         overwrite: Replace what is in ``output_dir``.
@@ -56,6 +57,7 @@ class Compression:
     data: DataOptions | None
     task: Task | None = None
     max_batches: int = 16
+    max_statistics_memory: str | None = None
     dtype: torch.dtype | None = None
     device: str | None = None
     overwrite: bool = False
@@ -70,6 +72,7 @@ class Compression:
             ValueError: If anything of this cannot be done; what costs nothing is checked first.
         """
         check_target(self.output_dir, overwrite=self.overwrite)
+        memory_limit(self.max_statistics_memory)
         device = to_device(self.device)
         model_config = AutoConfig.from_pretrained(self.model)
         if getattr(model_config, "quantization_config", None):
@@ -80,7 +83,13 @@ class Compression:
         config = self._config_for(model)
         if batches is not None:
             on_device = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
-            calibrate(model, config, on_device, max_batches=self.max_batches)
+            calibrate(
+                model,
+                config,
+                on_device,
+                max_batches=self.max_batches,
+                max_statistics_memory=self.max_statistics_memory,
+            )
         return export_compressed(
             get_peft_model(model, config),
             self.output_dir,
@@ -172,6 +181,10 @@ def compress(
     label_column: Annotated[str, typer.Option(help="Column of the classes. Causal LMs need none.")] = "label",
     task: Annotated[Task | None, typer.Option(help="Default: what the model's architecture says.")] = None,
     max_batches: Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)] = 16,
+    max_statistics_memory: Annotated[
+        str | None,
+        typer.Option(help="For instance 8GiB: calibrate a part of the layers at a time. Default: all at once."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows, or blocks of tokens, of a batch.", min=1)] = 8,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a row. Default: 512, or what the model can take.", min=2)
@@ -216,6 +229,7 @@ def compress(
         data=_checked(data, data_free=data_free),
         task=task,
         max_batches=max_batches,
+        max_statistics_memory=max_statistics_memory,
         dtype=to_dtype(dtype),
         device=device,
         overwrite=overwrite,

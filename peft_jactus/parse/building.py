@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peft_jactus.decomposition import Decomposition
+    from peft_jactus.moments import LayerStatistics
     from peft_jactus.routing import RouterConfig
-    from peft_jactus.statistics import CalibrationStatistics, LayerStatistics
+    from peft_jactus.statistics import CalibrationStatistics
 
 
 @torch.no_grad()

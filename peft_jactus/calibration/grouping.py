@@ -1,0 +1,68 @@
+"""Which layers to take statistics of at a time, so that these fit into a stated memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from peft_jactus.targeting import dense_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+
+def memory_limit(limit: int | str | None) -> int | None:
+    """Return bytes; raise `ValueError` for what is no size."""
+    if limit is None:
+        return None
+    try:
+        num_bytes = int(convert_file_size_to_int(limit))
+    except (ValueError, TypeError):
+        num_bytes = 0
+    if num_bytes <= 0:
+        raise ValueError(
+            f"`max_statistics_memory` must be a positive number of bytes, or a size such as '8GiB'; got {limit!r}."
+        )
+    return num_bytes
+
+
+def split_into_groups(
+    targets: Mapping[str, nn.Module], limit: int | None, *, row_fisher: bool
+) -> list[dict[str, nn.Module]]:
+    """Return runs of neighbours whose statistics fit into ``limit`` bytes; all of them if there is no limit.
+
+    Each layer is counted with an input covariance of its own: which layers share one is only seen in a forward pass.
+
+    Raises:
+        ValueError: If the statistics of one layer alone do not fit; names it.
+    """
+    if limit is None:
+        return [dict(targets)]
+    groups: list[dict[str, nn.Module]] = []
+    free = 0
+    for name, module in targets.items():
+        needed = statistics_bytes(module, row_fisher=row_fisher)
+        if needed > limit:
+            raise ValueError(
+                f"`max_statistics_memory` is {limit / 2**20:.1f} MiB, but {name} alone needs {needed / 2**20:.1f} "
+                "MiB. Raise the limit, or add the name to `exclude_modules`."
+            )
+        if needed > free:
+            groups.append({})
+            free = limit
+        groups[-1][name] = module
+        free -= needed
+    return groups
+
+
+def statistics_bytes(module: nn.Module, *, row_fisher: bool) -> int:
+    """Return what the sums of one layer take: both covariances, and vectors."""
+    weight = dense_weight(module)
+    out_features, in_features = weight.shape
+    num_vectors = 3 if row_fisher else 2
+    numbers = out_features * (out_features + num_vectors) + in_features * (in_features + 2)
+    return numbers * torch.promote_types(weight.dtype, torch.float32).itemsize

@@ -1,0 +1,159 @@
+"""Sums over the vectors that a linear layer sees, in training: what calibration collects of one layer.
+
+Over the calibration positions (tokens, patches) that the attention mask keeps:
+
+    input covariance     C_x = 1/N sum_t x_t x_t^T   (in, in)
+    gradient covariance  C_g = 1/N sum_t g_t g_t^T   (out, out),  g_t = d loss / d (W x_t + b)
+
+both uncentred second moments, as in K-FAC (Martens & Grosse, arXiv:1503.05671). What is stored are sums
+and counts, so that statistics of parts of the data add up to those of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_jactus.linalg import to_decomposition_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUMS = ("outer_sum", "vector_sum", "quartic_sum", "absolute_sum")
+
+
+@dataclass
+class SecondMoment:
+    """Running sums of one vector variable of dimension ``dim``.
+
+    Attributes:
+        outer_sum: ``(dim, dim)``, sum of ``x x^T``.
+        vector_sum: ``(dim,)``, sum of ``x``.
+        quartic_sum: ``()``, float64, sum of ``|x|^4``; what the Ledoit-Wolf estimator needs beyond ``outer_sum``.
+        absolute_sum: ``(dim,)``, sum of the absolute values of ``x``, entry by entry; what ASVD scales with.
+        num_tokens: How many vectors were added.
+    """
+
+    outer_sum: Tensor
+    vector_sum: Tensor
+    quartic_sum: Tensor
+    absolute_sum: Tensor
+    num_tokens: int = 0
+
+    @classmethod
+    def zeros(
+        cls,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> SecondMoment:
+        """Return the statistics of no vector at all; sums are kept in ``dtype`` on ``device``."""
+        quartic_dtype = dtype if torch.device(device or "cpu").type == "mps" else torch.float64
+        return cls(
+            outer_sum=torch.zeros(dim, dim, dtype=dtype, device=device),
+            vector_sum=torch.zeros(dim, dtype=dtype, device=device),
+            quartic_sum=torch.zeros((), dtype=quartic_dtype, device=device),
+            absolute_sum=torch.zeros(dim, dtype=dtype, device=device),
+        )
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the vectors."""
+        return self.vector_sum.shape[0]
+
+    @property
+    def covariance(self) -> Tensor:
+        """The uncentred covariance ``(dim, dim)``, float64."""
+        return to_decomposition_dtype(self.outer_sum) / self.num_tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean ``(dim,)``, float64."""
+        return to_decomposition_dtype(self.vector_sum) / self.num_tokens
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        """The mean of the absolute values ``(dim,)``, float64."""
+        return to_decomposition_dtype(self.absolute_sum) / self.num_tokens
+
+    def update_(self, vectors: Tensor) -> None:
+        """Add ``vectors`` ``(num_vectors, dim)``, in the precision of the sums."""
+        vectors = vectors.detach().to(self.outer_sum.dtype)
+        self.outer_sum.addmm_(vectors.mT, vectors)
+        self.vector_sum.add_(vectors.sum(0))
+        self.quartic_sum.add_(vectors.square().sum(1).to(self.quartic_sum.dtype).square().sum())
+        self.absolute_sum.add_(vectors.abs().sum(0))
+        self.num_tokens += vectors.shape[0]
+
+    def merge_(self, other: SecondMoment) -> None:
+        """Add the sums of ``other``, taken over other vectors of the same variable."""
+        if other.dim != self.dim:
+            raise ValueError(f"`other` must have dimension {self.dim}; got {other.dim}.")
+        for name in SUMS:
+            mine = getattr(self, name)
+            mine.add_(getattr(other, name).to(mine))
+        self.num_tokens += other.num_tokens
+
+    def to(self, device: torch.device) -> SecondMoment:
+        """Return the sums on ``device``; these very ones if they are there already."""
+        if self.outer_sum.device == device:
+            return self
+        sums = {name: getattr(self, name).to(device) for name in SUMS}
+        return SecondMoment(**sums, num_tokens=self.num_tokens)
+
+    def clone(self) -> SecondMoment:
+        """Return an independent copy."""
+        sums = {name: getattr(self, name).clone() for name in SUMS}
+        return SecondMoment(**sums, num_tokens=self.num_tokens)
+
+    def is_finite(self) -> bool:
+        """Whether no sum has overflowed or met a NaN."""
+        return all(bool(torch.isfinite(getattr(self, name)).all()) for name in SUMS)
+
+    def ledoit_wolf_shrinkage(self) -> float:
+        """Return the shrinkage intensity towards a scaled identity, in [0, 1].
+
+        For the uncentred covariance ``C`` of ``N`` vectors and ``mu = tr(C) / dim``:
+        ``min(1, (sum_t |x_t|^4 / N - |C|_F^2) / (N |C - mu I|_F^2))``.
+
+        References:
+            Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
+            J. Multivariate Analysis 88, 2004, with the mean taken as known (zero).
+        """
+        covariance = self.covariance
+        mu = covariance.diagonal().mean()
+        squared_norm = covariance.square().sum()
+        spread = squared_norm - self.dim * mu.square()  # = |C - mu I|_F^2
+        if not spread > 0:  # a multiple of the identity is its own target
+            return 1.0
+        noise = float(self.quartic_sum) / self.num_tokens - float(squared_norm)
+        return min(1.0, max(0.0, noise / (self.num_tokens * float(spread))))
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one linear layer.
+
+    Attributes:
+        input: Sums of the layer's input vectors. Layers fed by the same tensor share this object.
+        gradient: Sums of the gradient of the summed loss with respect to the layer's output vectors.
+        row_fisher: ``(out,)``, sum over examples and over a row's entries of the squared gradient of the weight; only
+            FWSVD asks for it, ``None`` otherwise.
+    """
+
+    input: SecondMoment
+    gradient: SecondMoment
+    row_fisher: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many positions (not calls, not batches) were counted."""
+        return self.gradient.num_tokens
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        """Return the statistics on ``device``."""
+        row_fisher = None if self.row_fisher is None else self.row_fisher.to(device)
+        return LayerStatistics(self.input.to(device), self.gradient.to(device), row_fisher)

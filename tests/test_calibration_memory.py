@@ -1,0 +1,155 @@
+"""`max_statistics_memory`: the same statistics, a group of layers at a time."""
+
+import gc
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
+from tests.comparisons import assert_same_statistics
+from tests.tiny_models import TASKS, collate, tiny_bert
+
+# Each group runs the same operations on the same numbers.
+ROUNDING = 1e-12
+# Two to three layers of the tiny Bert, which take 1,280 and 1,984 bytes each.
+LIMIT = 4_000
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def batches_of(task):
+    return [collate(task.examples()[i % 2 :]) for i in range(3)]
+
+
+def run(model, batches, *, head="classifier", **options):
+    config = JactusConfig(target_modules="all-linear", exclude_modules=[head], retained_ratio=0.6)
+    statistics = calibrate(model, config, batches, progress_bar=False, **options)
+    return config, statistics
+
+
+def bytes_of_largest_layers(statistics, count):
+    sizes = sorted(
+        sum(moment.outer_sum.nbytes + 2 * moment.vector_sum.nbytes for moment in (layer.input, layer.gradient))
+        for layer in statistics.values()
+    )
+    return sum(sizes[-count:])
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "llama", "vit"])
+def test_a_limit_of_two_layers_gives_the_statistics_of_no_limit(name):
+    task = TASKS[name]
+    _, expected = run(task.model(), batches_of(task), head=task.head)
+    forwards = []
+    model = task.model()
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    limit = bytes_of_largest_layers(expected, 2)
+    config, statistics = run(model, batches_of(task), head=task.head, max_statistics_memory=limit)
+    assert config.statistics is statistics
+    assert list(statistics) == list(expected)
+    assert statistics.num_batches == expected.num_batches
+    assert_same_statistics(statistics, expected, rtol=ROUNDING)
+    num_passes = len(forwards) / len(batches_of(task))
+    assert len(expected) / 4 < num_passes <= len(expected)  # small layers go together, no more than fit
+
+
+def test_the_compressed_model_is_the_same():
+    task = TASKS["bert"]
+    models = []
+    for limit in (None, LIMIT):
+        model = tiny_bert()
+        config, _ = run(model, batches_of(task), max_statistics_memory=limit)
+        models.append(get_peft_model(model, config))
+    unlimited, limited = models
+    assert unlimited.peft_config["default"].layer_ranks == limited.peft_config["default"].layer_ranks
+    state = unlimited.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in limited.state_dict().items())
+
+
+def test_dropout_and_batches_that_can_be_read_once_are_the_same_for_each_group():
+    task = TASKS["bert"]
+    results = []
+    for limit in (None, LIMIT):
+        model = tiny_bert(hidden_dropout_prob=0.5)
+        torch.manual_seed(0)
+        results.append(run(model, iter(batches_of(task)), train_mode=True, max_statistics_memory=limit)[1])
+    assert_same_statistics(*results, rtol=ROUNDING)
+
+
+def test_temporary_files_go_with_the_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), max_statistics_memory=LIMIT)
+    assert len(list(tmp_path.rglob("*.safetensors"))) > 1
+    config.statistics = None
+    del statistics
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_goes_on_in_the_group_it_was_in(tmp_path):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, expected = run(task.model(), batches_of(task))
+    options = {"statistics_file": path, "save_every": 1, "max_statistics_memory": LIMIT}
+    forwards = []
+
+    def fail_in_the_third_group(*_):
+        forwards.append(1)
+        if len(forwards) == 8:
+            raise PowerCutError
+
+    model = tiny_bert()
+    model.register_forward_pre_hook(fail_in_the_third_group)
+    with pytest.raises(PowerCutError):
+        run(model, batches_of(task), **options)
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(FileNotFoundError):  # no index yet
+        CalibrationStatistics.load(path)
+
+    model, forwards_of_the_second_run = tiny_bert(), []
+    model.register_forward_pre_hook(lambda *_: forwards_of_the_second_run.append(1))
+    _, resumed = run(model, batches_of(task), **options)
+    assert_same_statistics(resumed, expected, rtol=ROUNDING)
+    num_groups = len(list(tmp_path.glob("statistics-*.safetensors")))
+    assert len(forwards_of_the_second_run) == 3 * num_groups - 7
+    assert_same_statistics(CalibrationStatistics.load(path), expected, rtol=ROUNDING)
+
+    model.register_forward_pre_hook(lambda *_: pytest.fail("all groups were there"))
+    run(model, batches_of(task), **options)
+
+
+def test_layers_that_share_their_input_share_its_covariance_also_when_read_from_files(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    _, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), statistics_file=path, max_statistics_memory="64KB")
+    attention = "bert.encoder.layer.0.attention.self"
+    layers = dict(statistics)
+    assert layers[f"{attention}.query"].input is layers[f"{attention}.key"].input
+    statistics.save(tmp_path / "whole.safetensors")
+    assert_same_statistics(CalibrationStatistics.load(tmp_path / "whole.safetensors"), statistics, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("1KB", r"`max_statistics_memory` is 0.0 MiB, but bert.*needs.*`exclude_modules`"),
+        ("much", "`max_statistics_memory` must be a positive number of bytes, or a size such as '8GiB'; got 'much'"),
+        (0, "must be a positive number of bytes.*got 0"),
+        (-5, "must be a positive number of bytes.*got -5"),
+    ],
+)
+def test_a_limit_that_cannot_be_met_is_refused_before_the_model_runs(limit, message):
+    model = tiny_bert()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match=message):
+        run(model, batches_of(TASKS["bert"]), max_statistics_memory=limit)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "{"])
+def test_a_damaged_index_is_an_error_that_names_it(tmp_path, content):
+    path = tmp_path / "statistics.safetensors"
+    Path(f"{path}.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"statistics.safetensors.index.json is damaged.*calibrate again"):
+        CalibrationStatistics.load(path)
