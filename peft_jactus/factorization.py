@@ -11,11 +11,13 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from tqdm.auto import tqdm
 
 from peft_jactus.allocation import Allocation, LayerGains, Storage, allocate
 from peft_jactus.decomposition import DecompositionOptions, project, project_weight
-from peft_jactus.interpolation import interpolative_basis
+from peft_jactus.distributed import broadcast_, from_all, process_index
+from peft_jactus.interpolation import InterpolativeBasis, interpolative_basis
 from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.decomposition import ProjectedWeight
-    from peft_jactus.interpolation import InterpolativeBasis
     from peft_jactus.moments import LayerStatistics
 
 
@@ -92,6 +93,7 @@ def plan_ranks(
     *,
     fixed_ranks: Mapping[str, int] | None = None,
     keep_bytes: int = KEEP_BYTES,
+    owners: Mapping[str, int] | None = None,
     progress_bar: bool = True,
 ) -> RankPlan:
     """Choose the ranks of all layers.
@@ -103,6 +105,7 @@ def plan_ranks(
         options: Decomposition, budget and allocation.
         fixed_ranks: Ranks that the user decided, by module name.
         keep_bytes: Memory for `RankPlan.projections`.
+        owners: Which process looks at which layer; all of them get the same plan. Default: each at all layers.
         progress_bar: Show a bar over the layers.
 
     Returns:
@@ -110,7 +113,8 @@ def plan_ranks(
     """
     gains: dict[str, LayerGains] = {}
     projections: dict[str, ProjectedWeight] = {}
-    for name in tqdm(weights, desc="Ranking directions", unit="layer", disable=not progress_bar):
+    mine = [name for name in weights if owners is None or owners[name] == process_index()]
+    for name in tqdm(mine, desc="Ranking directions", unit="layer", disable=not progress_bar):
         # One call a layer, so that its weight is let go before the next one is asked for.
         gains[name], projected = _layer_gains(
             name, weights[name](), None if statistics is None else statistics[name], options
@@ -118,6 +122,9 @@ def plan_ranks(
         if projected.num_bytes <= keep_bytes:
             keep_bytes -= projected.num_bytes
             projections[name] = projected
+    if owners is not None:
+        of_all = {name: found for part in from_all(gains) for name, found in part.items()}
+        gains = {name: of_all[name] for name in weights}
     fixed_ranks = {name: _cap_to_subspace(name, rank, gains[name]) for name, rank in (fixed_ranks or {}).items()}
     allocation = allocate(
         gains,
@@ -207,3 +214,31 @@ def factorize(
     left, from_left = interpolative_basis(factors.left)
     right, from_right = interpolative_basis(factors.right)
     return LayerFactors(left, (from_left * factors.singular_values) @ from_right.mT, right, bias)
+
+
+def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *, bias: bool) -> LayerFactors:
+    """Return the factors of process ``owner``.
+
+    Args:
+        factors: There, what it made; elsewhere ``None``.
+        owner: Who has them.
+        weight: ``(out, in)``.
+        bias: Whether they have one.
+    """
+    rank = from_all(0 if factors is None else factors.rank)[owner]
+    if factors is None:
+        (out_features, in_features), device = weight.shape, weight.device
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float64, device=device)
+
+        left, right = (
+            InterpolativeBasis(torch.empty(dim, dtype=torch.int64, device=device), empty(dim - rank, rank))
+            for dim in (out_features, in_features)
+        )
+        factors = LayerFactors(left, empty(rank, rank), right, empty(out_features) if bias else None)
+    tensors = [factors.left.order, factors.left.coefficients, factors.core]
+    tensors += [factors.right.order, factors.right.coefficients, *([] if factors.bias is None else [factors.bias])]
+    for tensor in tensors:
+        broadcast_(tensor, owner)
+    return factors

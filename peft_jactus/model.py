@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,7 +16,8 @@ from peft_jactus.adapter_tensors import tensor_shapes
 from peft_jactus.allocation import uniform_rank
 from peft_jactus.calibration import check_statistics
 from peft_jactus.config import JactusConfig
-from peft_jactus.factorization import LayerFactors, factorize, plan_ranks
+from peft_jactus.distributed import num_processes, process_index, share_out
+from peft_jactus.factorization import LayerFactors, factorize, factors_for_all, plan_ranks
 from peft_jactus.layer import (
     JactusLayer,
     Linear,
@@ -30,7 +32,7 @@ from peft_jactus.targeting import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from peft import PeftConfig
     from torch import Tensor
@@ -39,6 +41,21 @@ if TYPE_CHECKING:
 
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
+
+
+@dataclass
+class _Prepared:
+    """What is known of all layers before the first one is replaced.
+
+    Attributes:
+        projections: Left by the choice of ranks, for the factors.
+        owners: Which process makes the factors of which layer; empty if there is one process.
+        factors: What this process made for all.
+    """
+
+    projections: dict[str, ProjectedWeight]
+    owners: dict[str, int]
+    factors: dict[str, LayerFactors] = field(default_factory=dict)
 
 
 class JactusModel(BaseTuner):
@@ -58,7 +75,7 @@ class JactusModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT's own has this type
 
     _factorizing_bar: tqdm[NoReturn] | None = None
-    _projections: dict[str, ProjectedWeight] | None = None  # while layers are replaced
+    _prepared: _Prepared | None = None  # while layers are replaced
 
     # -- injecting ----------------------------------------------------------------------------------------
 
@@ -67,7 +84,7 @@ class JactusModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._projections = None
+            self._prepared = None
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
@@ -100,20 +117,27 @@ class JactusModel(BaseTuner):
         else:
             check_statistics(statistics, targets, source="`config.statistics`")
         fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
-        show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR
+        show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
+        owners = _share_out_layers(targets) if num_processes() > 1 else None
         with torch.no_grad():
             plan = plan_ranks(
                 {name: _weight_getter(module) for name, module in targets.items()},
                 statistics,
                 options,
                 fixed_ranks=fixed_ranks,
+                owners=owners,
                 progress_bar=show_bar,
             )
-        self._projections = plan.projections
         ranks = plan.allocation.ranks
         peft_config.layer_ranks = dict(ranks)
         peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
-        self._factorizing_bar = tqdm(total=len(ranks), desc="Factorizing", unit="layer", disable=not show_bar)
+        self._prepared = _Prepared(plan.projections, owners or {})
+        mine = [name for name, owner in self._prepared.owners.items() if owner == process_index()]
+        num_steps = len(ranks) + len(mine)
+        self._factorizing_bar = tqdm(total=num_steps, desc="Factorizing", unit="layer", disable=not show_bar)
+        for name in mine:  # before the first one is waited for
+            self._prepared.factors[name] = self._make_factors(peft_config, name, targets[name], ranks[name])
+            self._factorizing_bar.update()
 
     def _create_and_replace(
         self,
@@ -131,7 +155,7 @@ class JactusModel(BaseTuner):
         rank = self._rank_of(peft_config, current_key, target)
         factors = None
         if not peft_config.from_checkpoint:
-            factors = self._make_factors(peft_config, current_key, target, rank)
+            factors = self._factors_of(peft_config, current_key, target, rank)
             rank = peft_config.layer_ranks[current_key] = factors.rank
             if self._factorizing_bar is not None:
                 self._factorizing_bar.update()
@@ -168,11 +192,19 @@ class JactusModel(BaseTuner):
         out_features, in_features = layer_weight_and_bias(target)[0].shape
         return uniform_rank(config.retained_ratio, out_features, in_features, config.storage)
 
+    def _factors_of(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
+        """Return the factors of a layer, from the process that made them."""
+        owner = None if self._prepared is None else self._prepared.owners.get(name)
+        if self._prepared is None or owner is None:
+            return self._make_factors(config, name, target, rank)
+        weight, bias = layer_weight_and_bias(target)
+        return factors_for_all(self._prepared.factors.pop(name, None), owner, weight, bias=bias is not None)
+
     @torch.no_grad()
     def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
         weight, bias = layer_weight_and_bias(target)
         statistics = None if config.statistics is None else config.statistics.get(name)
-        projected = None if self._projections is None else self._projections.pop(name, None)
+        projected = None if self._prepared is None else self._prepared.projections.pop(name, None)
         factors = factorize(weight, bias, statistics, rank, config.factorization_options(), projected=projected)
         if config.init_weights is False:
             core = factors.core
@@ -273,6 +305,12 @@ class JactusModel(BaseTuner):
             for name, tensor in layer.adapter_tensors(adapter_name).items()
             if name != "jactus_core" and tensor.is_floating_point()
         )
+
+
+def _share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return which process factorizes which layer; the time grows with the cube of its sides."""
+    shapes = {name: layer_weight_and_bias(module)[0].shape for name, module in targets.items()}
+    return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
 
 
 def _weight_getter(module: nn.Module) -> Any:

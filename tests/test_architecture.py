@@ -17,6 +17,7 @@ NUMERICS = (
     "linalg",
     "moments",
     "statistics",
+    "distributed",
     "decomposition",
     "allocation",
     "interpolation",

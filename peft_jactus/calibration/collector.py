@@ -15,6 +15,7 @@ import torch
 
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
+from peft_jactus.distributed import summed
 from peft_jactus.moments import LayerStatistics, SecondMoment
 from peft_jactus.statistics import CalibrationStatistics
 from peft_jactus.targeting import dense_weight
@@ -110,10 +111,10 @@ class StatisticsCollector:
         return statistics if self._start is None else self._start.merge(statistics)
 
     def checked_statistics(self) -> CalibrationStatistics:
-        """Return the sums, or raise for a module whose statistics cannot be used; name it."""
-        if self.num_batches == 0:
+        """Return the sums of all processes, or raise for a module whose statistics cannot be used; name it."""
+        statistics = summed(self.statistics())
+        if statistics.num_batches == 0:
             raise ValueError("`batches` is empty; calibration needs at least one batch.")
-        statistics = self.statistics()
         for name in self._targets:
             layer = statistics[name]
             if layer.num_tokens == 0:

@@ -20,6 +20,7 @@ from peft_jactus.calibration.grouping import memory_limit, split_into_groups
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.restoring import prepared_for_calibration, random_state_kept
 from peft_jactus.calibration.summed_loss import SummedLoss
+from peft_jactus.distributed import from_all, num_processes, process_index
 from peft_jactus.statistics import CalibrationStatistics, part_path, read_metadata, save_index
 from peft_jactus.targeting import dense_weight, targeted_modules
 
@@ -53,6 +54,9 @@ def calibrate(
     progress_bar: bool = True,
 ) -> CalibrationStatistics:
     """Collect the statistics that `peft.get_peft_model` needs to compress ``model``, and attach them to ``config``.
+
+    In several processes (``accelerate launch``, ``torchrun``), give each its share of the batches; all get the
+    statistics of all batches. On several machines ``statistics_file`` has to be on storage that they share.
 
     The model comes back as it was: no hook, no gradient, the same training mode, ``requires_grad`` and random
     state; only a head warm-up, if asked for, changes weights. A backward pass costs about one
@@ -152,13 +156,15 @@ class _Pass:
         folder = None
         if path is None:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
-            path = Path(folder.name) / "statistics.safetensors"
+            path = Path(from_all(folder.name)[0]) / "statistics.safetensors"
         parts = [part_path(path, number, len(groups)) for number in range(1, len(groups) + 1)]
         batches = list(itertools.islice(batches, self.max_batches))
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
             saved = _read_statistics_file(part, group)
             self.collect(group, batches, part, saved, description=f"Calibrating {number}/{len(groups)}")
-        save_index(path, parts)
+        if process_index() == 0:
+            save_index(path, parts)
+        from_all(None)  # wait for it
         statistics = CalibrationStatistics.load(path)
         if folder is not None:
             weakref.finalize(statistics, folder.cleanup)
@@ -180,21 +186,26 @@ class _Pass:
         start = None if saved is None else saved.statistics
         collector = StatisticsCollector(self.model, targets, start, row_fisher=self.row_fisher)
         total = num_batches(batches, self.max_batches)
+        show_bar = self.progress_bar and process_index() == 0
         with (
             random_state_kept(),  # so that each group sees the same dropout
             prepared_for_calibration(self.model, train_mode=self.train_mode),
             collector.attached(),
-            tqdm(total=total, desc=description, unit="batch", disable=not self.progress_bar) as bar,
+            tqdm(total=total, desc=description, unit="batch", disable=not show_bar) as bar,
         ):
             bar.update(collector.num_batches)
             for batch in itertools.islice(batches, collector.num_batches, self.max_batches):
                 collector.collect(batch, self.compute_loss)
                 bar.update()
                 if path is not None and collector.num_batches % self.save_every == 0:
-                    collector.statistics().save(path, metadata={_COMPLETE: "false"})
+                    collector.statistics().save(process_path(path), metadata={_COMPLETE: "false"})
         statistics = collector.checked_statistics()
         if path is not None:
-            statistics.save(path, metadata={_COMPLETE: "true"})
+            if process_index() == 0:
+                statistics.save(path, metadata={_COMPLETE: "true"})
+            from_all(None)  # wait for it
+            if process_path(path) != path:
+                process_path(path).unlink(missing_ok=True)
         return statistics
 
 
@@ -210,8 +221,25 @@ class _SavedStatistics:
     complete: bool
 
 
+def process_path(path: Path) -> Path:
+    """Return where this process keeps its own part of what will be at ``path``."""
+    if num_processes() == 1:
+        return path
+    return path.with_name(f"{path.stem}.process-{process_index()}-of-{num_processes()}{path.suffix}")
+
+
 def _read_statistics_file(path: Path | None, targets: Mapping[str, nn.Module]) -> _SavedStatistics | None:
-    if path is None or not path.exists():
+    """Return the complete statistics, if every process finds them; else what this process has of its own part."""
+    if path is None:
+        return None
+    saved = _read_if_there(path, targets)
+    if num_processes() == 1 or all(from_all(saved is not None and saved.complete)):
+        return saved
+    return _read_if_there(process_path(path), targets)
+
+
+def _read_if_there(path: Path, targets: Mapping[str, nn.Module]) -> _SavedStatistics | None:
+    if not path.exists():
         return None
     statistics = CalibrationStatistics.load(path)
     check_statistics(statistics, targets, source=f"`statistics_file` {path}")

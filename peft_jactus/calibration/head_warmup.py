@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.restoring import prepared_for_calibration
+from peft_jactus.distributed import broadcast_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -78,6 +79,8 @@ def warm_up_head(
                 torch.autograd.backward(compute_loss(model, inputs) / compute_loss.count(model, inputs))
                 optimizer.step()
                 optimizer.zero_grad()
+        for parameter in parameters:  # processes saw other batches
+            broadcast_(parameter.data, source=0)
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

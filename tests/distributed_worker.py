@@ -1,0 +1,65 @@
+"""What each process of `test_distributed.py` runs: ``python -m tests.distributed_worker FOLDER OPTIONS``."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import distributed
+
+from peft_jactus import JactusConfig, calibrate
+from peft_jactus.layer import JactusLayer
+from tests.compressed_models import batches_for, tiny_bert, tiny_llama
+
+MODELS = {"bert": (tiny_bert, "SEQ_CLS"), "llama": (tiny_llama, "CAUSAL_LM")}
+
+
+def compressed(name, share, *, fail_in=None, **options):
+    """Calibrate on every ``share``-th batch and compress; return the model."""
+    build, task_type = MODELS[name]
+    model = build(dtype=torch.float64)
+    batches = batches_for(model, num_batches=8)[share]
+    if fail_in is not None:
+        batches = failing(batches, fail_in)
+    config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6)
+    statistics = calibrate(model, config, batches, progress_bar=False, **options)
+    assert statistics.num_batches == 8
+    return get_peft_model(model, config)
+
+
+def failing(batches, process):
+    for number, batch in enumerate(batches):
+        if number == 1 and distributed.get_rank() == process:
+            raise RuntimeError("this process fails")
+        yield batch
+
+
+def factors_of(model):
+    """Return the ranks and dense weights of all layers, and the projectors on the spaces of their bases."""
+    tensors, ranks = {}, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, JactusLayer):
+            factors = layer.get_factors("default")
+            ranks[name] = factors.rank
+            tensors[f"{name}.weight"] = factors.dense()
+            for side in ("left", "right"):
+                basis = torch.linalg.qr(getattr(factors, side).dense())[0]
+                tensors[f"{name}.{side}"] = basis @ basis.mT
+            if factors.bias is not None:
+                tensors[f"{name}.bias"] = factors.bias
+    return ranks, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def main(folder, name, options):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    ranks, tensors = factors_of(compressed(name, slice(rank, None, world_size), **json.loads(options)))
+    save_file(tensors, Path(folder) / f"{rank}.safetensors", metadata={"ranks": json.dumps(ranks)})
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,92 @@
+"""Several processes (gloo, on this machine) calibrate and factorize together."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from peft_jactus import CalibrationStatistics
+from peft_jactus.distributed import share_out
+from tests.distributed_worker import compressed, factors_of
+
+ROOT = Path(__file__).parents[1]
+# Sums of parts are added in another order; the gaps between kept and dropped directions enlarge that.
+PROJECTOR_TOLERANCE = 1e-5
+
+
+def launch(world_size, folder, name, **options):
+    """Run the worker in ``world_size`` processes under torchrun; return the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command += ["-m", "tests.distributed_worker", str(folder), name, json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def results_of(folder, world_size):
+    for rank in range(world_size):
+        with safe_open(folder / f"{rank}.safetensors", framework="pt") as file:
+            yield json.loads(file.metadata()["ranks"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("bert", 2), ("llama", 2), ("llama", 4)])
+def test_several_processes_give_the_ranks_and_factors_of_one(name, world_size, tmp_path):
+    expected_ranks, expected = factors_of(compressed(name, slice(None)))
+    process = launch(world_size, tmp_path, name)
+    assert process.returncode == 0, process.stderr
+    first, *others = results_of(tmp_path, world_size)
+    for ranks, tensors in others:  # the very same numbers, not equal ones
+        assert ranks == first[0]
+        assert all(torch.equal(tensor, first[1][key]) for key, tensor in tensors.items())
+    assert first[0] == expected_ranks
+    assert len(set(expected_ranks.values())) > 1
+    assert set(first[1]) == set(expected)
+    for key, tensor in expected.items():
+        difference = (
+            torch.linalg.matrix_norm(first[1][key] - tensor, 2) if tensor.dim() == 2 else tensor.dist(first[1][key])
+        )
+        assert difference < PROJECTOR_TOLERANCE * max(1.0, float(tensor.norm())), key
+
+
+def test_a_memory_limit_and_a_file_work_in_several_processes(tmp_path):
+    expected_ranks, expected = factors_of(compressed("llama", slice(None)))
+    path = tmp_path / "statistics.safetensors"
+    options = {"statistics_file": str(path), "save_every": 1, "max_statistics_memory": 60_000}
+    assert (process := launch(2, tmp_path, "llama", **options)).returncode == 0, process.stderr
+    assert CalibrationStatistics.load(path).num_batches == 8
+    assert list(tmp_path.glob("*.process-*")) == []
+    ranks, tensors = next(iter(results_of(tmp_path, 2)))
+    assert ranks == expected_ranks
+    assert all(torch.allclose(tensor, expected[key], atol=1e-5) for key, tensor in tensors.items())
+
+
+def test_a_failing_process_ends_the_run_with_an_error_and_the_next_run_goes_on(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    options = {"statistics_file": str(path), "save_every": 1}
+    started = time.monotonic()
+    process = launch(2, tmp_path, "llama", fail_in=1, **options)
+    assert process.returncode != 0
+    assert "this process fails" in process.stderr
+    assert time.monotonic() - started < 120  # it does not hang
+    saved = {file.name: CalibrationStatistics.load(file).num_batches for file in tmp_path.glob("*.process-*")}
+    assert saved["statistics.process-1-of-2.safetensors"] == 1
+
+    assert (process := launch(2, tmp_path, "llama", **options)).returncode == 0, process.stderr
+    expected_ranks, _ = factors_of(compressed("llama", slice(None)))
+    assert next(iter(results_of(tmp_path, 2)))[0] == expected_ranks
+
+
+def test_layers_are_shared_out_evenly(monkeypatch):
+    monkeypatch.setattr("peft_jactus.distributed.num_processes", lambda: 3)
+    owners = share_out({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 2.0, "f": 1.0})
+    assert list(owners) == list("abcdef")
+    loads = [
+        sum(cost for (name, cost) in zip("abcdef", (5, 4, 3, 3, 2, 1), strict=True) if owners[name] == i)
+        for i in range(3)
+    ]
+    assert loads == [6, 6, 6]
