@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_jactus.adapter_tensors import tensor_shapes
+from peft_jactus.adapter_tensors import TENSOR_NAMES, tensor_shapes
 from peft_jactus.allocation import uniform_rank
 from peft_jactus.calibration import check_statistics
 from peft_jactus.config import JactusConfig
-from peft_jactus.distributed import num_processes, process_index, share_out
+from peft_jactus.distributed import from_all, num_processes, process_index, share_out
 from peft_jactus.factorization import LayerFactors, factorize, factors_for_all, plan_ranks
 from peft_jactus.layer import (
     JactusLayer,
@@ -226,6 +226,21 @@ class JactusModel(BaseTuner):
                     core.detach().to(dtype), requires_grad=core.requires_grad
                 )
 
+    # -- training in several processes -----------------------------------------------------------------------
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel, which asks for this name, need not send before each forward pass.
+
+        The frozen tensors, if all processes hold the same ones; else none, and it sends those of the first process.
+        """
+        frozen = {
+            name: buffer for name, buffer in self.named_buffers() if not set(TENSOR_NAMES).isdisjoint(name.split("."))
+        }
+        if len({tuple(digests) for digests in from_all([_digest(buffer) for buffer in frozen.values()])}) > 1:
+            return []
+        return [prefix + name for name in frozen for prefix in ("", "base_model.")]  # with a PeftModel around this
+
     # -- loading ------------------------------------------------------------------------------------------
 
     @classmethod
@@ -305,6 +320,12 @@ class JactusModel(BaseTuner):
             for name, tensor in layer.adapter_tensors(adapter_name).items()
             if name != "jactus_core" and tensor.is_floating_point()
         )
+
+
+def _digest(tensor: Tensor) -> float:
+    """Return a number that is hardly the same for two tensors, or for two orders of one."""
+    weights = torch.arange(1, 1 + tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return float(tensor.detach().flatten().double() @ weights)
 
 
 def _share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:

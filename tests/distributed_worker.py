@@ -8,8 +8,13 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_jactus import JactusConfig, calibrate
+from peft_jactus.distributed import from_all, num_processes
 from peft_jactus.layer import JactusLayer
 from tests.compressed_models import batches_for, tiny_bert, tiny_llama
 
@@ -52,12 +57,50 @@ def factors_of(model):
     return ranks, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def losses_of_training(model, share, *, wrap=lambda model: model, num_steps=8):
+    """Train on the rows ``share`` of a batch, with mean gradients over processes; return the mean losses."""
+    (batch,) = batches_for(model.get_base_model(), num_batches=1)
+    model = wrap(model.train())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(num_steps):
+        loss = model(**{name: tensor[share] for name, tensor in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(from_all(loss.item())) / num_processes())
+    return losses
+
+
+def in_ddp(model):
+    wrapped = DistributedDataParallel(model)
+    sent = set(wrapped.named_module_buffers)
+    assert not [name for name in sent if "jactus" in name]
+    return wrapped
+
+
+def in_fsdp(model):
+    mesh = init_device_mesh("cpu", (num_processes(),))
+    for layer in model.modules():
+        if isinstance(layer, LlamaDecoderLayer):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPERS = {"ddp": in_ddp, "fsdp": in_fsdp}
+
+
 def main(folder, name, options):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    ranks, tensors = factors_of(compressed(name, slice(rank, None, world_size), **json.loads(options)))
-    save_file(tensors, Path(folder) / f"{rank}.safetensors", metadata={"ranks": json.dumps(ranks)})
+    share, options = slice(rank, None, world_size), json.loads(options)
+    wrapper = options.pop("wrapper", None)
+    model = compressed(name, share, **options)
+    ranks, tensors = factors_of(model)
+    losses = [] if wrapper is None else losses_of_training(model, share, wrap=WRAPPERS[wrapper])
+    header = {"ranks": json.dumps(ranks), "losses": json.dumps(losses)}
+    save_file(tensors, Path(folder) / f"{rank}.safetensors", metadata=header)
     distributed.destroy_process_group()
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from peft_jactus import CalibrationStatistics
+from peft_jactus import model as model_module
 from peft_jactus.distributed import share_out
-from tests.distributed_worker import compressed, factors_of
+from tests.distributed_worker import compressed, factors_of, losses_of_training
 
 ROOT = Path(__file__).parents[1]
 # Sums of parts are added in another order; the gaps between kept and dropped directions enlarge that.
@@ -79,6 +80,27 @@ def test_a_failing_process_ends_the_run_with_an_error_and_the_next_run_goes_on(t
     assert (process := launch(2, tmp_path, "llama", **options)).returncode == 0, process.stderr
     expected_ranks, _ = factors_of(compressed("llama", slice(None)))
     assert next(iter(results_of(tmp_path, 2)))[0] == expected_ranks
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_training_in_two_processes_has_the_losses_of_one(wrapper, tmp_path):
+    expected = losses_of_training(compressed("llama", slice(None)), slice(None))
+    assert expected[0] > 1.05 * expected[-1]
+    assert (process := launch(2, tmp_path, "llama", wrapper=wrapper)).returncode == 0, process.stderr
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        losses = json.loads(file.metadata()["losses"])
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("elsewhere", "ignored"), [(1.0, True), (0.5, False)])
+def test_ddp_is_told_to_leave_bases_alone_only_if_all_processes_have_the_same(elsewhere, ignored, monkeypatch):
+    model = compressed("llama", slice(None))
+    frozen = {name for name, _ in model.named_buffers() if "jactus" in name}
+    assert frozen
+    monkeypatch.setattr(model_module, "from_all", lambda digests: [digests, [elsewhere * x for x in digests]])
+    assert frozen.issubset(model._ddp_params_and_buffers_to_ignore) == ignored
+    core = next(name for name, _ in model.named_parameters() if "jactus_core" in name)
+    assert core not in model._ddp_params_and_buffers_to_ignore
 
 
 def test_layers_are_shared_out_evenly(monkeypatch):
