@@ -79,14 +79,13 @@ def classification_metrics(prediction):
     }
 
 
-def training_arguments(folder, *, epochs, seed, batch_size, schedule, **further):
-    """Return what every method trains with: a schedule with warm-up, no weight decay, no checkpoints."""
+def training_arguments(folder, *, epochs, seed, batch_size, **further):
+    """Return what every method trains with: a linear schedule with warm-up, no weight decay, no checkpoints."""
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=128,
-        lr_scheduler_type=schedule,
         warmup_steps=0.06,
         weight_decay=0.0,
         save_strategy="no",
@@ -99,8 +98,8 @@ def training_arguments(folder, *, epochs, seed, batch_size, schedule, **further)
     )
 
 
-def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, schedule="linear"):
-    """Return a Trainer with AdamW."""
+def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, end_rate=0.0):
+    """Return a Trainer with AdamW; the learning rate falls from its peak to ``end_rate`` in a line."""
     return Trainer(
         model=model,
         args=training_arguments(
@@ -108,7 +107,8 @@ def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, schedu
             epochs=epochs,
             seed=seed,
             batch_size=workload.batch_size,
-            schedule=schedule,
+            lr_scheduler_type="polynomial",
+            lr_scheduler_kwargs={"power": 1.0, "lr_end": end_rate},
             **workload.training_arguments,
         ),
         train_dataset=workload.train,
@@ -125,7 +125,8 @@ def make_optimizer(model, head, learning_rate):
     heads = [parameter for name, parameter in trainable if head is not None and head in name.split(".")]
     body = [parameter for name, parameter in trainable if head is None or head not in name.split(".")]
     groups = [{"params": heads, "lr": HEAD_LEARNING_RATE}, {"params": body, "lr": learning_rate}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    # The schedule multiplies all rates by its own one over the default one.
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, weight_decay=0.0)
 
 
 def run(case, workload, folder):
@@ -163,7 +164,7 @@ def trained(case, workload, folder):
 def after_first_stage(model, case, workload, folder):
     """Train the full-size stage; return the plain model with all that it learned, and the seconds.
 
-    Its learning rate stays, and falls to zero in the last stage: one schedule over both.
+    Its schedule is that of the other methods, cut off.
     """
     model = full_size(model, first_stage(case.method), workload)
     trainer = make_trainer(
@@ -173,7 +174,7 @@ def after_first_stage(model, case, workload, folder):
         learning_rate=case.first_learning_rate,
         epochs=case.first_epochs,
         seed=case.seed,
-        schedule="constant_with_warmup",
+        end_rate=case.first_learning_rate * (1 - case.first_epochs / case.epochs),
     )
     seconds = trainer.train().metrics["train_runtime"]
     if isinstance(model, PeftModel):

@@ -120,7 +120,7 @@ def accuracy(predictions: transformers.EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(hits))}
 
 
-def train(model: PeftModel, name: str, learning_rate: float, epochs: float, schedule: str = "linear") -> dict:
+def train(model: PeftModel, name: str, learning_rate: float, epochs: float) -> dict:
     """Train, evaluate, save; return the figures for the table."""
     model.print_trainable_parameters()
     training = TrainingArguments(
@@ -129,7 +129,6 @@ def train(model: PeftModel, name: str, learning_rate: float, epochs: float, sche
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=64,
         learning_rate=learning_rate,
-        lr_scheduler_type=schedule,
         warmup_steps=0.1,
         train_sampling_strategy="group_by_length",  # less padding
         seed=args.seed,
@@ -183,8 +182,7 @@ first_epochs, first_seconds = 0.0, 0.0
 if args.lora_first:
     first_epochs = args.epochs * 2 / 3
     model = get_peft_model(model, lora_config)
-    first = train(model, "lora_first", args.lora_learning_rate, first_epochs, "constant_with_warmup")
-    first_seconds = first["training_seconds"]
+    first_seconds = train(model, "lora_first", args.lora_learning_rate, first_epochs)["training_seconds"]
     model = model.merge_and_unload()
 config = JactusConfig(
     task_type="SEQ_CLS",
