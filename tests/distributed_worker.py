@@ -1,6 +1,8 @@
 """What each process of `test_distributed.py` runs: ``python -m tests.distributed_worker FOLDER OPTIONS``."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,23 +23,23 @@ from tests.compressed_models import batches_for, tiny_bert, tiny_llama
 MODELS = {"bert": (tiny_bert, "SEQ_CLS"), "llama": (tiny_llama, "CAUSAL_LM")}
 
 
-def compressed(name, share, *, fail_in=None, **options):
-    """Calibrate on every ``share``-th batch and compress; return the model."""
+def compressed(name, share, *, kill=None, **options):
+    """Calibrate on the batches ``share`` and compress; return the model. Process ``kill`` dies in its second batch."""
     build, task_type = MODELS[name]
     model = build(dtype=torch.float64)
     batches = batches_for(model, num_batches=8)[share]
-    if fail_in is not None:
-        batches = failing(batches, fail_in)
+    if kill is not None:
+        batches = killed_in_the_second(batches, kill)
     config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6)
     statistics = calibrate(model, config, batches, progress_bar=False, **options)
     assert statistics.num_batches == 8
     return get_peft_model(model, config)
 
 
-def failing(batches, process):
+def killed_in_the_second(batches, process):
     for number, batch in enumerate(batches):
         if number == 1 and distributed.get_rank() == process:
-            raise RuntimeError("this process fails")
+            os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 
 
