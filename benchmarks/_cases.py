@@ -94,7 +94,8 @@ class Case:
     @property
     def file_name(self) -> str:
         """Name of the result file; different settings, different file."""
-        parts = [self.task, self.label.replace(" ", "-"), f"lr{self.learning_rate:g}"]
+        rates = [rate for rate in (self.first_learning_rate, self.learning_rate) if rate is not None]
+        parts = [self.task, self.label.replace(" ", "-"), "lr" + "-".join(f"{rate:g}" for rate in rates)]
         parts += [f"{self.num_rows}rows", f"ep{self.epochs:g}", *(["held-out"] if self.scored_on != "test" else [])]
         return "_".join(parts) + f"_seed{self.seed}.json"
 
