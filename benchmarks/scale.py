@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from _memory import peak_mib, reset_peak, resident_mib
+
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 NUM_BATCHES = 4
 VOCABULARY = 1000
@@ -33,18 +35,12 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def status(name):
-    """Return a figure of this process in MiB: ``VmRSS``, or ``VmHWM``, its peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
-
-
 def measured(step):
     """Run ``step``; return its result, the peak meanwhile in MiB, and the seconds."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    reset_peak()
     started = time.perf_counter()
     result = step()
-    return result, status("VmHWM"), time.perf_counter() - started
+    return result, peak_mib(), time.perf_counter() - started
 
 
 def measure(args, depth, limit):
@@ -69,7 +65,7 @@ def measure(args, depth, limit):
     model(**batches[0]).loss.backward()  # what the first use of a library allocates is not counted
     model.zero_grad()
     jactus = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    loaded = status("VmRSS")
+    loaded = resident_mib()
     _, calibrating, calibration_seconds = measured(
         lambda: calibrate(model, jactus, batches, max_statistics_memory=limit, progress_bar=False)
     )

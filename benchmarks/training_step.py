@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _memory import peak_mib, reset_peak
+
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
 RANK = 16
 MEMORY_STEPS = 3
@@ -103,17 +105,12 @@ def step(model, optimizer, batch):
 
 def measure_memory(args):
     model, optimizer = load(args.methods[0], args)
-    whole = high_water_mark()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    whole = peak_mib()
+    reset_peak()
     for batch in batches(args, MEMORY_STEPS):
         step(model, optimizer, batch)
-    training = high_water_mark()
+    training = peak_mib()
     return {"peak_training_mib": training, "peak_process_mib": max(whole, training)}
-
-
-def high_water_mark():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def measure_time(args):

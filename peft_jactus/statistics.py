@@ -159,13 +159,13 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
             self.num_batches: int = json.loads(header["num_batches"])
             self._counts: list[int] = json.loads(header["num_tokens"])
             self._index: dict[str, list[int]] = json.loads(header["layers"])
-            self._row_fisher = {key for key in file.keys() if key.startswith(_ROW_FISHER)}  # noqa: SIM118  # not a mapping
+            self._keys = set(file.keys())
 
     def __getitem__(self, name: str) -> LayerStatistics:
         inputs, gradients = self._index[name]
         with self._opened() as file:
             key = _ROW_FISHER + name
-            row_fisher = file.get_tensor(key) if key in self._row_fisher else None
+            row_fisher = file.get_tensor(key) if key in self._keys else None
             return LayerStatistics(self._moment(file, inputs), self._moment(file, gradients), row_fisher)
 
     def __iter__(self) -> Iterator[str]:

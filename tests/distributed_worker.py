@@ -1,4 +1,4 @@
-"""What each process of `test_distributed.py` runs: ``python -m tests.distributed_worker FOLDER OPTIONS``."""
+"""What each process of `test_distributed.py` runs: ``python -m tests.distributed_worker FOLDER MODEL OPTIONS``."""
 
 import json
 import os

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from peft_jactus import CalibrationStatistics
 from peft_jactus import model as model_module
 from peft_jactus.distributed import share_out
+from peft_jactus.statistics import read_metadata
 from tests.distributed_worker import compressed, factors_of, losses_of_training
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +32,8 @@ def launch(world_size, folder, name, **options):
 
 def results_of(folder, world_size):
     for rank in range(world_size):
-        with safe_open(folder / f"{rank}.safetensors", framework="pt") as file:
-            yield json.loads(file.metadata()["ranks"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        path = folder / f"{rank}.safetensors"
+        yield json.loads(read_metadata(path)["ranks"]), load_file(path)
 
 
 @pytest.mark.parametrize(("name", "world_size"), [("bert", 2), ("llama", 2), ("llama", 4)])
@@ -48,10 +49,7 @@ def test_several_processes_give_the_ranks_and_factors_of_one(name, world_size, t
     assert len(set(expected_ranks.values())) > 1
     assert set(first[1]) == set(expected)
     for key, tensor in expected.items():
-        difference = (
-            torch.linalg.matrix_norm(first[1][key] - tensor, 2) if tensor.dim() == 2 else tensor.dist(first[1][key])
-        )
-        assert difference < PROJECTOR_TOLERANCE * max(1.0, float(tensor.norm())), key
+        assert tensor.dist(first[1][key]) < PROJECTOR_TOLERANCE, key
 
 
 def test_a_memory_limit_and_a_file_work_in_several_processes(tmp_path):
@@ -89,8 +87,7 @@ def test_training_in_two_processes_has_the_losses_of_one(wrapper, tmp_path):
     expected = losses_of_training(compressed("llama", slice(None)), slice(None))
     assert expected[0] > 1.05 * expected[-1]
     assert (process := launch(2, tmp_path, "llama", wrapper=wrapper)).returncode == 0, process.stderr
-    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
-        losses = json.loads(file.metadata()["losses"])
+    losses = json.loads(read_metadata(tmp_path / "0.safetensors")["losses"])
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
@@ -107,10 +104,7 @@ def test_ddp_is_told_to_leave_bases_alone_only_if_all_processes_have_the_same(el
 
 def test_layers_are_shared_out_evenly(monkeypatch):
     monkeypatch.setattr("peft_jactus.distributed.num_processes", lambda: 3)
-    owners = share_out({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 2.0, "f": 1.0})
-    assert list(owners) == list("abcdef")
-    loads = [
-        sum(cost for (name, cost) in zip("abcdef", (5, 4, 3, 3, 2, 1), strict=True) if owners[name] == i)
-        for i in range(3)
-    ]
-    assert loads == [6, 6, 6]
+    costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 2.0, "f": 1.0}
+    owners = share_out(costs)
+    assert list(owners) == list(costs)
+    assert [sum(costs[name] for name in costs if owners[name] == process) for process in range(3)] == [6, 6, 6]

@@ -198,14 +198,14 @@ class _Pass:
                 collector.collect(batch, self.compute_loss)
                 bar.update()
                 if path is not None and collector.num_batches % self.save_every == 0:
-                    collector.statistics().save(process_path(path), metadata={_COMPLETE: "false"})
+                    collector.statistics().save(_own_path(path), metadata={_COMPLETE: "false"})
         statistics = collector.checked_statistics()
         if path is not None:
             if process_index() == 0:
                 statistics.save(path, metadata={_COMPLETE: "true"})
             from_all(None)  # wait for it
-            if process_path(path) != path:
-                process_path(path).unlink(missing_ok=True)
+            if _own_path(path) != path:
+                _own_path(path).unlink(missing_ok=True)
         return statistics
 
 
@@ -221,7 +221,7 @@ class _SavedStatistics:
     complete: bool
 
 
-def process_path(path: Path) -> Path:
+def _own_path(path: Path) -> Path:
     """Return where this process keeps its own part of what will be at ``path``."""
     if num_processes() == 1:
         return path
@@ -235,7 +235,7 @@ def _read_statistics_file(path: Path | None, targets: Mapping[str, nn.Module]) -
     saved = _read_if_there(path, targets)
     if num_processes() == 1 or all(from_all(saved is not None and saved.complete)):
         return saved
-    return _read_if_there(process_path(path), targets)
+    return _read_if_there(_own_path(path), targets)
 
 
 def _read_if_there(path: Path, targets: Mapping[str, nn.Module]) -> _SavedStatistics | None:
