@@ -1,6 +1,7 @@
 """What a result depends on, written into every result file."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -33,8 +34,8 @@ def environment(device="cpu"):
 
 
 def write_result(path, result):
-    """Write a result file, whole or not at all."""
+    """Write a result file, whole or not at all; several processes may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(path)

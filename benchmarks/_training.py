@@ -1,5 +1,8 @@
 """One training run of the comparison: the same steps, batches, head and schedule for every method."""
 
+import copy
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,9 +26,9 @@ LAST_STAGE_SEED = 1000
 METRICS = ("accuracy", "matthews_correlation")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
-    """What is trained on what.
+    """What is trained on what; equal to itself only.
 
     Attributes:
         train: Rows to train on.
@@ -136,11 +139,20 @@ def run(case, workload, folder):
 
 def trained(case, workload, folder):
     """Train and score one case; return the model and its figures."""
-    set_seed(case.seed)
-    model = workload.make_model()
-    seconds = 0.0
     if case.first_epochs:
-        model, seconds = after_first_stage(model, case, workload, folder)
+        model, seconds = after_first_stage(
+            workload,
+            method=first_stage(case.method),
+            learning_rate=case.first_learning_rate,
+            epochs=case.epochs,
+            first_epochs=case.first_epochs,
+            seed=case.seed,
+        )
+        model = copy.deepcopy(model)
+        set_seed(case.seed)
+    else:
+        set_seed(case.seed)
+        model, seconds = workload.make_model(), 0.0
     model, figures = adapt(model, case, workload)
     trainer = make_trainer(
         model,
@@ -161,22 +173,26 @@ def trained(case, workload, folder):
     }
 
 
-def after_first_stage(model, case, workload, folder):
+@functools.lru_cache(maxsize=1)
+def after_first_stage(workload, *, method, learning_rate, epochs, first_epochs, seed):
     """Train the full-size stage; return the plain model with all that it learned, and the seconds.
 
-    Its schedule is that of the other methods, cut off.
+    Its schedule is that of the other methods, cut off. Several compressions of one task and seed start with it, so
+    that the last one is kept; change only a copy of it.
     """
-    model = full_size(model, first_stage(case.method), workload)
-    trainer = make_trainer(
-        model,
-        workload,
-        folder,
-        learning_rate=case.first_learning_rate,
-        epochs=case.first_epochs,
-        seed=case.seed,
-        end_rate=case.first_learning_rate * (1 - case.first_epochs / case.epochs),
-    )
-    seconds = trainer.train().metrics["train_runtime"]
+    set_seed(seed)
+    model = full_size(workload.make_model(), method, workload)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            model,
+            workload,
+            folder,
+            learning_rate=learning_rate,
+            epochs=first_epochs,
+            seed=seed,
+            end_rate=learning_rate * (1 - first_epochs / epochs),
+        )
+        seconds = trainer.train().metrics["train_runtime"]
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     return model, seconds

@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py learning-rates text        # on held-out training rows; writes learning_rates.json
     python benchmarks/compare.py run text                   # the table; --tasks, --methods, --seeds pick a part of it
-    python benchmarks/compare.py run text --part 0/2        # half of the cases, beside another process with --part 1/2
+    python benchmarks/compare.py run text --part 0/2        # half of it, beside another process with --part 1/2
     python benchmarks/compare.py report text                # text.md and text.png
 
 The kinds are text, vision and language. A case whose file exists is skipped, so that a run can be stopped, goes on
@@ -52,7 +52,7 @@ def parse_arguments():
     parser.add_argument("--methods", nargs="+", help="labels as in the table, for instance 'jactus pivoted 0.8'")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--rows", type=int, help="training rows of the table, at most")
-    parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th pair of task and seed, from the I-th")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each kind is made in it")
     return parser.parse_args()
 
@@ -102,10 +102,14 @@ def table_cases(args):
 
 def run(cases, args):
     part, parts = map(int, args.part.split("/"))
-    cases = [case for case in cases if args.methods is None or case.label in args.methods]
+    groups = {}  # the cases of a group start from the same data, and many from the same first stage
+    for case in cases:
+        if args.methods is None or case.label in args.methods:
+            groups.setdefault((case.seed, case.task), []).append(case)
+    cases = list(itertools.chain.from_iterable(list(groups.values())[part::parts]))
     module = importlib.import_module(f"_{args.kind}")
     load_workload = functools.lru_cache(maxsize=1)(functools.partial(module.load_workload, args.data_dir))
-    for case in tqdm(cases[part::parts], unit="case"):
+    for case in tqdm(cases, unit="case"):
         path = case.path(args.out / args.kind)
         if path.exists():
             continue

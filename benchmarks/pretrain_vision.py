@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from _pretraining import add_common_arguments, is_pretrained, train_and_save, training_arguments
-from _training import accuracy
+from _training import classification_metrics
 from _vision import SIZE, collate, load_images
 from datasets import load_dataset
 from torch.nn.functional import pad
@@ -81,7 +81,7 @@ def main():
         train_dataset=train,
         eval_dataset=test,
         data_collator=collate,
-        compute_metrics=accuracy,
+        compute_metrics=classification_metrics,
     )
     train_and_save(
         trainer,

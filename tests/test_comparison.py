@@ -1,5 +1,6 @@
 """The comparison of methods (benchmarks/), in miniature for each kind of model: so that the harness can't rot."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -106,3 +107,9 @@ def test_the_loss_right_after_compression_is_measured_for_each_decomposition(kin
     assert rows[0]["divergence"] == pytest.approx(0.0, abs=1e-6)
     table = run("compression_loss.py", "report", kind, "--out", tmp_path)
     assert table.count("| jactus |") == 2 * 3  # loss and divergence
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_imports(script, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module(script)
