@@ -23,7 +23,6 @@ Its peers are the same problem in the whole space and in another metric:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,7 +30,8 @@ import torch
 
 from peft_jactus.linalg import (
     cholesky_root,
-    leading_count,
+    leading_singular_subspaces,
+    singular_spectrum,
     to_decomposition_dtype,
     union_with_leading_eigenvectors,
 )
@@ -73,22 +73,21 @@ class DecompositionOptions:
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """A matrix ``left @ diag(singular_values) @ right.T`` in singular value form.
+    """A matrix ``left @ core @ right.T``.
 
     Attributes:
         left: ``(out, rank)``, orthonormal columns.
-        singular_values: ``(rank,)``, non-increasing.
+        core: ``(rank, rank)``.
         right: ``(in, rank)``, orthonormal columns.
     """
 
     left: Tensor
-    singular_values: Tensor
+    core: Tensor
     right: Tensor
 
     def dense(self) -> Tensor:
         """Return the product ``(out, in)``."""
-        dense: Tensor = (self.left * self.singular_values) @ self.right.mT
-        return dense
+        return self.left @ self.core @ self.right.mT
 
 
 @dataclass(frozen=True)
@@ -147,13 +146,17 @@ class ProjectedWeight:
 
     Attributes:
         core: The whitened weight ``K_g^T W K_x``, projected onto the whitened subspaces on both sides.
-        total_energy: ``|K_g^T W K_x|_F^2``, of which the singular values of ``core`` are the reachable part.
+        total_energy: ``|K_g^T W K_x|_F^2``, of which `gains` are the reachable part.
         max_rank: The largest rank inside the subspaces.
+        energies: Squared singular values of ``core``, non-increasing.
+        directions: Singular vectors of the shorter side of ``core``, in columns.
     """
 
     core: Tensor
     total_energy: float
     max_rank: int
+    energies: Tensor
+    directions: Tensor
     _left: _Side
     _right: _Side
 
@@ -161,19 +164,13 @@ class ProjectedWeight:
     def num_bytes(self) -> int:
         """Memory that it takes."""
         left, right = self._left, self._right
-        held = (self.core, left.root, left.inside, left.outside, right.root, right.inside, right.outside)
+        sides = (left.root, left.inside, left.outside, right.root, right.inside, right.outside)
+        held = (self.core, self.directions, *sides)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def gains(self) -> Tensor:
         """Return ``(max_rank,)``: drop of the squared weighted error by each further rank, non-increasing."""
-        singular_values: Tensor = torch.linalg.svdvals(self.core)
-        return singular_values[: self.max_rank].square()
-
-    @functools.cached_property
-    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The singular value decomposition of `core`, for as many ranks as are asked for."""
-        p, sigma, zh = torch.linalg.svd(self.core, full_matrices=False)
-        return p, sigma, zh
+        return self.energies[: self.max_rank]
 
     def terms(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return rank-one terms in order: the sum of the first k is the best approximation of rank k, for every k.
@@ -185,23 +182,33 @@ class ProjectedWeight:
             ``left`` ``(out, rank)`` and ``right`` ``(in, rank)``; term i is ``left[:, i] right[:, i]^T``. Their
             columns are orthogonal in the metric, not as they stand.
         """
-        rank = min(rank, self.max_rank)
-        p, sigma, zh = self._svd
-        scale = sigma[:rank].sqrt()
-        left = self._left.unwhiten(p[:, :rank] * scale)  # (out, rank)
-        right = self._right.unwhiten(zh[:rank].mT * scale)  # (in, rank)
-        return left, right
+        left, right = self._whitened_terms(rank)
+        # Both of the length s^1/2, s the singular value; that of one side is one.
+        scale = (torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=0)).sqrt()
+        scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        left_scale, right_scale = (scale, 1 / scale) if self._short_side_is_left else (1 / scale, scale)
+        return self._left.unwhiten(left * left_scale), self._right.unwhiten(right * right_scale)
 
     def truncate(self, rank: int) -> LowRankFactors:
-        """Return the best approximation of at most ``rank``, as a singular value decomposition of its own.
+        """Return the best approximation of at most ``rank``, between orthonormal bases.
 
         The squared weighted error is ``total_energy`` less the first ``rank`` gains.
         """
-        left, right = self.terms(rank)
-        left_basis, left_triangle = torch.linalg.qr(left)
-        right_basis, right_triangle = torch.linalg.qr(right)
-        u, singular_values, vh = torch.linalg.svd(left_triangle @ right_triangle.mT)  # (rank, rank)
-        return LowRankFactors(left_basis @ u, singular_values, right_basis @ vh.mT)
+        left, right = self._whitened_terms(rank)
+        left_basis, left_triangle = torch.linalg.qr(self._left.unwhiten(left))
+        right_basis, right_triangle = torch.linalg.qr(self._right.unwhiten(right))
+        return LowRankFactors(left_basis, left_triangle @ right_triangle.mT, right_basis)
+
+    @property
+    def _short_side_is_left(self) -> bool:
+        return self.core.shape[0] <= self.core.shape[1]
+
+    def _whitened_terms(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the leading directions of the shorter side, and the core in them: their product is ``core_r``."""
+        directions = self.directions[:, : min(rank, self.max_rank)]
+        if self._short_side_is_left:
+            return directions, self.core.mT @ directions
+        return self.core @ directions, directions
 
 
 def project(
@@ -232,7 +239,9 @@ def project(
         weight.shape[0] if left is None else left.dimension,
         weight.shape[1] if right is None else right.dimension,
     )
-    return ProjectedWeight(core, float(whitened.square().sum()), max_rank, left_side, right_side)
+    energies, directions = singular_spectrum(core)
+    total_energy = float(whitened.square().sum())
+    return ProjectedWeight(core, total_energy, max_rank, energies, directions, left_side, right_side)
 
 
 def regularized_covariance(moment: SecondMoment, *, shrinkage: float | str, damping: float) -> Tensor:
@@ -284,10 +293,9 @@ def project_weight(
     gradient_root, input_root = _roots(statistics, options)
     if options.decomposition != "jactus":
         return project(weight, gradient_root=gradient_root, input_root=input_root)
-    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-    k_weight = max(1, leading_count(sigma.square(), options.weight_energy))  # a zero weight has rank one, too
-    left = union_with_leading_eigenvectors(u[:, :k_weight], statistics.gradient.covariance, options.gradient_energy)
-    right = union_with_leading_eigenvectors(vh[:k_weight].mT, statistics.input.covariance, options.input_energy)
+    own_left, own_right = leading_singular_subspaces(weight, options.weight_energy)
+    left = union_with_leading_eigenvectors(own_left, statistics.gradient.covariance, options.gradient_energy)
+    right = union_with_leading_eigenvectors(own_right, statistics.input.covariance, options.input_energy)
     return project(weight, gradient_root=gradient_root, input_root=input_root, left=left, right=right)
 
 

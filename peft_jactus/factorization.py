@@ -213,7 +213,7 @@ def factorize(
             bias = bias + error @ statistics.input.mean.to(error.device)
     left, from_left = interpolative_basis(factors.left)
     right, from_right = interpolative_basis(factors.right)
-    return LayerFactors(left, (from_left * factors.singular_values) @ from_right.mT, right, bias)
+    return LayerFactors(left, from_left @ factors.core @ from_right.mT, right, bias)
 
 
 def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *, bias: bool) -> LayerFactors:

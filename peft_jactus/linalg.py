@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 _MAX_RELATIVE_JITTER = 1e-4
 # Eigenvectors that were computed in float32 leave residuals of its rounding inside any subspace that holds them.
 _FLOAT32_RTOL = torch.finfo(torch.float32).eps ** 0.5
+# A sketch has an eighth of the dimension, 64 at least: its products cost a fraction of an eigendecomposition.
+_SKETCH_SHARE = 8
+_MIN_SKETCH = 64
+# How much more than allowed the sketch may miss after each iteration, so that a hopeless one is given up early.
+_SKETCH_MISSES = (4, 2, 1)
 
 
 class NumericalWarning(UserWarning):
@@ -50,6 +55,38 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)
 
 
+def singular_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return squared singular values and the singular vectors of the shorter side, from its Gram matrix.
+
+    Several times as fast as a singular value decomposition. Energies are accurate to rounding of the largest one, and
+    so is the energy that the leading vectors hold; single vectors whose energies are closer than that are mixed.
+
+    Args:
+        matrix: ``(out, in)``, float64.
+
+    Returns:
+        Energies ``(dim,)``, non-increasing, ``dim = min(out, in)``, and orthonormal columns ``(dim, dim)``: the left
+        singular vectors if ``out <= in``, the right ones otherwise.
+    """
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    return eigh_descending(short @ short.mT)
+
+
+def leading_singular_subspaces(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
+    """Return orthonormal bases ``(out, k)`` and ``(in, k)`` of the leading singular vectors that hold ``energy``.
+
+    Args:
+        matrix: ``(out, in)``, float64.
+        energy: Share of the sum of squared singular values, in [0, 1]; one direction at least.
+    """
+    energies, vectors = singular_spectrum(matrix)
+    count = max(1, leading_count(energies, energy))  # a zero matrix has rank one, too
+    short = vectors[:, :count]
+    if matrix.shape[0] <= matrix.shape[1]:
+        return short, torch.linalg.qr(matrix.mT @ short).Q
+    return torch.linalg.qr(matrix @ short).Q, short
+
+
 def cholesky_root(matrix: Tensor) -> Tensor:
     """Return a lower-triangular ``K`` with ``K K^T = matrix``.
 
@@ -62,8 +99,7 @@ def cholesky_root(matrix: Tensor) -> Tensor:
     Raises:
         ValueError: If the matrix is not positive definite even with a jitter of 1e-4 of its mean diagonal.
     """
-    matrix = to_decomposition_dtype(matrix)
-    matrix = (matrix + matrix.mT) / 2
+    matrix = to_decomposition_dtype(matrix)  # of which only the lower triangle is read
     scale = float(matrix.diagonal().mean())
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
@@ -185,20 +221,59 @@ def union_with_leading_eigenvectors(basis: Tensor, covariance: Tensor, energy: f
     Returns:
         The union; ``None`` if it is the whole space.
     """
-    eigenvalues, eigenvectors = eigh_descending((covariance / covariance.diagonal().mean()).float())
-    count = leading_count(eigenvalues.double(), energy)
     dim = basis.shape[0]
-    if 2 * count <= dim:
-        union = subspace_union([basis, _orthonormalized(eigenvectors[:, :count])], rtol=_FLOAT32_RTOL)
+    covariance = (covariance / covariance.diagonal().mean()).float()
+    leading = few_leading_eigenvectors(covariance, energy)
+    if leading is None:
+        eigenvalues, eigenvectors = eigh_descending(covariance)
+        count = leading_count(eigenvalues.double(), energy)
+        leading = eigenvectors[:, :count]
+    if 2 * leading.shape[1] <= dim:
+        union = subspace_union([basis, _orthonormalized(leading)], rtol=_FLOAT32_RTOL)
         return None if union.shape[1] == dim else Subspace(basis=union)
     # Orthogonal to both is what the trailing eigenvectors span, orthogonal to the basis: a smaller problem.
     trailing = _orthonormalized(eigenvectors[:, count:])  # (dim, dim - count)
-    _, overlaps, vh = torch.linalg.svd(basis.mT @ trailing)  # vh: (dim - count, dim - count)
-    rank = int((overlaps > _FLOAT32_RTOL).sum())
-    complement = trailing @ vh[rank:].mT  # (dim, dim - k)
+    overlaps = basis.mT @ trailing
+    squared_overlaps, directions = eigh_descending(overlaps.mT @ overlaps)  # (dim - count, dim - count)
+    rank = int((squared_overlaps > _FLOAT32_RTOL**2).sum())
+    complement = trailing @ directions[:, rank:]  # (dim, dim - k)
     if complement.shape[1] == 0:
         return None
     return Subspace(complement=complement)
+
+
+def few_leading_eigenvectors(covariance: Tensor, energy: float) -> Tensor | None:
+    """Return leading eigenvectors by randomised subspace iteration, if they are few against the dimension.
+
+    What is returned holds ``energy`` of the trace; that is measured, not estimated. It may take a few more vectors
+    than the eigenvectors themselves.
+
+    Args:
+        covariance: ``(dim, dim)``, positive semi-definite.
+        energy: Share of the trace, in [0, 1].
+
+    Returns:
+        ``(dim, k)`` with orthonormal columns up to the rounding of ``covariance``'s dtype; ``None`` where an
+        eigendecomposition costs less or is needed.
+
+    References:
+        Halko, Martinsson & Tropp, SIAM Review 53, 2011, algorithms 4.4 and 5.3.
+    """
+    dim = covariance.shape[0]
+    size = dim // _SKETCH_SHARE
+    if size < _MIN_SKETCH or not 0 < energy < 1:
+        return None
+    missing = (1 - energy) * covariance.diagonal().sum()
+    generator = torch.Generator().manual_seed(0)  # the same in every process
+    basis = torch.randn(dim, size, generator=generator, dtype=covariance.dtype).to(covariance.device)
+    for allowed in _SKETCH_MISSES:
+        basis = torch.linalg.qr(covariance @ basis).Q
+        product = covariance @ basis
+        if covariance.diagonal().sum() - (basis * product).sum() > allowed * missing:
+            return None
+    ritz_values, rotation = eigh_descending(basis.mT @ product)
+    count = int((ritz_values.cumsum(0) < energy * covariance.diagonal().sum()).sum()) + 1
+    return basis @ rotation[:, :count]
 
 
 def _orthonormalized(vectors: Tensor) -> Tensor:

@@ -123,9 +123,9 @@ class SecondMoment:
             Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
             J. Multivariate Analysis 88, 2004, with the mean taken as known (zero).
         """
-        covariance = self.covariance
-        mu = covariance.diagonal().mean()
-        squared_norm = covariance.square().sum()
+        outer_sum = to_decomposition_dtype(self.outer_sum)
+        mu = outer_sum.diagonal().mean() / self.num_tokens
+        squared_norm = (torch.linalg.vector_norm(outer_sum) / self.num_tokens).square()
         spread = squared_norm - self.dim * mu.square()  # = |C - mu I|_F^2
         if not spread > 0:  # a multiple of the identity is its own target
             return 1.0

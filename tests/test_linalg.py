@@ -9,7 +9,10 @@ from peft_jactus.linalg import (
     NumericalWarning,
     Subspace,
     cholesky_root,
+    few_leading_eigenvectors,
     leading_count,
+    leading_singular_subspaces,
+    singular_spectrum,
     subspace_union,
     union_with_leading_eigenvectors,
 )
@@ -163,6 +166,88 @@ def test_union_with_eigenvectors_does_not_depend_on_the_scale_of_the_covariance(
 def test_subspace_knows_its_dimension_from_basis_or_complement():
     assert Subspace(basis=torch.eye(5)[:, :2]).dimension == 2
     assert Subspace(complement=torch.eye(5)[:, :2]).dimension == 3
+
+
+# -- few_leading_eigenvectors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [512, 700])
+@pytest.mark.parametrize(
+    ("spectrum", "energy"),
+    [
+        (lambda i: 0.9**i, 0.99),
+        (lambda i: 1.0 / (1 + i) ** 2, 0.95),
+        (lambda i: 100.0 * (i < 3) + 0.9**i, 0.99),
+        (lambda i: 1.0 * (i < 5), 0.9),
+    ],
+)
+def test_few_eigenvectors_hold_the_energy_and_are_hardly_more_than_needed(dim, spectrum, energy):
+    C, eigenvalues = covariance_with(spectrum, dim)
+    found = few_leading_eigenvectors(C.float(), energy).double()
+    torch.testing.assert_close(found.mT @ found, torch.eye(found.shape[1]).double(), rtol=0, atol=FLOAT32_EIGENVECTORS)
+    assert float((found.mT @ C @ found).trace() / C.trace()) >= energy - FLOAT32_EIGENVECTORS
+    needed = leading_count(eigenvalues, energy)
+    assert needed <= found.shape[1] <= 1.1 * needed + 1
+
+
+@pytest.mark.parametrize("dim", [512, 700])
+def test_many_eigenvectors_are_left_to_an_eigendecomposition(dim):
+    C, _ = covariance_with(lambda i: 1.0 / (1 + i), dim)
+    assert few_leading_eigenvectors(C.float(), 0.99) is None
+    small, _ = covariance_with(lambda i: 0.5**i, 100)
+    assert few_leading_eigenvectors(small.float(), 0.9) is None
+
+
+@pytest.mark.parametrize("energy", [0.0, 1.0])
+def test_none_and_all_of_the_energy_are_left_to_an_eigendecomposition(energy):
+    C, _ = covariance_with(lambda i: 0.5**i, 512)
+    assert few_leading_eigenvectors(C.float(), energy) is None
+
+
+def test_the_union_is_the_same_with_few_eigenvectors():
+    C, _ = covariance_with(lambda i: 0.01 ** (i // 4), 512)  # gaps after every fourth
+    basis = random_orthonormal(1, 512, 20)
+    union = union_with_leading_eigenvectors(basis, C, 0.999)
+    leading = torch.linalg.eigh(C).eigenvectors[:, -8:]
+    expected = oracles.span_projector(torch.cat([basis, leading], dim=1))
+    torch.testing.assert_close(projector(union.basis), expected, rtol=0, atol=FLOAT32_EIGENVECTORS)
+
+
+def covariance_with(spectrum, dim):
+    """A covariance of random eigenvectors, and its eigenvalues ``spectrum(i)``."""
+    eigenvalues = spectrum(torch.arange(dim, dtype=torch.float64))
+    V = random_orthonormal(0, dim, dim)
+    return (V * eigenvalues) @ V.mT, eigenvalues
+
+
+# -- singular_spectrum, leading_singular_subspaces --------------------------------------------------------
+
+
+@given(out_features=dims, in_features=dims, seed=seeds)
+def test_the_spectrum_is_that_of_a_singular_value_decomposition(out_features, in_features, seed):
+    W = randn(seed, out_features, in_features)
+    energies, vectors = singular_spectrum(W)
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    tolerance = ORTHONORMAL * float(sigma[0] ** 2)
+    torch.testing.assert_close(energies, sigma.square(), rtol=0, atol=tolerance)
+    short = U if out_features <= in_features else Vh.mT
+    assert_orthonormal(vectors)
+    torch.testing.assert_close(
+        (vectors * energies) @ vectors.mT, (short * sigma**2) @ short.mT, rtol=0, atol=tolerance
+    )
+
+
+@given(out_features=dims, in_features=dims, seed=seeds, energy=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_leading_subspaces_are_orthonormal_and_hold_the_energy_on_both_sides(out_features, in_features, seed, energy):
+    W = randn(seed, out_features, in_features)
+    left, right = leading_singular_subspaces(W, energy)
+    sigma = torch.linalg.svdvals(W)
+    assert left.shape[1] == right.shape[1] == max(1, leading_count(sigma.square(), energy))
+    assert_orthonormal(left)
+    assert_orthonormal(right)
+    expected = float(sigma[: left.shape[1]].square().sum())
+    for held in (left.mT @ W, W @ right, left.mT @ W @ right):
+        assert float(held.square().sum()) == pytest.approx(expected, rel=1e-9)
 
 
 # -- cholesky_root ----------------------------------------------------------------------------------------
