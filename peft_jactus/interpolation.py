@@ -178,8 +178,9 @@ def _exchange_rows_(order: Tensor, coefficients: Tensor, rank: int) -> None:
 def _largest_entry(matrix: Tensor) -> tuple[int, int]:
     """Return row and column of the largest absolute value."""
     # On CPUs aminmax takes a tenth of the time of argmax: first the block of rows, then the place in it.
-    blocks = matrix.split(-(-matrix.shape[0] // _NUM_BLOCKS))
+    blocks = torch.split(matrix, -(-matrix.shape[0] // _NUM_BLOCKS))
     extremes = torch.stack([torch.stack(torch.aminmax(block)) for block in blocks])  # (blocks, 2)
     number = int(extremes.abs().amax(1).argmax())
     row, column = divmod(int(blocks[number].abs().argmax()), matrix.shape[1])
-    return row + number * blocks[0].shape[0], column
+    first_row: int = number * blocks[0].shape[0]
+    return first_row + row, column

@@ -61,7 +61,7 @@ class JactusLayer(BaseTunerLayer):
     ``jactus_left_order`` and ``jactus_right_order`` say of which features (`interpolation.InterpolativeBasis`).
 
     All but the core are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is the
-    only parameter.
+    only parameter, until `hold_bases_as_parameters` is called.
     """
 
     adapter_layer_names = ("jactus_core",)
@@ -157,7 +157,18 @@ class JactusLayer(BaseTunerLayer):
         return tensor_shapes(self.out_features, self.in_features, rank, bias=self.has_bias)
 
     def _set_tensor(self, name: str, adapter_name: str, tensor: Tensor) -> None:
-        getattr(self, name)[adapter_name] = nn.Parameter(tensor) if name == "jactus_core" else tensor
+        held = getattr(self, name)
+        if isinstance(held, nn.ParameterDict):
+            tensor = nn.Parameter(tensor, requires_grad=name == "jactus_core")
+        held[adapter_name] = tensor
+
+    def hold_bases_as_parameters(self) -> None:
+        """Turn the coefficients of the bases into parameters that do not train, where there are any."""
+        for name in ("jactus_left", "jactus_right"):
+            tensors = dict(getattr(self, name).items())
+            if all(tensor.numel() for tensor in tensors.values()):  # ZeRO-3 fails on a parameter without elements
+                frozen = {adapter: nn.Parameter(tensor, requires_grad=False) for adapter, tensor in tensors.items()}
+                setattr(self, name, nn.ParameterDict(frozen))
 
     def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """Return the adapter's tensors by the names of `TENSOR_NAMES`; a layer without bias lacks one."""

@@ -228,6 +228,17 @@ class JactusModel(BaseTuner):
 
     # -- training in several processes -----------------------------------------------------------------------
 
+    def make_shardable(self) -> None:
+        """Let FSDP2 and DeepSpeed ZeRO-3 shard the frozen bases, too; call it before training is prepared.
+
+        They shard parameters, and keep buffers whole in every process. The bases are buffers, because PEFT takes
+        parameters of an adapter for what it trains; here they become parameters that do not train. Outputs,
+        checkpoints and what trains stay the same; `print_trainable_parameters` then counts the bases, too.
+        """
+        for layer in self.modules():
+            if isinstance(layer, JactusLayer):
+                layer.hold_bases_as_parameters()
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel, which asks for this name, need not send before each forward pass.

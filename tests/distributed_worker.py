@@ -1,5 +1,6 @@
 """What each process of `test_distributed.py` runs: ``python -m tests.distributed_worker FOLDER MODEL OPTIONS``."""
 
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from peft_jactus.distributed import from_all, num_processes
 from peft_jactus.layer import JactusLayer
 from tests.compressed_models import batches_for, tiny_bert, tiny_llama
 
+LEARNING_RATE = 1e-2
 MODELS = {"bert": (tiny_bert, "SEQ_CLS"), "llama": (tiny_llama, "CAUSAL_LM")}
 
 
@@ -59,17 +61,26 @@ def factors_of(model):
     return ranks, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def losses_of_training(model, share, *, wrap=lambda model: model, num_steps=8):
     """Train on the rows ``share`` of a batch, with mean gradients over processes; return the mean losses."""
     (batch,) = batches_for(model.get_base_model(), num_batches=1)
-    model = wrap(model.train())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model = wrap(model.float().train())
+    has_optimizer = hasattr(model, "step")  # DeepSpeed's engine
+    optimizer = None if has_optimizer else torch.optim.AdamW(trainable(model), lr=LEARNING_RATE, weight_decay=0.0)
     losses = []
     for _ in range(num_steps):
         loss = model(**{name: tensor[share] for name, tensor in batch.items()}).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if has_optimizer:
+            model.backward(loss)
+            model.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(sum(from_all(loss.item())) / num_processes())
     return losses
 
@@ -82,14 +93,46 @@ def in_ddp(model):
 
 
 def in_fsdp(model):
+    model.make_shardable()
     mesh = init_device_mesh("cpu", (num_processes(),))
     for layer in model.modules():
         if isinstance(layer, LlamaDecoderLayer):
             fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    wrapped = fully_shard(model, mesh=mesh)
+    assert sum(p.to_local().numel() for p in bases_of(wrapped)) < 0.6 * sum(p.numel() for p in bases_of(wrapped))
+    return wrapped
 
 
-WRAPPERS = {"ddp": in_ddp, "fsdp": in_fsdp}
+def in_zero(model, *, stage):
+    import deepspeed
+
+    model.make_shardable()
+    wrapped, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=trainable(model),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True}},
+        },
+    )
+    if stage == 3:
+        assert sum(p.ds_tensor.numel() for p in bases_of(model)) < 0.6 * sum(p.ds_numel for p in bases_of(model))
+    return wrapped
+
+
+def bases_of(model):
+    found = [p for name, p in model.named_parameters() if "jactus_left" in name or "jactus_right" in name]
+    assert found
+    return found
+
+
+WRAPPERS = {
+    "ddp": in_ddp,
+    "fsdp": in_fsdp,
+    "zero2": functools.partial(in_zero, stage=2),
+    "zero3": functools.partial(in_zero, stage=3),
+}
 
 
 def main(folder, name, options):
