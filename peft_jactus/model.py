@@ -27,12 +27,14 @@ from peft_jactus.layer import (
 from peft_jactus.targeting import (
     DEFAULT_TARGET_MODULES,
     check_supported,
+    dense_weight,
+    loaded,
     match_ranks,
     targeted_modules,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from peft import PeftConfig
     from torch import Tensor
@@ -152,25 +154,26 @@ class JactusModel(BaseTuner):
         del parameter_name  # PEFT's, for experts held in one parameter
         assert isinstance(peft_config, JactusConfig)
         check_supported(current_key, target, parent)
-        rank = self._rank_of(peft_config, current_key, target)
-        factors = None
-        if not peft_config.from_checkpoint:
-            factors = self._factors_of(peft_config, current_key, target, rank)
-            rank = peft_config.layer_ranks[current_key] = factors.rank
-            if self._factorizing_bar is not None:
-                self._factorizing_bar.update()
-        layer: JactusLayer
-        if isinstance(target, JactusLayer):
-            layer = target
-            layer.update_layer(adapter_name, rank, factors=factors)
-        else:
-            layer = linear = Linear(target, current_key, adapter_name, r=rank, factors=factors)
-            if adapter_name not in self.active_adapters:
-                linear.requires_grad_(False)
-            self._replace_module(parent, target_name, linear, target)
-        if self._nobody_needs_base_weight(current_key):
-            # Only now: _replace_module reads the device of the dense weight.
-            layer.free_base_weights()
+        with loaded(target):
+            rank = self._rank_of(peft_config, current_key, target)
+            factors = None
+            if not peft_config.from_checkpoint:
+                factors = self._factors_of(peft_config, current_key, target, rank)
+                rank = peft_config.layer_ranks[current_key] = factors.rank
+                if self._factorizing_bar is not None:
+                    self._factorizing_bar.update()
+            layer: JactusLayer
+            if isinstance(target, JactusLayer):
+                layer = target
+                layer.update_layer(adapter_name, rank, factors=factors)
+            else:
+                layer = linear = Linear(target, current_key, adapter_name, r=rank, factors=factors)
+                if adapter_name not in self.active_adapters:
+                    linear.requires_grad_(False)
+                self._replace_module(parent, target_name, linear, target)
+            if self._nobody_needs_base_weight(current_key):
+                # Only now: _replace_module reads the device of the dense weight.
+                layer.free_base_weights()
 
     def _nobody_needs_base_weight(self, name: str) -> bool:
         """Whether no adapter asked to keep the dense weights, or leaves this layer alone."""
@@ -189,7 +192,7 @@ class JactusModel(BaseTuner):
                 "made for another model, or adapter_config.json was edited."
             )
         # PEFT can pick modules by the keys of a state dict, which `target_modules` then need not match.
-        out_features, in_features = layer_weight_and_bias(target)[0].shape
+        out_features, in_features = dense_weight(target).shape
         return uniform_rank(config.retained_ratio, out_features, in_features, config.storage)
 
     def _factors_of(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
@@ -202,7 +205,8 @@ class JactusModel(BaseTuner):
 
     @torch.no_grad()
     def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
-        weight, bias = layer_weight_and_bias(target)
+        with loaded(target):
+            weight, bias = layer_weight_and_bias(target)
         statistics = None if config.statistics is None else config.statistics.get(name)
         projected = None if self._prepared is None else self._prepared.projections.pop(name, None)
         factors = factorize(weight, bias, statistics, rank, config.factorization_options(), projected=projected)
@@ -341,12 +345,16 @@ def _digest(tensor: Tensor) -> float:
 
 def _share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return which process factorizes which layer; the time grows with the cube of its sides."""
-    shapes = {name: layer_weight_and_bias(module)[0].shape for name, module in targets.items()}
+    shapes = {name: dense_weight(module).shape for name, module in targets.items()}
     return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
 
 
-def _weight_getter(module: nn.Module) -> Any:
-    return lambda: layer_weight_and_bias(module)[0]
+def _weight_getter(module: nn.Module) -> Callable[[], Tensor]:
+    def get() -> Tensor:
+        with loaded(module):
+            return dense_weight(module)
+
+    return get
 
 
 def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:

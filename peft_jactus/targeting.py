@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import TYPE_CHECKING
 
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
@@ -93,10 +95,10 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
                 f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, "
                 "and quantize the result; or add the name to `exclude_modules`."
             )
-        if module.weight.device.type == "meta":
+        if module.weight.is_meta and not has_offloaded_params(module):
             raise TypeError(
-                f"{name} has no weight in memory (device 'meta': offloaded, or never loaded). Load the model onto CPU "
-                "or GPU."
+                f"{name} has no weight in memory (device 'meta'). Load the model with its weights; an adapter only "
+                "loads onto a model without offloaded layers."
             )
         return
     raise TypeError(
@@ -106,11 +108,26 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a Linear or Conv1D, adapted or not, as ``(out, in)``, detached."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    """Return the weight of a Linear or Conv1D, adapted or not, as ``(out, in)``, detached.
+
+    That of an offloaded layer has values in `loaded` only.
+    """
+    module = _base(module)
     weight: Tensor = module.weight.detach()  # type: ignore[operator]  # checked by check_supported
     return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a layer that accelerate has offloaded has its weight on the device that it runs on."""
+    module = _base(module)
+    if has_offloaded_params(module) and dense_weight(module).is_meta:
+        context: contextlib.AbstractContextManager[None] = align_module_device(module)
+        return context
+    return contextlib.nullcontext()
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def match_ranks(names: Iterable[str], rank_pattern: dict[str, int]) -> dict[str, int]:

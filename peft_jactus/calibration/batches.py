@@ -21,7 +21,9 @@ def to_model_device(batch: Batch, model: nn.Module) -> Batch:
         raise TypeError(
             f"`batches` must yield mappings of keyword arguments for the model; got a {type(batch).__name__}."
         )
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    # What is offloaded says nothing; accelerate then moves inputs to where they are used.
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = next(devices, torch.device("cpu"))
     moved: Batch = send_to_device(dict(batch), device)
     return moved
 

@@ -18,7 +18,7 @@ from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
 from peft_jactus.distributed import summed
 from peft_jactus.moments import LayerStatistics, SecondMoment
 from peft_jactus.statistics import CalibrationStatistics
-from peft_jactus.targeting import dense_weight
+from peft_jactus.targeting import dense_weight, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -226,7 +226,8 @@ def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
 
 def _unreached(module: nn.Module, *, row_fisher: bool) -> LayerStatistics:
     """Return the statistics of a module that saw no token: another part of the data may use it."""
-    weight = dense_weight(module)
+    with loaded(module):
+        weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
     return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.vector_sum) if row_fisher else None)
