@@ -65,9 +65,9 @@ class _CoreProduct(torch.autograd.Function):
         gradient_z = left_basis.project(gradient).to(core.dtype)  # (rows, rank)
         gradient_x = gradient_core = None
         if ctx.needs_input_grad[1]:
-            gradient_core = (gradient_z.mT @ h) / left_scale / right_scale
+            gradient_core = (gradient_z.mT @ h).div_(left_scale).div_(right_scale)
         if ctx.needs_input_grad[0]:
-            gradient_h = (gradient_z @ (core / left_scale / right_scale)).to(right.dtype)
+            gradient_h = (gradient_z @ (core / left_scale).div_(right_scale)).to(right.dtype)
             gradient_x = right_basis.expand(gradient_h)  # (rows, in)
         return gradient_x, gradient_core, None, None, None, None, None
 
