@@ -113,6 +113,8 @@ training = TrainingArguments(
     dataloader_pin_memory=state.device.type == "cuda",
 )
 trainer = Trainer(model=model, args=training, train_dataset=rows, data_collator=default_data_collator)
+if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    model.make_shardable()
 trainer.train(resume_from_checkpoint=checkpoint)
 trainer.save_model(args.output_dir / "adapter")
 if state.is_main_process:

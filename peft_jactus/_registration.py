@@ -70,7 +70,7 @@ def _counting_frozen_bases(
     def get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
         trainable, total = count(self)
         if isinstance(self.base_model, JactusModel):
-            total += self.base_model.num_frozen_parameters()
+            total += self.base_model.num_in_buffers()
         return trainable, total
 
     return get_nb_trainable_parameters

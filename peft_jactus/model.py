@@ -237,7 +237,7 @@ class JactusModel(BaseTuner):
 
         They shard parameters, and keep buffers whole in every process. The bases are buffers, because PEFT takes
         parameters of an adapter for what it trains; here they become parameters that do not train. Outputs,
-        checkpoints and what trains stay the same; `print_trainable_parameters` then counts the bases, too.
+        checkpoints, what trains and what is counted stay the same.
         """
         for layer in self.modules():
             if isinstance(layer, JactusLayer):
@@ -326,14 +326,14 @@ class JactusModel(BaseTuner):
     def _base_weights_freed(self) -> bool:
         return any(layer.base_weights_freed for layer in self._layers())
 
-    def num_frozen_parameters(self) -> int:
-        """Return how many numbers the frozen bases and biases of all adapters hold; PEFT counts cores only."""
+    def num_in_buffers(self) -> int:
+        """Return how many numbers all adapters hold in buffers; PEFT counts parameters only."""
         return sum(
             tensor.numel()
             for layer in self._layers()
             for adapter_name in layer.r
-            for name, tensor in layer.adapter_tensors(adapter_name).items()
-            if name != "jactus_core" and tensor.is_floating_point()
+            for tensor in layer.adapter_tensors(adapter_name).values()
+            if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         )
 
 

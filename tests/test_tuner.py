@@ -80,6 +80,34 @@ def test_printed_totals_count_the_frozen_bases():
 
 
 @pytest.mark.parametrize("build", BUILDERS)
+def test_bases_held_as_parameters_change_nothing_that_a_user_sees(build, tmp_path):
+    model = compressed(build())
+    (batch,) = batches_for(model.get_base_model(), num_batches=1)
+    buffers = {name for name, _ in model.named_buffers() if "jactus_left" in name}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    counted, state = model.get_nb_trainable_parameters(), model.state_dict()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.make_shardable()
+    model.make_shardable()  # twice is as good as once
+    parameters = dict(model.named_parameters())
+    assert {name for name in buffers if name in parameters and parameters[name].numel()}
+    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == trainable
+    assert model.get_nb_trainable_parameters() == counted
+    assert list(model.state_dict()) == list(state)
+    assert torch.equal(model(**batch).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, expected, **FLOAT32_REORDERED)
+    model.set_adapter("default")
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, expected, **FLOAT32_REORDERED)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("keep_base_weights", [False, True])
 def test_merge_and_unload_gives_plain_dense_modules(build, keep_base_weights):
     model = compressed(build(), keep_base_weights=keep_base_weights)
