@@ -1,6 +1,7 @@
 """Time and peak memory of calibration, compression and a training step against the depth and the width of a model.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --report     # scale.md from scale.json: tables, and the way to larger models
 
 Llamas of random weights, in a fresh process each. Memory: the peak of the process, less what it holds once the model
 is loaded (weights and libraries). Depth: with and without a limit on the statistics; the width is such that six blocks
@@ -17,10 +18,18 @@ import sys
 import time
 from pathlib import Path
 
+from _extrapolation import LLAMAS, Llama
 from _memory import peak_mib, reset_peak, resident_mib
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 NUM_BATCHES = 4
+# For the way to larger models. The speeds of a GPU are of the order that large products reach on an H100; an
+# eigendecomposition reaches much less.
+CALIBRATION_TOKENS = 128 * 2048
+RETAINED_RATIO = 0.8
+GPU_MODEL = 3e14
+GPU_FLOAT32 = 3e13
+GPU_FLOAT64 = 2e12
 VOCABULARY = 1000
 
 
@@ -33,6 +42,7 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="from the result file alone")
     parser.add_argument("--measure", type=json.loads, help="used internally")
     return parser.parse_args()
 
@@ -125,10 +135,80 @@ def exponents(rows):
     }
 
 
+def write_report(path):
+    """Write and return the tables, next to the result file."""
+    result = json.loads(path.read_text())
+    lines = ["Memory beyond the loaded model (MiB) and time (s), against depth:", ""]
+    lines += table(result["by_depth"], ("depth", "width", "limit"))
+    lines += ["", "Against width:", "", *table(result["by_width"], ("width", "depth"))]
+    lines += ["", "Growth of the times with the width, between neighbours:", ""]
+    lines += [
+        f"- {name}: {', '.join(f'{value:.2f}' for value in found)}" for name, found in result["exponents"].items()
+    ]
+    lines += ["", *extrapolation(result)]
+    text = "\n".join(lines) + "\n"
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+def table(rows, keys):
+    figures = [name for name in rows[0] if name.endswith(("_mib", "_seconds"))]
+    yield "| " + " | ".join((*keys, *(name.replace("_", " ") for name in figures))) + " |"
+    yield "|---" * (len(keys) + len(figures)) + "|"
+    for row in rows:
+        cells = [str(row[key]) for key in keys]
+        cells += [f"{row[name]:.0f}" if name.endswith("_mib") else f"{row[name]:.2f}" for name in figures]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def extrapolation(result):
+    """Yield a table of larger models: what is counted, over the speed of the widest model that was measured."""
+    widest = result["by_width"][-1]
+    measured = Llama("", widest["width"], widest["width"] * 8 // 3, widest["width"], widest["depth"])
+    tokens = NUM_BATCHES * result["batch_size"] * result["length"]
+    calibration_flops = measured.model_flops(tokens) + measured.covariance_flops(tokens)
+    calibration_speed = calibration_flops / widest["calibration_seconds"]
+    factorization_speed = measured.factorization_flops(RETAINED_RATIO) / widest["compression_seconds"]
+    yield (
+        f"Counted (`_extrapolation.py`): {CALIBRATION_TOKENS:,} tokens, kept {RETAINED_RATIO}. At width "
+        f"{widest['width']} one core reached {calibration_speed / 1e9:.0f} GFLOP/s in calibration and "
+        f"{factorization_speed / 1e9:.0f} in the factorization. GPU, assumed and not measured: {GPU_MODEL:.0e} FLOP/s "
+        f"for the model in bfloat16, {GPU_FLOAT32:.0e} for covariances in float32, {GPU_FLOAT64:.0e} for the "
+        "factorization in float64."
+    )
+    yield ""
+    yield "| model | statistics (GB) | passes at 8 GiB; 64 GiB | calibration, a core (h) | factorization, a core (h) |"
+    yield "|---|---|---|---|---|"
+    for llama in LLAMAS:
+        passes = [math.ceil(llama.statistics_bytes() / (gib * 2**30)) for gib in (8, 64)]
+        flops = llama.model_flops(CALIBRATION_TOKENS) + llama.covariance_flops(CALIBRATION_TOKENS)
+        yield (
+            f"| {llama.name} | {llama.statistics_bytes() / 1e9:.0f} | {passes[0]}; {passes[1]} | "
+            f"{flops / calibration_speed / 3600:.0f} | "
+            f"{llama.factorization_flops(RETAINED_RATIO) / factorization_speed / 3600:.0f} |"
+        )
+    yield ""
+    yield "| model | GPUs | passes at 64 GiB each | calibration (min) | factorization (min) |"
+    yield "|---|---|---|---|---|"
+    for llama, gpus in itertools.product(LLAMAS, (1, 8)):
+        # Each process holds the sums of its share of the rows: the limit is one of each process.
+        passes = math.ceil(llama.statistics_bytes() / (64 * 2**30))
+        model = passes * llama.model_flops(CALIBRATION_TOKENS) / GPU_MODEL
+        covariances = llama.covariance_flops(CALIBRATION_TOKENS) / GPU_FLOAT32
+        factorization = llama.factorization_flops(RETAINED_RATIO) / GPU_FLOAT64
+        yield (
+            f"| {llama.name} | {gpus} | {passes} | {(model + covariances) / gpus / 60:.1f} | "
+            f"{factorization / gpus / 60:.1f} |"
+        )
+
+
 def main():
     args = parse_arguments()
     if args.measure:
         print(json.dumps(measure(args, **args.measure)))
+        return
+    if args.report:
+        print(write_report(args.out))
         return
     from _environment import environment, write_result
 
@@ -152,6 +232,7 @@ def main():
     result = {"batch_size": args.batch_size, "length": args.length, "num_batches": NUM_BATCHES}
     result |= {"by_depth": by_depth, "by_width": by_width, "exponents": exponents(by_width)}
     write_result(args.out, {**result, "environment": environment()})
+    print(write_report(args.out))
 
 
 if __name__ == "__main__":
