@@ -187,8 +187,11 @@ class ProjectedWeight:
             columns are orthogonal in the metric, not as they stand.
         """
         left, right = self._whitened_terms(rank)
-        # One side has unit length, the other one the singular value: the root of it for both.
-        scale = self.energies[: left.shape[1]].pow(0.25).clamp(min=torch.finfo(self.energies.dtype).tiny)
+        # One side has unit length, the other one the singular value: the root of it for both. Energies below the
+        # rounding error of the first one are noise.
+        limits = torch.finfo(self.energies.dtype)
+        energies = self.energies[: left.shape[1]].clamp(min=limits.eps * float(self.energies[0]))
+        scale = energies.pow(0.25).clamp(min=limits.tiny)
         left_scale, right_scale = (scale, 1 / scale) if self._short_side_is_left else (1 / scale, scale)
         return self._left.unwhiten(left * left_scale), self._right.unwhiten(right * right_scale)
 

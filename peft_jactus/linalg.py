@@ -227,19 +227,23 @@ def union_with_leading_eigenvectors(basis: Tensor, covariance: Tensor, energy: f
     if leading is None:
         eigenvalues, eigenvectors = eigh_descending(covariance)
         count = leading_count(eigenvalues.double(), energy)
+        if 2 * count > dim:
+            return _union_with_all_but(basis, _orthonormalized(eigenvectors[:, count:]))
         leading = eigenvectors[:, :count]
-    if 2 * leading.shape[1] <= dim:
-        union = subspace_union([basis, _orthonormalized(leading)], rtol=_FLOAT32_RTOL)
-        return None if union.shape[1] == dim else Subspace(basis=union)
-    # Orthogonal to both is what the trailing eigenvectors span, orthogonal to the basis: a smaller problem.
-    trailing = _orthonormalized(eigenvectors[:, count:])  # (dim, dim - count)
+    union = subspace_union([basis, _orthonormalized(leading)], rtol=_FLOAT32_RTOL)
+    return None if union.shape[1] == dim else Subspace(basis=union)
+
+
+def _union_with_all_but(basis: Tensor, trailing: Tensor) -> Subspace | None:
+    """Return the union of ``span(basis)`` with all that is orthogonal to ``trailing``; ``None`` for the whole space.
+
+    Orthogonal to the union is what ``trailing`` spans, orthogonal to the basis: a smaller problem.
+    """
     overlaps = basis.mT @ trailing
-    squared_overlaps, directions = eigh_descending(overlaps.mT @ overlaps)  # (dim - count, dim - count)
+    squared_overlaps, directions = eigh_descending(overlaps.mT @ overlaps)
     rank = int((squared_overlaps > _FLOAT32_RTOL**2).sum())
     complement = trailing @ directions[:, rank:]  # (dim, dim - k)
-    if complement.shape[1] == 0:
-        return None
-    return Subspace(complement=complement)
+    return None if complement.shape[1] == 0 else Subspace(complement=complement)
 
 
 def few_leading_eigenvectors(covariance: Tensor, energy: float) -> Tensor | None:

@@ -300,6 +300,18 @@ def test_zero_weight_is_approximated_by_zero():
         assert not factors.dense().any()
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (9, 7)])
+def test_terms_beyond_the_rank_of_a_weight_stay_small(shape):
+    W = randn(0, shape[0], 2) @ randn(1, 2, shape[1])
+    C_g, C_x = (separated(2 + side, dim) for side, dim in enumerate(shape))
+    for options in (WHOLE_SPACE, JACTUS, SVD):
+        projected = project_weight(W, statistics_of(C_g, C_x), options)
+        left, right = projected.terms(projected.max_rank)
+        torch.testing.assert_close(left @ right.mT, W, rtol=0, atol=UNWHITENED)
+        largest = max(float(side[:, :2].abs().max()) for side in (left, right))
+        assert all(float(side.abs().max()) <= 1e4 * largest for side in (left, right))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_weights_are_decomposed_in_float64(dtype):
     W, C_g, C_x = fixed_problem()
