@@ -9,6 +9,9 @@ Lagrangian relaxation and optimal up to the last item (Everett, Operations Resea
 
 A plain global allocation measures worse than a uniform one, because local losses of heavily truncated layers do not
 add up (Swift-SVD, Table 6, finds the same); so each layer keeps a floor, a share of its uniform rank.
+
+Ranks are multiples of 8 in layers large enough for that: matrix products of other sizes are slower by up to a third
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Storage = Literal["factored", "pivoted"]
+
+# A multiple of ranks is kept to in layers whose full rank is so many times as large: it costs them little.
+_COARSEST = 32
 
 
 def stored_parameters(rank: int, out_features: int, in_features: int, storage: Storage) -> int:
@@ -94,6 +100,10 @@ class LayerGains:
         """Rank of the dense weight."""
         return min(self.out_features, self.in_features)
 
+    def step(self, rank_multiple: int) -> int:
+        """Return what the ranks of this layer are multiples of: 1 where ``rank_multiple`` would be coarse."""
+        return rank_multiple if _COARSEST * rank_multiple <= self.full_rank else 1
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -118,6 +128,7 @@ def allocate(
     strategy: Literal["global", "uniform"] = "global",
     storage: Storage = "factored",
     rank_floor: float = 0.5,
+    rank_multiple: int = 1,
     fixed_ranks: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Choose the rank of every layer under one budget.
@@ -128,6 +139,7 @@ def allocate(
         strategy: ``"uniform"`` gives each layer this ratio; ``"global"`` maximises the summed gain.
         storage: How the deployed layer is stored, that is, what a rank costs.
         rank_floor: Least rank of a layer under ``"global"``, as a share of its uniform rank, in [0, 1].
+        rank_multiple: What ranks are multiples of, in layers whose full rank is 32 times as large or more.
         fixed_ranks: Ranks that were decided by the user. They are paid from the budget.
 
     Returns:
@@ -150,9 +162,9 @@ def allocate(
                 "`retained_ratio`, or list every targeted module in `rank_pattern`."
             )
     if strategy == "uniform":
-        ranks = {name: _uniform(layer, ratio, storage) for name, layer in free.items()}
+        ranks = {name: _uniform(layer, ratio, storage, rank_multiple) for name, layer in free.items()}
     else:
-        ranks = _allocate_global(free, remaining, ratio, storage, rank_floor)
+        ranks = _allocate_global(free, remaining, ratio, storage, rank_floor, rank_multiple)
     ranks |= fixed
     num_stored = sum(_cost(layers[name], rank, storage) for name, rank in ranks.items())
     return Allocation({name: ranks[name] for name in layers}, num_stored, budget)
@@ -166,20 +178,26 @@ def _cost(layer: LayerGains, rank: int, storage: Storage) -> int:
     return stored_parameters(rank, layer.out_features, layer.in_features, storage)
 
 
-def _uniform(layer: LayerGains, ratio: float, storage: Storage) -> int:
+def _uniform(layer: LayerGains, ratio: float, storage: Storage, rank_multiple: int) -> int:
     rank = uniform_rank(ratio, layer.out_features, layer.in_features, storage)
     if _cost(layer, rank, storage) == layer.num_parameters:
         return layer.full_rank
-    return min(rank, layer.gains.numel())
+    return _round_down(min(rank, layer.gains.numel()), layer.step(rank_multiple))
+
+
+def _round_down(rank: int, step: int) -> int:
+    """Return the largest multiple of ``step`` up to ``rank``; the rank itself if there is none."""
+    return rank - rank % step if rank >= step else rank
 
 
 def _allocate_global(
-    layers: dict[str, LayerGains], budget: int, ratio: float, storage: Storage, rank_floor: float
+    layers: dict[str, LayerGains], budget: int, ratio: float, storage: Storage, rank_floor: float, rank_multiple: int
 ) -> dict[str, int]:
-    curves = {
-        name: _Curve.build(layer, _floor_rank(layer, ratio, storage, rank_floor), storage)
-        for name, layer in layers.items()
-    }
+    curves = {}
+    for name, layer in layers.items():
+        step = layer.step(rank_multiple)
+        floor = _round_down(_floor_rank(layer, ratio, storage, rank_floor), step)
+        curves[name] = _Curve.build(layer, floor, step, storage)
     remaining = budget - sum(int(curve.costs[0]) for curve in curves.values())
     chosen = _climb(curves, remaining)
     return {name: curve.candidates[chosen[name]] for name, curve in curves.items()}
@@ -200,8 +218,9 @@ class _Curve:
     vertices: list[int]
 
     @classmethod
-    def build(cls, layer: LayerGains, floor: int, storage: Storage) -> _Curve:
-        in_reach = range(floor, layer.gains.numel() + 1)
+    def build(cls, layer: LayerGains, floor: int, step: int, storage: Storage) -> _Curve:
+        multiples = range(floor - floor % step + step, layer.gains.numel() + 1, step)
+        in_reach = (floor, *multiples)
         ranks = [rank for rank in in_reach if _cost(layer, rank, storage) < layer.num_parameters]
         cumulative = layer.gains.cumsum(0).tolist()
         costs = [_cost(layer, rank, storage) for rank in ranks]
@@ -242,7 +261,7 @@ def _upper_envelope(costs: list[int], gains: list[float]) -> list[int]:
 def _climb(curves: dict[str, _Curve], remaining: int) -> dict[str, int]:
     """Spend ``remaining`` parameters, best gain per parameter first; return each layer's candidate."""
     # Steps go from vertex to vertex of the envelope. Where the next vertex is too dear, a candidate below it may still
-    # be affordable: that layer goes on by single ranks.
+    # be affordable: that layer goes on by single candidates.
     chosen = dict.fromkeys(curves, 0)
     heap: list[tuple[float, str, int, int, bool]] = []
 

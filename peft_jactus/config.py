@@ -32,6 +32,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass
 class JactusConfig(PeftConfig):
     """Fine-tune a model and come out with a smaller one.
@@ -172,6 +176,15 @@ class JactusConfig(PeftConfig):
             )
         },
     )
+    rank_multiple: int = field(
+        default=8,
+        metadata={
+            "help": (
+                "What ranks are multiples of, at least 1, in layers whose smaller side is 32 times as large or more: "
+                "matrix products of other sizes are slower, by up to a third. `rank_pattern` is taken as it is."
+            )
+        },
+    )
     bias_correction: bool = field(
         default=True,
         metadata={
@@ -266,6 +279,8 @@ class JactusConfig(PeftConfig):
             raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"`damping` must be positive and finite; got {self.damping}.")
+        if not (_is_integer(self.rank_multiple) and self.rank_multiple >= 1):
+            raise ValueError(f"`rank_multiple` must be an integer of at least 1; got {self.rank_multiple!r}.")
         self._check_rank_pattern()
 
     def _check_rank_pattern(self) -> None:
@@ -297,6 +312,7 @@ class JactusConfig(PeftConfig):
             allocation=self.allocation,
             storage=self.storage,
             rank_floor=self.rank_floor,
+            rank_multiple=self.rank_multiple,
             bias_correction=self.bias_correction,
         )
 

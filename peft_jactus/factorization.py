@@ -42,6 +42,7 @@ class FactorizationOptions:
     allocation: Literal["global", "uniform"] = "global"
     storage: Storage = "factored"
     rank_floor: float = 0.5
+    rank_multiple: int = 8
     bias_correction: bool = True
 
 
@@ -132,6 +133,7 @@ def plan_ranks(
         strategy=options.allocation,
         storage=options.storage,
         rank_floor=options.rank_floor,
+        rank_multiple=options.rank_multiple,
         fixed_ranks=fixed_ranks,
     )
     energy_kept = {name: _energy_kept(gains[name], rank) for name, rank in allocation.ranks.items()}

@@ -196,6 +196,31 @@ def test_no_layer_falls_below_its_floor(layers, ratio, storage, floor):
         assert allocation.ranks[name] >= least
 
 
+@pytest.mark.parametrize("strategy", ["global", "uniform"])
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+@pytest.mark.parametrize("ratio", [0.02, 0.4, 0.6, 0.8, 0.97])
+def test_ranks_are_multiples_where_layers_are_large_enough(strategy, storage, ratio):
+    spectrum = torch.arange(320, 0, -1).double()
+    layers = {
+        "wide": LayerGains(320, 900, spectrum, float(spectrum.sum())),
+        "square": LayerGains(256, 256, 7 * spectrum[:256] ** 2, 7 * float((spectrum[:256] ** 2).sum())),
+        "small": LayerGains(255, 600, spectrum[:255], float(spectrum[:255].sum())),
+    }
+    allocation = allocate(layers, retained_ratio=ratio, strategy=strategy, storage=storage, rank_multiple=8)
+    exact = allocate(layers, retained_ratio=ratio, strategy=strategy, storage=storage)
+    assert allocation.num_stored <= allocation.budget
+    # One step of each layer may be left over.
+    assert allocation.num_stored >= exact.num_stored - 8 * sum(
+        layer.out_features + layer.in_features for layer in layers.values()
+    )
+    for name in ("wide", "square"):
+        rank = allocation.ranks[name]
+        assert rank % 8 == 0 or rank < 8 or rank == layers[name].full_rank
+    if strategy == "uniform":
+        assert allocation.ranks["small"] == exact.ranks["small"]
+        assert all(0 <= exact.ranks[name] - rank < 8 for name, rank in allocation.ranks.items())
+
+
 def test_without_a_floor_a_worthless_layer_keeps_one_rank():
     layers = {
         "good": LayerGains(16, 16, torch.ones(16, dtype=torch.float64), 16.0),
