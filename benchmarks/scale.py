@@ -5,8 +5,8 @@
 
 Llamas of random weights, in a fresh process each. Memory: the peak of the process, less what it holds once the model
 is loaded (weights and libraries). Depth: with and without a limit on the statistics; the width is such that six blocks
-already fill the half gibibyte that the choice of ranks may keep for the factorization. Width: two blocks, no limit; the
-exponents are those of time against width, between neighbours.
+already fill the half gibibyte that the choice of ranks may keep for the factorization. Width: two blocks, no limit;
+the exponents are those of time against width, between neighbours.
 """
 
 import argparse
