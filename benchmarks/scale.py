@@ -64,18 +64,22 @@ def measure(args, depth, width, limit):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=depth,
-        num_attention_heads=width // 64,
-    )
-    model = LlamaForCausalLM(config)
+
+    def llama(width, depth):
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=depth,
+            num_attention_heads=width // 64,
+        )
+        return LlamaForCausalLM(config)
+
     ids = torch.randint(VOCABULARY, (NUM_BATCHES, args.batch_size, args.length))
     batches = [{"input_ids": batch, "labels": batch} for batch in ids]
-    model(**batches[0]).loss.backward()  # what the first use of a library allocates is not counted
-    model.zero_grad()
+    # What the first use of a library allocates is not counted; of a small model, since freed memory would be, too.
+    llama(64, 1)(**batches[0]).loss.backward()
+    model = llama(width, depth)
     jactus = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     loaded = resident_mib()
     _, calibrating, calibration_seconds = measured(
