@@ -10,7 +10,7 @@ Lagrangian relaxation and optimal up to the last item (Everett, Operations Resea
 A plain global allocation measures worse than a uniform one, because local losses of heavily truncated layers do not
 add up (Swift-SVD, Table 6, finds the same); so each layer keeps a floor, a share of its uniform rank.
 
-Ranks are multiples of 8 in layers large enough for that: matrix products of other sizes are slower by up to a third
+Ranks can be kept to multiples of a number in layers large enough for that: matrix products of other sizes are slower
 (benchmarks/NOTES.md).
 """
 

@@ -32,10 +32,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 @dataclass
 class JactusConfig(PeftConfig):
     """Fine-tune a model and come out with a smaller one.
@@ -181,7 +177,7 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "What ranks are multiples of, at least 1, in layers whose smaller side is 32 times as large or more: "
-                "matrix products of other sizes are slower, by up to a third. `rank_pattern` is taken as it is."
+                "matrix products of other sizes are slower. `rank_pattern` is taken as it is."
             )
         },
     )
@@ -279,7 +275,7 @@ class JactusConfig(PeftConfig):
             raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"`damping` must be positive and finite; got {self.damping}.")
-        if not (_is_integer(self.rank_multiple) and self.rank_multiple >= 1):
+        if type(self.rank_multiple) is not int or self.rank_multiple < 1:
             raise ValueError(f"`rank_multiple` must be an integer of at least 1; got {self.rank_multiple!r}.")
         self._check_rank_pattern()
 

@@ -267,16 +267,16 @@ def few_leading_eigenvectors(covariance: Tensor, energy: float) -> Tensor | None
     size = dim // _SKETCH_SHARE
     if size < _MIN_SKETCH or not 0 < energy < 1:
         return None
-    missing = (1 - energy) * covariance.diagonal().sum()
+    trace = covariance.diagonal().sum()
     generator = torch.Generator().manual_seed(0)  # the same in every process
     basis = torch.randn(dim, size, generator=generator, dtype=covariance.dtype).to(covariance.device)
     for allowed in _SKETCH_MISSES:
         basis = torch.linalg.qr(covariance @ basis).Q
         product = covariance @ basis
-        if covariance.diagonal().sum() - (basis * product).sum() > allowed * missing:
+        if trace - (basis * product).sum() > allowed * (1 - energy) * trace:
             return None
     ritz_values, rotation = eigh_descending(basis.mT @ product)
-    count = int((ritz_values.cumsum(0) < energy * covariance.diagonal().sum()).sum()) + 1
+    count = int((ritz_values.cumsum(0) < energy * trace).sum()) + 1
     return basis @ rotation[:, :count]
 
 
