@@ -4,9 +4,8 @@
     python benchmarks/scale.py --report     # scale.md from scale.json: tables, and the way to larger models
 
 Llamas of random weights, in a fresh process each. Memory: the peak of the process, less what it holds once the model
-is loaded (weights and libraries). Depth: with and without a limit on the statistics; the width is such that six blocks
-already fill the half gibibyte that the choice of ranks may keep for the factorization. Width: two blocks, no limit;
-the exponents are those of time against width, between neighbours.
+is loaded (weights and libraries). Depth: with and without a limit on the statistics. Width: two blocks, no limit; the
+exponents are those of time against width, between neighbours.
 """
 
 import argparse
@@ -36,8 +35,8 @@ VOCABULARY = 1000
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 24], help="blocks")
-    parser.add_argument("--width", type=int, default=768, help="of those")
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="of two blocks")
+    parser.add_argument("--width", type=int, default=512, help="of those")
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024], help="of two blocks")
     parser.add_argument("--limit", default="64MiB", help="`max_statistics_memory` of the limited runs")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
