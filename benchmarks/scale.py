@@ -4,14 +4,20 @@
     python benchmarks/scale.py --report     # scale.md from scale.json: tables, and the way to larger models
 
 Llamas of random weights, in a fresh process each. Memory: the peak of the process, less what it holds once the model
-is loaded (weights and libraries). Depth: with and without a limit on the statistics. Width: two blocks, no limit; the
-exponents are those of time against width, between neighbours.
+is loaded (weights and libraries). Depth: without a limit on the statistics, and with one and checkpointed activations,
+as is meant for models that do not fit. Width: two blocks, no limit; the exponents are those of time against width,
+between neighbours.
+
+Activations of models this small are below the size from which glibc gives freed memory back at once; it keeps several
+times what is in use. In larger models they are above. So that the small ones tell of these, freed memory goes back from
+`MMAP_THRESHOLD` bytes on here, against depth.
 """
 
 import argparse
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +36,7 @@ GPU_MODEL = 3e14
 GPU_FLOAT32 = 3e13
 GPU_FLOAT64 = 2e12
 VOCABULARY = 1000
+MMAP_THRESHOLD = 2**16
 
 
 def parse_arguments():
@@ -79,6 +86,8 @@ def measure(args, depth, width, limit):
     # What the first use of a library allocates is not counted; of a small model, since freed memory would be, too.
     llama(64, 1)(**batches[0]).loss.backward()
     model = llama(width, depth)
+    if limit is not None:
+        model.activation_checkpointing_enable()
     jactus = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     loaded = resident_mib()
     _, calibrating, calibration_seconds = measured(
@@ -143,6 +152,7 @@ def write_report(path):
     result = json.loads(path.read_text())
     lines = ["Memory beyond the loaded model (MiB) and time (s), against depth:", ""]
     lines += table(result["by_depth"], ("depth", "width", "limit"))
+    lines += ["", *growth_with_depth(result["by_depth"])]
     lines += ["", "Against width:", "", *table(result["by_width"], ("width", "depth"))]
     lines += ["", "Growth of the times with the width, between neighbours:", ""]
     lines += [
@@ -152,6 +162,14 @@ def write_report(path):
     text = "\n".join(lines) + "\n"
     path.with_suffix(".md").write_text(text)
     return text
+
+
+def growth_with_depth(rows):
+    """Yield a line for each limit: how much more memory the deepest model takes than the shallowest one."""
+    for limit, group in itertools.groupby(rows, key=lambda row: row["limit"]):
+        first, *_, last = group
+        ratios = (f"{name[:-4]} {last[name] / first[name]:.2f}" for name in ("calibration_mib", "compression_mib"))
+        yield f"- limit {limit}, peak of {last['depth']} blocks over that of {first['depth']}: {', '.join(ratios)}"
 
 
 def table(rows, keys):
@@ -226,13 +244,16 @@ def main():
     ]
     for setting in settings:
         command = [sys.executable, *sys.argv, "--measure", json.dumps(setting)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        about_memory = len(rows) < 2 * len(args.depths)
+        environ = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)} if about_memory else {})
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environ).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(
             {name: round(value) if isinstance(value, float) else value for name, value in rows[-1].items()}, flush=True
         )
     by_depth, by_width = rows[: 2 * len(args.depths)], rows[2 * len(args.depths) :]
     result = {"batch_size": args.batch_size, "length": args.length, "num_batches": NUM_BATCHES}
+    result["mmap_threshold"] = MMAP_THRESHOLD
     result |= {"by_depth": by_depth, "by_width": by_width, "exponents": exponents(by_width)}
     write_result(args.out, {**result, "environment": environment()})
     print(write_report(args.out))

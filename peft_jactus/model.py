@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +18,7 @@ from peft_jactus.allocation import uniform_rank
 from peft_jactus.calibration import check_statistics
 from peft_jactus.config import JactusConfig
 from peft_jactus.distributed import from_all, num_processes, process_index, share_out
-from peft_jactus.factorization import LayerFactors, factorize, factors_for_all, plan_ranks
+from peft_jactus.factorization import KEEP_BYTES, LayerFactors, factorize, factors_for_all, plan_ranks
 from peft_jactus.layer import (
     JactusLayer,
     Linear,
@@ -34,7 +35,7 @@ from peft_jactus.targeting import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Set
 
     from peft import PeftConfig
     from torch import Tensor
@@ -78,15 +79,21 @@ class JactusModel(BaseTuner):
 
     _factorizing_bar: tqdm[NoReturn] | None = None
     _prepared: _Prepared | None = None  # while layers are replaced
+    _replaceable: Set[nn.Module] = frozenset()  # meanwhile, those that stand in one place of the model only
 
     # -- injecting ----------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the targeted layers; let go of the statistics once it is done."""
+        places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        self._replaceable = {
+            module for module, count in places.items() if count == 1 and not isinstance(module, JactusLayer)
+        }
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._prepared = None
+            self._replaceable = set()
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
@@ -118,6 +125,7 @@ class JactusModel(BaseTuner):
             )
         else:
             check_statistics(statistics, targets, source="`config.statistics`")
+        limit = None if statistics is None else statistics.memory_limit
         fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
         owners = _share_out_layers(targets) if num_processes() > 1 else None
@@ -127,6 +135,7 @@ class JactusModel(BaseTuner):
                 statistics,
                 options,
                 fixed_ranks=fixed_ranks,
+                keep_bytes=KEEP_BYTES if limit is None else min(limit, KEEP_BYTES),
                 owners=owners,
                 progress_bar=show_bar,
             )
@@ -174,6 +183,8 @@ class JactusModel(BaseTuner):
             if self._nobody_needs_base_weight(current_key):
                 # Only now: _replace_module reads the device of the dense weight.
                 layer.free_base_weights()
+        if layer.base_weights_freed and target in self._replaceable:
+            target.weight = None  # type: ignore[assignment]  # PEFT holds the layer until all are replaced
 
     def _nobody_needs_base_weight(self, name: str) -> bool:
         """Whether no adapter asked to keep the dense weights, or leaves this layer alone."""

@@ -37,11 +37,16 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         layers: Statistics by full module name, without PEFT's ``base_model.model.`` prefix. Not copied: it may read
             them from a file as they are asked for.
         num_batches: How many batches were seen.
+        memory_limit: What may be held at a time, in bytes. It limits what `get_peft_model` keeps between the choice of
+            ranks and the factors, too. Default: no limit.
     """
 
-    def __init__(self, layers: Mapping[str, LayerStatistics], *, num_batches: int = 0) -> None:
+    def __init__(
+        self, layers: Mapping[str, LayerStatistics], *, num_batches: int = 0, memory_limit: int | None = None
+    ) -> None:
         self._layers = layers
         self.num_batches = num_batches
+        self.memory_limit = memory_limit
 
     def __getitem__(self, name: str) -> LayerStatistics:
         return self._layers[name]
@@ -139,7 +144,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
             return cls(dict(file), num_batches=file.num_batches)
         if index_path(path).is_file():
             parts = _StatisticsParts(index_path(path))
-            return cls(parts, num_batches=parts.num_batches)
+            return cls(parts, num_batches=parts.num_batches, memory_limit=parts.memory_limit)
         raise FileNotFoundError(f"No statistics file at {path}.")
 
 
@@ -195,7 +200,9 @@ class _StatisticsParts(Mapping[str, LayerStatistics]):
 
     def __init__(self, index: Path) -> None:
         try:
-            file_names = list(json.loads(index.read_text(encoding="utf-8"))["files"])
+            content = json.loads(index.read_text(encoding="utf-8"))
+            file_names = list(content["files"])
+            self.memory_limit: int = content["memory_limit"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}). Delete it and calibrate again.") from error
         files = [_StatisticsFile(index.parent / Path(name).name) for name in file_names]
@@ -222,10 +229,11 @@ def part_path(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
 
 
-def save_index(path: Path, parts: list[Path]) -> None:
+def save_index(path: Path, parts: list[Path], memory_limit: int) -> None:
     """Write the index of ``parts``, in this order, which together are the statistics at ``path``."""
     temporary = index_path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps({"files": [part.name for part in parts]}, indent=1), encoding="utf-8")
+    content = {"files": [part.name for part in parts], "memory_limit": memory_limit}
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     temporary.replace(index_path(path))
 
 

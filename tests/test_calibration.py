@@ -8,6 +8,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus import JactusConfig, calibrate
@@ -172,13 +173,23 @@ def test_a_decoder_attention_mask_decides_for_the_decoder():
 
 @pytest.mark.parametrize("name", ["bert", "vit", "llama", "t5"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_gradient_checkpointing_changes_nothing_but_that_blocks_run_twice(name, use_reentrant, train_mode):
     task = TASKS[name]
     batches = [collate(task.examples()[:2]), collate(task.examples()[2:])]
-    plain = run(task.model(), batches, head=task.head, train_mode=True)
+    plain = run(task.model(), batches, head=task.head, train_mode=train_mode)
     model = task.model()
     enable_checkpointing(model, use_reentrant)
-    assert_same_statistics(run(model, batches, head=task.head, train_mode=True), plain, rtol=task.rtol)
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    forwards = []
+    for block in blocks:
+        first_layer = next(module for module in block.modules() if isinstance(module, nn.Linear))
+        first_layer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    use_cache = getattr(model.config, "use_cache", None)
+    assert_same_statistics(run(model, batches, head=task.head, train_mode=train_mode), plain, rtol=task.rtol)
+    assert len(forwards) == 2 * len(blocks) * len(batches)
+    assert not any("forward" in vars(block) for block in blocks)
+    assert getattr(model.config, "use_cache", None) == use_cache
 
 
 def enable_checkpointing(model, use_reentrant):

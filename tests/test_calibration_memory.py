@@ -2,13 +2,16 @@
 
 import gc
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
+from peft_jactus.factorization import plan_ranks
 from tests.comparisons import assert_same_statistics
 from tests.tiny_models import TASKS, collate, tiny_bert
 
@@ -78,6 +81,60 @@ def test_dropout_and_batches_that_can_be_read_once_are_the_same_for_each_group()
         torch.manual_seed(0)
         results.append(run(model, iter(batches_of(task)), train_mode=True, max_statistics_memory=limit)[1])
     assert_same_statistics(*results, rtol=ROUNDING)
+
+
+class WatchedStatistics(CalibrationStatistics):
+    """Counts the dense weights that are still there whenever a layer is asked for."""
+
+    def __init__(self, statistics, model, head):
+        super().__init__(statistics, num_batches=statistics.num_batches)
+        self.weights = [weakref.ref(model.get_submodule(name).weight) for name in statistics if name != head]
+        self.alive = []
+
+    def __getitem__(self, name):
+        gc.collect()
+        self.alive.append(sum(weight() is not None for weight in self.weights))
+        return super().__getitem__(name)
+
+
+def test_dense_weights_go_while_layers_are_replaced():
+    model = tiny_bert()
+    config, statistics = run(model, batches_of(TASKS["bert"]))
+    config.statistics = watched = WatchedStatistics(statistics, model, "classifier")
+    get_peft_model(model, config)
+    num_layers = len(watched.weights)
+    assert watched.alive[-num_layers:] == list(range(num_layers, 0, -1))
+
+
+def test_the_limit_holds_for_what_compression_keeps_as_well(tmp_path, monkeypatch):
+    kept = []
+
+    def watched_plan(*args, keep_bytes, **options):
+        plan = plan_ranks(*args, keep_bytes=keep_bytes, **options)
+        kept.append(sum(projection.num_bytes for projection in plan.projections.values()))
+        return plan
+
+    monkeypatch.setattr("peft_jactus.model.plan_ranks", watched_plan)
+    path = tmp_path / "statistics.safetensors"
+    for limit in (None, LIMIT):
+        model = tiny_bert()
+        config, _ = run(model, batches_of(TASKS["bert"]), statistics_file=path, max_statistics_memory=limit)
+        config.statistics = CalibrationStatistics.load(path)
+        get_peft_model(model, config)
+        path.unlink(missing_ok=True)
+    unlimited, limited = kept
+    assert 0 < limited <= LIMIT < unlimited
+
+
+def test_a_layer_that_stands_in_two_places_stays_whole_in_the_second():
+    model = nn.ModuleDict({"first": nn.Linear(6, 6)})
+    model["second"] = model["first"]
+    config = JactusConfig(target_modules=["first", "second"], retained_ratio=0.5, decomposition="svd")
+    inputs = torch.randn(3, 6)
+    expected = model["second"](inputs)
+    get_peft_model(nn.Sequential(model), config)
+    assert torch.equal(model["second"](inputs), expected)
+    assert not torch.allclose(model["first"](inputs), expected)
 
 
 def test_temporary_files_go_with_the_statistics(tmp_path, monkeypatch):

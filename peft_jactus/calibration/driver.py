@@ -60,7 +60,8 @@ def calibrate(
 
     The model comes back as it was: no hook, no gradient, the same training mode, ``requires_grad`` and random
     state; only a head warm-up, if asked for, changes weights. A backward pass costs about one
-    forward pass, since no weight needs a gradient.
+    forward pass, since no weight needs a gradient. A model that checkpoints its activations
+    (`model.activation_checkpointing_enable()`, formerly ``gradient_checkpointing_enable``) does so here as well.
 
     Args:
         model: Any module; a transformers model returns its own loss when ``batches`` hold labels.
@@ -84,7 +85,8 @@ def calibrate(
         max_statistics_memory: Bytes, or a size such as ``"8GiB"``: hold the statistics of no more layers than fit, and
             pass over the batches (which are kept) once for each group of layers. Each group goes to a file beside
             ``statistics_file``, by default in a temporary folder, from which `get_peft_model` reads a layer at a
-            time. So peak memory does not grow with the depth of the model. Default: no limit, one pass.
+            time. So the memory for statistics does not grow with the depth of the model; that for activations, of
+            the backward pass, hardly does if the model checkpoints (above). Default: no limit, one pass.
         progress_bar: Show a bar over the batches.
 
     Returns:
@@ -115,7 +117,8 @@ def calibrate(
         model = model.get_base_model()
     targets = targeted_modules(model, config)
     row_fisher = config.factorization_options().decomposition.needs_row_fisher
-    groups = split_into_groups(targets, memory_limit(max_statistics_memory), row_fisher=row_fisher)
+    limit = memory_limit(max_statistics_memory)
+    groups = split_into_groups(targets, limit, row_fisher=row_fisher)
     run = _Pass(
         model=model,
         compute_loss=SummedLoss(loss_fn, loss_reduction),
@@ -131,9 +134,10 @@ def calibrate(
         warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
         with random_state_kept():
             warm_up_head(model, config, batches, run.compute_loss, warmup, progress_bar=progress_bar)
-    config.statistics = (
-        run.collect(targets, batches, path, saved) if len(groups) == 1 else run.collect_groups(groups, batches, path)
-    )
+    if limit is None or len(groups) == 1:
+        config.statistics = run.collect(targets, batches, path, saved)
+    else:
+        config.statistics = run.collect_groups(groups, batches, path, limit)
     return config.statistics
 
 
@@ -150,9 +154,12 @@ class _Pass:
     progress_bar: bool
 
     def collect_groups(
-        self, groups: list[dict[str, nn.Module]], batches: Iterable[Batch], path: Path | None
+        self, groups: list[dict[str, nn.Module]], batches: Iterable[Batch], path: Path | None, limit: int
     ) -> CalibrationStatistics:
-        """Return the statistics of all groups, which are in files; a pass over the batches for each."""
+        """Return the statistics of all groups, which are in files; a pass over the batches for each.
+
+        ``limit`` is what the groups were made for, in bytes.
+        """
         folder = None
         if path is None:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
@@ -163,7 +170,7 @@ class _Pass:
             saved = _read_statistics_file(part, group)
             self.collect(group, batches, part, saved, description=f"Calibrating {number}/{len(groups)}")
         if process_index() == 0:
-            save_index(path, parts)
+            save_index(path, parts, limit)
         from_all(None)  # wait for it
         statistics = CalibrationStatistics.load(path)
         if folder is not None:
