@@ -9,8 +9,8 @@ as is meant for models that do not fit. Width: two blocks, no limit; the exponen
 between neighbours.
 
 Activations of models this small are below the size from which glibc gives freed memory back at once; it keeps several
-times what is in use. In larger models they are above. So that the small ones tell of these, freed memory goes back from
-`MMAP_THRESHOLD` bytes on here, against depth.
+times what is in use. Those of larger models are above. So that the small ones tell of these, freed memory goes back
+from `MMAP_THRESHOLD` bytes on here, against depth.
 """
 
 import argparse
