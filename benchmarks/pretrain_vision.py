@@ -24,13 +24,14 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_common_arguments(parser, out="outputs/vit-cifar10", batch_size=128, learning_rate=1e-3)
+    add_common_arguments(parser, out="outputs/vit-cifar10", batch_size=128, learning_rate=2e-3)
     parser.add_argument("--task", default="cifar10")
     parser.add_argument("--patch-size", type=int, default=8)
-    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--intermediate-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=15)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--epochs", type=float, default=30)
     return parser.parse_args()
 
 
@@ -70,14 +71,14 @@ def main():
         image_size=SIZE,
         patch_size=args.patch_size,
         hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
+        intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_labels=1 + int(train.labels.max()),
     )
     trainer = AugmentingTrainer(
         model=ViTForImageClassification(config),
-        args=training_arguments(args, num_train_epochs=args.epochs, per_device_eval_batch_size=256, weight_decay=0.05),
+        args=training_arguments(args, num_train_epochs=args.epochs, per_device_eval_batch_size=256, weight_decay=0.1),
         train_dataset=train,
         eval_dataset=test,
         data_collator=collate,
