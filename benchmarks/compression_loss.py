@@ -127,7 +127,10 @@ def measure(args, task, seed):
     rows = [{"decomposition": "dense", **scorer.score(model)}]
     for decomposition in tqdm(DECOMPOSITIONS, desc=f"{task} {seed}"):
         options = DecompositionOptions(decomposition=decomposition)
-        projected = {name: project_weight(layer.weight, found[name], options) for name, layer in dense.items()}
+        projected = {
+            name: project_weight(layer.weight, found[name], options, centred=layer.bias is not None)
+            for name, layer in dense.items()
+        }
         gains = {
             name: LayerGains(
                 *dense[name].weight.shape,

@@ -126,15 +126,16 @@ def uniform_rank(weight):
 
 
 def regular(moment):
-    from peft_jactus.decomposition import regularized_covariance
+    from peft_jactus.weighting import regularized_covariance
 
     return regularized_covariance(moment, shrinkage=0.0, damping=1e-6)
 
 
 def excess_error(weight, found):
     """Return JACTUS's weighted squared error at the uniform rank over the least one, less one."""
-    from peft_jactus.decomposition import DecompositionOptions, project_weight, regularized_covariance
+    from peft_jactus.decomposition import DecompositionOptions, project_weight
     from peft_jactus.linalg import cholesky_root
+    from peft_jactus.weighting import regularized_covariance
 
     rank = uniform_rank(weight)
     options = DecompositionOptions()

@@ -185,7 +185,8 @@ class JactusConfig(PeftConfig):
         default=True,
         metadata={
             "help": (
-                "Let the bias of a layer that has one take up the mean error of its approximation. Costs nothing."
+                "Let the bias of a layer that has one take up the mean error of its approximation, and let JACTUS "
+                "approximate around the mean. Costs nothing."
             )
         },
     )

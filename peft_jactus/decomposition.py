@@ -10,6 +10,9 @@ directions with the leading input directions on the right, and with the leading 
 all of the weight's own directions (``weight_energy=1``, the default: fewer cost accuracy and time) they restrict
 nothing.
 
+Where a bias takes up the mean error, what is left is ``(W - W') (x - mean(x))``: the best metric is then that of the
+inputs around their mean. JACTUS takes that one (`project_weight`, ``centred``).
+
 Its peers are the same problem in the whole space and in another metric:
 
     ============  ===========================================  ========================================================
@@ -38,6 +41,7 @@ from peft_jactus.linalg import (
     to_decomposition_dtype,
     union_with_leading_eigenvectors,
 )
+from peft_jactus.weighting import activation_scales, fisher_row_scales, regularized_covariance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +50,6 @@ if TYPE_CHECKING:
     from peft_jactus.moments import LayerStatistics, SecondMoment
 
 Decomposition = Literal["jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd"]
-
-# ASVD: exponent of the mean absolute activation, and what is added to it, as in the authors' code.
-_ASVD_EXPONENT = 0.5
-_ASVD_OFFSET = 1e-6
 
 
 @dataclass(frozen=True)
@@ -282,32 +282,8 @@ def _root(metric: Tensor | None) -> Tensor | None:
     return None if metric is None else cholesky_root(metric)
 
 
-def regularized_covariance(moment: SecondMoment, *, shrinkage: float | str, damping: float) -> Tensor:
-    """Return ``(1 - rho) C + (rho + damping) tr(C) / dim I``.
-
-    Args:
-        moment: Sums of the vectors.
-        shrinkage: ``rho`` in [0, 1], or ``"ledoit-wolf"`` for the estimate of that name.
-        damping: Least share of the mean eigenvalue in every direction, dimensionless, >= 0.
-
-    Returns:
-        ``(dim, dim)``, float64, positive definite if ``rho + damping > 0``.
-
-    Raises:
-        ValueError: If all vectors were zero, which leaves no scale to regularize with.
-    """
-    rho = moment.ledoit_wolf_shrinkage() if isinstance(shrinkage, str) else shrinkage
-    covariance = moment.covariance
-    mean_eigenvalue = float(covariance.diagonal().mean())
-    if not mean_eigenvalue > 0:
-        raise ValueError("`moment` must hold at least one non-zero vector; all that were counted are zero.")
-    covariance = covariance * (1 - rho)
-    covariance.diagonal().add_((rho + damping) * mean_eigenvalue)
-    return covariance
-
-
 def project_weight(
-    weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions
+    weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions, *, centred: bool = False
 ) -> ProjectedWeight:
     """Project a weight as the chosen decomposition does.
 
@@ -315,6 +291,7 @@ def project_weight(
         weight: ``(out, in)``.
         statistics: Its calibration statistics; not read by the data-free ``"svd"``.
         options: Decomposition and its settings.
+        centred: Whether a bias will take up the mean error; read by JACTUS only, peers are as published.
 
     Returns:
         The best approximations of every rank.
@@ -328,7 +305,7 @@ def project_weight(
         raise ValueError(f"`statistics` must be given for decomposition={options.decomposition!r}; got None.")
     weight = to_decomposition_dtype(weight)
     statistics = statistics.to(weight.device)
-    gradient_metric, input_metric = _metrics(statistics, options)
+    gradient_metric, input_metric = _metrics(statistics, options, centred=centred)
     # The optimum in the whole space is made of the weight's rows and columns: with all of its own directions in them,
     # the subspaces restrict nothing.
     if options.decomposition != "jactus" or options.weight_energy >= 1:
@@ -339,11 +316,13 @@ def project_weight(
     return project(weight, gradient_metric=gradient_metric, input_metric=input_metric, left=left, right=right)
 
 
-def _metrics(statistics: LayerStatistics, options: DecompositionOptions) -> tuple[Tensor | None, Tensor | None]:
+def _metrics(
+    statistics: LayerStatistics, options: DecompositionOptions, *, centred: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Return ``C_g`` and ``C_x`` of a decomposition; ``None`` is the identity."""
 
-    def metric(moment: SecondMoment, shrinkage: float | str) -> Tensor:
-        return regularized_covariance(moment, shrinkage=shrinkage, damping=options.damping)
+    def metric(moment: SecondMoment, shrinkage: float | str, *, centred: bool = False) -> Tensor:
+        return regularized_covariance(moment, shrinkage=shrinkage, damping=options.damping, centred=centred)
 
     if options.decomposition == "fwsvd":
         return torch.diag(fisher_row_scales(statistics, options.damping).square()), None
@@ -351,47 +330,8 @@ def _metrics(statistics: LayerStatistics, options: DecompositionOptions) -> tupl
         return None, torch.diag(activation_scales(statistics.input).square())
     if options.decomposition == "svd-llm":
         return None, metric(statistics.input, 0.0)  # shrinkage is not part of the method
-    return metric(statistics.gradient, options.shrinkage), metric(statistics.input, options.shrinkage)
-
-
-def fisher_row_scales(statistics: LayerStatistics, damping: float) -> Tensor:
-    """Return FWSVD's scale of each row: the root of the sum of its entries' empirical Fisher information.
-
-    Args:
-        statistics: Of one layer, with ``row_fisher``.
-        damping: Least Fisher information of a row, as a share of the mean: a row without would have no scale.
-
-    Returns:
-        ``(out,)``, float64, positive.
-
-    Raises:
-        ValueError: If ``row_fisher`` was not collected, or is zero everywhere.
-
-    References:
-        Hsu et al., "Language model compression with weighted low-rank factorization", arXiv:2207.00112, equation 8.
-    """
-    if statistics.row_fisher is None:
-        raise ValueError(
-            "these statistics have no Fisher information of rows. Calibrate with "
-            '`decomposition="fwsvd"` in the config.'
-        )
-    row_fisher = to_decomposition_dtype(statistics.row_fisher)
-    mean = float(row_fisher.mean())
-    if not mean > 0:
-        raise ValueError("the Fisher information is zero in every row; the layer has no gradient.")
-    return (row_fisher + damping * mean).sqrt()
-
-
-def activation_scales(moment: SecondMoment) -> Tensor:
-    """Return ASVD's scale of each column: ``mean |x_j| ^ 0.5 + 1e-6``.
-
-    Args:
-        moment: Sums of the layer's inputs.
-
-    Returns:
-        ``(in,)``, float64, positive.
-
-    References:
-        Yuan et al., "ASVD: Activation-aware singular value decomposition", arXiv:2312.05821, equations 6 and 8.
-    """
-    return moment.mean_absolute**_ASVD_EXPONENT + _ASVD_OFFSET
+    centred = centred and options.decomposition == "jactus"
+    return (
+        metric(statistics.gradient, options.shrinkage),
+        metric(statistics.input, options.shrinkage, centred=centred),
+    )

@@ -21,7 +21,7 @@ from peft_jactus.interpolation import InterpolativeBasis, interpolative_basis
 from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor
 
@@ -92,6 +92,7 @@ def plan_ranks(
     statistics: Mapping[str, LayerStatistics] | None,
     options: FactorizationOptions,
     *,
+    with_bias: Collection[str] = (),
     fixed_ranks: Mapping[str, int] | None = None,
     keep_bytes: int = KEEP_BYTES,
     owners: Mapping[str, int] | None = None,
@@ -104,6 +105,7 @@ def plan_ranks(
             go before the next one is asked for.
         statistics: By module name; ``None`` for a data-free decomposition.
         options: Decomposition, budget and allocation.
+        with_bias: Names of the layers that have a bias.
         fixed_ranks: Ranks that the user decided, by module name.
         keep_bytes: Memory for `RankPlan.projections`.
         owners: Which process looks at which layer; all of them get the same plan. Default: each at all layers.
@@ -118,7 +120,11 @@ def plan_ranks(
     for name in tqdm(mine, desc="Ranking directions", unit="layer", disable=not progress_bar):
         # One call a layer, so that its weight is let go before the next one is asked for.
         gains[name], projected = _layer_gains(
-            name, weights[name](), None if statistics is None else statistics[name], options
+            name,
+            weights[name](),
+            None if statistics is None else statistics[name],
+            options.decomposition,
+            centred=options.bias_correction and name in with_bias,
         )
         if projected.num_bytes <= keep_bytes:
             keep_bytes -= projected.num_bytes
@@ -141,10 +147,10 @@ def plan_ranks(
 
 
 def _layer_gains(
-    name: str, weight: Tensor, statistics: LayerStatistics | None, options: FactorizationOptions
+    name: str, weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions, *, centred: bool
 ) -> tuple[LayerGains, ProjectedWeight]:
     try:
-        projected = project_weight(weight, statistics, options.decomposition)
+        projected = project_weight(weight, statistics, options, centred=centred)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     # K-FAC's Fisher matrix of a layer that is applied to N positions is N C_g (x) C_x: layers that see one
@@ -206,7 +212,8 @@ def factorize(
     if rank >= min(weight.shape):
         projected = project(weight)
     elif projected is None:
-        projected = project_weight(weight, statistics, options.decomposition)
+        centred = options.bias_correction and bias is not None
+        projected = project_weight(weight, statistics, options.decomposition, centred=centred)
     factors = projected.truncate(rank)
     if bias is not None:
         bias = to_decomposition_dtype(bias)

@@ -134,6 +134,7 @@ class JactusModel(BaseTuner):
                 {name: _weight_getter(module) for name, module in targets.items()},
                 statistics,
                 options,
+                with_bias={name for name, module in targets.items() if layer_weight_and_bias(module)[1] is not None},
                 fixed_ranks=fixed_ranks,
                 keep_bytes=KEEP_BYTES if limit is None else min(limit, KEEP_BYTES),
                 owners=owners,

@@ -70,6 +70,14 @@ class SecondMoment:
         return to_decomposition_dtype(self.outer_sum) / self.num_tokens
 
     @property
+    def centred_covariance(self) -> Tensor:
+        """The covariance ``(dim, dim)`` around the mean, ``C - (1 - 1 / N) mean mean^T``, float64.
+
+        One ``N``-th of the mean's square stays, for the mean of N vectors is known to so much only; of one, all.
+        """
+        return self.covariance - (1 - 1 / self.num_tokens) * torch.outer(self.mean, self.mean)
+
+    @property
     def mean(self) -> Tensor:
         """The mean ``(dim,)``, float64."""
         return to_decomposition_dtype(self.vector_sum) / self.num_tokens

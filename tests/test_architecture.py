@@ -18,6 +18,7 @@ NUMERICS = (
     "moments",
     "statistics",
     "distributed",
+    "weighting",
     "decomposition",
     "allocation",
     "interpolation",

@@ -7,10 +7,10 @@ from peft_jactus.decomposition import (
     DecompositionOptions,
     project,
     project_weight,
-    regularized_covariance,
 )
 from peft_jactus.linalg import Subspace
 from peft_jactus.moments import LayerStatistics
+from peft_jactus.weighting import regularized_covariance
 from tests import oracles
 from tests.strategies import (
     covariances,

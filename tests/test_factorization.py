@@ -214,6 +214,47 @@ def test_bias_correction_removes_the_mean_output_error_on_the_calibration_data(r
     torch.testing.assert_close(error.mean(0), torch.zeros(6).double(), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_with_a_bias_to_correct_the_error_around_the_mean_is_least(rank):
+    W, bias = randn(0, 6, 8), randn(1, 6)
+    inputs, gradients, statistics = vectors_and_statistics(2, W.shape)
+    inputs = inputs + 3.0  # far from zero: around it, the best direction is the mean
+    statistics = LayerStatistics(moment_from(inputs), statistics.gradient)
+    C_g, mean = oracles.covariance(gradients), oracles.mean(inputs)
+    deviations = oracles.covariance(inputs - mean) + torch.outer(mean, mean) / NUM_TOKENS
+    factors = factorize(W, bias, statistics, rank, OPTIONS)
+    expected = oracles.weighted_truncation(W, C_g, deviations, rank)
+    torch.testing.assert_close(factors.dense(), expected, rtol=0, atol=ROUNDING)
+
+    def weighted_output_error(dense, new_bias):
+        error = inputs @ (W - dense).mT + bias - new_bias
+        return float((error @ C_g * error).sum())
+
+    by_kfac = FactorizationOptions(DecompositionOptions("kfac", shrinkage=0.0, damping=0.0))
+    around_zero = factorize(W, bias, statistics, rank, by_kfac)
+    torch.testing.assert_close(
+        around_zero.dense(),
+        oracles.weighted_truncation(W, C_g, oracles.covariance(inputs), rank),
+        rtol=0,
+        atol=ROUNDING,
+    )
+    error_around_zero = weighted_output_error(around_zero.dense(), around_zero.bias)
+    assert weighted_output_error(factors.dense(), factors.bias) < 0.98 * error_around_zero
+
+
+def test_energies_of_layers_with_a_bias_are_those_around_the_mean(weights, statistics):
+    planned = plan(weights, statistics, with_bias={"up"})
+    centred = project_weight(weights["up"], statistics["up"], EXACT, centred=True)
+    kept = float(centred.gains()[: planned.allocation.ranks["up"]].sum()) / centred.total_energy
+    assert planned.energy_kept["up"] == pytest.approx(kept)
+    assert planned.energy_kept["up"] != pytest.approx(plan(weights, statistics).energy_kept["up"], abs=1e-3)
+    uncorrected = FactorizationOptions(decomposition=EXACT, retained_ratio=0.6, bias_correction=False)
+    assert (
+        plan(weights, statistics, uncorrected, with_bias={"up"}).energy_kept
+        == plan(weights, statistics, uncorrected).energy_kept
+    )
+
+
 def test_bias_stays_without_correction_without_statistics_and_without_bias():
     W, bias = randn(0, 6, 8), randn(1, 6)
     _, _, statistics = vectors_and_statistics(2, W.shape)

@@ -33,6 +33,9 @@ def test_covariance_and_mean_are_those_of_the_vectors(seed, dim, num):
     vectors = randn(seed, num, dim)
     moment = moment_from(vectors)
     torch.testing.assert_close(moment.covariance, oracles.covariance(vectors), **EXACT)
+    mean = oracles.mean(vectors)
+    around_mean = oracles.covariance(vectors - mean) + torch.outer(mean, mean) / num
+    torch.testing.assert_close(moment.centred_covariance, around_mean, **EXACT)
     torch.testing.assert_close(moment.mean, oracles.mean(vectors), **EXACT)
     assert (moment.dim, moment.num_tokens) == (dim, num)
 
