@@ -343,6 +343,7 @@ def calibrated(monkeypatch):
     def recording(model, config, batches, **options):
         record.batches = list(batches)
         record.options = options
+        record.blocks_checkpoint = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         return calibrate(model, config, record.batches, **options)
 
     monkeypatch.setattr(compressing, "calibrate", recording)
@@ -446,8 +447,10 @@ def test_compress_calibrates_on_as_many_batches_as_asked_for_in_shuffled_order(h
         "5",
         "--max-statistics-memory",
         "1MB",
+        "--gradient-checkpointing",
     )
     compress(home, "bert", tmp_path / "out", *options)
+    assert calibrated.blocks_checkpoint
     assert calibrated.options["max_batches"] == 5
     assert calibrated.options["max_statistics_memory"] == "1MB"
     assert len(calibrated.batches[0]["labels"]) == 3

@@ -46,6 +46,7 @@ class Compression:
         task: What the model does. Default: what its architecture says.
         max_batches: To calibrate on.
         max_statistics_memory: As `calibrate` takes it.
+        gradient_checkpointing: Recompute activations in the backward pass of the calibration instead of keeping them.
         dtype: Of the checkpoint. Default: the model's.
         device: Where to compute. Default: a GPU if there is one.
         overwrite: Replace what is in ``output_dir``.
@@ -58,6 +59,7 @@ class Compression:
     task: Task | None = None
     max_batches: int = 16
     max_statistics_memory: str | None = None
+    gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
     device: str | None = None
     overwrite: bool = False
@@ -81,6 +83,9 @@ class Compression:
         batches = None if self.data is None else self._batches(self.data, model_config, processor)
         model = load_pretrained(model_config, self.task).to(device)  # type: ignore[arg-type]  # its signature
         config = self._config_for(model)
+        if self.gradient_checkpointing:
+            # Its name since transformers 5.23.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if batches is not None:
             on_device = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
             calibrate(
@@ -185,6 +190,9 @@ def compress(
         str | None,
         typer.Option(help="For instance 8GiB: calibrate a part of the layers at a time. Default: all at once."),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Calibrate in less memory, with another forward pass.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Rows, or blocks of tokens, of a batch.", min=1)] = 8,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a row. Default: 512, or what the model can take.", min=2)
@@ -230,6 +238,7 @@ def compress(
         task=task,
         max_batches=max_batches,
         max_statistics_memory=max_statistics_memory,
+        gradient_checkpointing=gradient_checkpointing,
         dtype=to_dtype(dtype),
         device=device,
         overwrite=overwrite,
