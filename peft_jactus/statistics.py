@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,13 +247,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _replace_atomically(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
-    """Write beside ``path`` and rename: a reader sees the old file or the new one, never a torn one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    """Write beside ``path`` and rename: a reader sees the old file or the new one, never a torn one.
+
+    What a killed process leaves is overwritten by the next one.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, temporary, metadata=header)
-        with Path(temporary).open("rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

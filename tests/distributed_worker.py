@@ -146,6 +146,7 @@ def main(folder, name, options):
     losses = [] if wrapper is None else losses_of_training(model, share, wrap=WRAPPERS[wrapper])
     header = {"ranks": json.dumps(ranks), "losses": json.dumps(losses)}
     save_file(tensors, Path(folder) / f"{rank}.safetensors", metadata=header)
+    distributed.barrier()  # one that ends while others are at work may abort
     distributed.destroy_process_group()
 
 

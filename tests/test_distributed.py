@@ -76,10 +76,11 @@ def test_a_killed_process_ends_the_run_with_an_error_and_the_next_run_goes_on(tm
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in process.stderr
     assert time.monotonic() - started < 120  # it does not hang
-    saved = {file.name: CalibrationStatistics.load(file).num_batches for file in tmp_path.glob("*.process-*")}
+    saved = {file.name: CalibrationStatistics.load(file).num_batches for file in tmp_path.glob("statistics.process-*")}
     assert saved["statistics.process-1-of-2.safetensors"] == 1
 
     assert (process := launch(2, tmp_path, "llama", **options)).returncode == 0, process.stderr
+    assert not [file for file in tmp_path.iterdir() if file.suffix == ".tmp"]
     expected_ranks, expected = factors_of(compressed("llama", slice(None)))
     ranks, tensors = next(iter(results_of(tmp_path, 2)))
     assert ranks == expected_ranks
