@@ -110,7 +110,7 @@ def signed_tensors():
         "bool": torch.Tensor.bool,
     }
     for what, change in changes.items():
-        for name in {indices[0], indices[-1], f"{layer}.row_index"}:
+        for name in sorted({indices[0], indices[-1], f"{layer}.row_index"}):
             message = rf"{re.escape(name)} must hold each of 0 to 31 once"
             yield Damage(f"signed {name} {what}", "bert", edit(name, change), message)
     message = rf"{re.escape(layer)}: config.json describes a pivoted layer of rank 4, with tensors"
