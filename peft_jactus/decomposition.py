@@ -28,6 +28,7 @@ Its peers are the same problem in the whole space and in another metric:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.linalg import Subspace
-    from peft_jactus.moments import LayerStatistics, SecondMoment
+    from peft_jactus.moments import LayerStatistics
 
 Decomposition = Literal["jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd"]
 
@@ -320,18 +321,15 @@ def _metrics(
     statistics: LayerStatistics, options: DecompositionOptions, *, centred: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``C_g`` and ``C_x`` of a decomposition; ``None`` is the identity."""
-
-    def metric(moment: SecondMoment, shrinkage: float | str, *, centred: bool = False) -> Tensor:
-        return regularized_covariance(moment, shrinkage=shrinkage, damping=options.damping, centred=centred)
-
+    regularized = functools.partial(regularized_covariance, damping=options.damping)
     if options.decomposition == "fwsvd":
         return torch.diag(fisher_row_scales(statistics, options.damping).square()), None
     if options.decomposition == "asvd":
         return None, torch.diag(activation_scales(statistics.input).square())
     if options.decomposition == "svd-llm":
-        return None, metric(statistics.input, 0.0)  # shrinkage is not part of the method
-    centred = centred and options.decomposition == "jactus"
+        return None, regularized(statistics.input, shrinkage=0.0)  # shrinkage is not part of the method
+    around_mean = centred and options.decomposition == "jactus"
     return (
-        metric(statistics.gradient, options.shrinkage),
-        metric(statistics.input, options.shrinkage, centred=centred),
+        regularized(statistics.gradient, shrinkage=options.shrinkage),
+        regularized(statistics.input, shrinkage=options.shrinkage, centred=around_mean),
     )

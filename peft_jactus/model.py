@@ -185,7 +185,8 @@ class JactusModel(BaseTuner):
                 # Only now: _replace_module reads the device of the dense weight.
                 layer.free_base_weights()
         if layer.base_weights_freed and target in self._replaceable:
-            target.weight = None  # type: ignore[assignment]  # PEFT holds the layer until all are replaced
+            # PEFT holds the dense layers until the last one is replaced.
+            target.register_parameter("weight", None)
 
     def _nobody_needs_base_weight(self, name: str) -> bool:
         """Whether no adapter asked to keep the dense weights, or leaves this layer alone."""

@@ -201,8 +201,8 @@ class _StatisticsParts(Mapping[str, LayerStatistics]):
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             file_names = list(content["files"])
-            self.memory_limit: int = content["memory_limit"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            self.memory_limit: int | None = content.get("memory_limit")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}). Delete it and calibrate again.") from error
         files = [_StatisticsFile(index.parent / Path(name).name) for name in file_names]
         self._files = {name: file for file in files for name in file}

@@ -126,6 +126,11 @@ def test_the_limit_holds_for_what_compression_keeps_as_well(tmp_path, monkeypatc
     assert 0 < limited <= LIMIT < unlimited
 
 
+def test_the_limit_holds_for_compression_also_where_all_statistics_fit():
+    _, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), max_statistics_memory="1MiB")
+    assert statistics.memory_limit == 2**20
+
+
 def test_a_layer_that_stands_in_two_places_stays_whole_in_the_second():
     model = nn.ModuleDict({"first": nn.Linear(6, 6)})
     model["second"] = model["first"]

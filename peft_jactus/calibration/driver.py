@@ -138,6 +138,7 @@ def calibrate(
         config.statistics = run.collect(targets, batches, path, saved)
     else:
         config.statistics = run.collect_groups(groups, batches, path, limit)
+    config.statistics.memory_limit = limit
     return config.statistics
 
 
