@@ -16,7 +16,7 @@ SEEDS = (0, 1, 2)
 # Passes over the training rows.
 EPOCHS = 3
 # With ten rows or less for each of its classes, a task is far from converged after three.
-EPOCHS_BY_TASK = {"clinc150": 10}
+EPOCHS_BY_TASK = {"clinc150": 10, "tiny_imagenet32": 10}
 
 # Ways to train that keep every parameter. A method is one of them, or stages with "+" between them:
 #   jactus            compress the pretrained model, then train the cores
