@@ -7,6 +7,8 @@ from pathlib import Path
 
 from _cases import METRIC
 
+# The row that the others' means are compared with, seed by seed.
+REFERENCE = "dora"
 COLORS = {"lora+jactus pivoted": "C0", "lora+jactus factored": "C1", "svd+lora": "C2", "svd-llm+lora": "C3"}
 
 
@@ -44,25 +46,36 @@ def mean_and_spread(values):
     return f"{statistics.mean(values):.1f}{spread}"
 
 
+def means_over_tasks(seeds, tasks):
+    """Return {seed: mean score} of the seeds that have all tasks."""
+    return {seed: statistics.mean(s.values()) for seed, s in seeds.items() if len(s) == len(tasks)}
+
+
 def markdown(results):
-    """Return a row for each method: by task, and over all tasks."""
+    """Return a row for each method: by task, over all tasks, and that mean less `REFERENCE`'s."""
     tasks = sorted({result["task"] for result in results})
+    table = by_seed(results)
+    reference = means_over_tasks(table.get(REFERENCE, {}), tasks)
     kept = {}
     for result in results:
         kept.setdefault(result["label"], []).append(result.get("retained_ratio_reached", 1.0))
     lines = [f"Mean and standard deviation over seeds; {score_name(results)}.", ""]
-    lines += [f"| method | kept | {' | '.join(tasks)} | mean | seeds |", "|---" * (4 + len(tasks)) + "|"]
-    for label, seeds in sorted(by_seed(results).items(), key=lambda row: (-statistics.mean(kept[row[0]]), row[0])):
+    head = ["method", "kept", *tasks, "mean", f"less {REFERENCE}'s", "seeds"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for label, seeds in sorted(table.items(), key=lambda row: (-statistics.mean(kept[row[0]]), row[0])):
         cells = [
             mean_and_spread(s[task] for s in seeds.values() if task in s)
             if any(task in s for s in seeds.values())
             else ""
             for task in tasks
         ]
-        whole = [statistics.mean(s.values()) for s in seeds.values() if len(s) == len(tasks)]
-        mean = f"**{mean_and_spread(whole)}**" if whole else ""
+        whole = means_over_tasks(seeds, tasks)
+        differences = [mean - reference[seed] for seed, mean in whole.items() if seed in reference]
         share = f"{100 * statistics.mean(kept[label]):.0f} %"
-        lines.append(f"| {label} | {share} | {' | '.join(cells)} | {mean} | {len(whole)} of {len(seeds)} |")
+        mean = f"**{mean_and_spread(whole.values())}**" if whole else ""
+        difference = mean_and_spread(differences) if differences else ""
+        row = [label, share, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -75,7 +88,7 @@ def plot(results, path):
     tasks = {result["task"] for result in results}
     lines = {}
     for label, seeds in by_seed(results).items():
-        means = [statistics.mean(scores.values()) for scores in seeds.values() if len(scores) == len(tasks)]
+        means = means_over_tasks(seeds, tasks).values()
         if not means:
             continue
         name, _, ratio = label.rpartition(" ")
