@@ -111,8 +111,8 @@ def training_arguments(folder, *, epochs, seed, batch_size, **further):
     )
 
 
-def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, end_rate=0.0):
-    """Return a Trainer with AdamW; the learning rate falls from its peak to ``end_rate`` in a line."""
+def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, start_share=1.0, end_share=0.0):
+    """Return a Trainer with AdamW; the learning rates fall from one share of their peaks to another in a line."""
     trainer = Trainer(
         model=model,
         args=training_arguments(
@@ -121,27 +121,29 @@ def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, end_ra
             seed=seed,
             batch_size=workload.batch_size,
             lr_scheduler_type="polynomial",
-            lr_scheduler_kwargs={"power": 1.0, "lr_end": end_rate},
+            lr_scheduler_kwargs={"power": 1.0, "lr_end": learning_rate * end_share},
             **workload.training_arguments,
         ),
         train_dataset=workload.train,
         eval_dataset=workload.test,
         data_collator=workload.collator,
         compute_metrics=workload.score,
-        optimizers=(make_optimizer(model, workload.head, learning_rate), None),
+        optimizers=(make_optimizer(model, workload.head, learning_rate, start_share), None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def make_optimizer(model, head, learning_rate):
-    """Return AdamW with one learning rate for the head, and another for all else that trains."""
+def make_optimizer(model, head, learning_rate, share):
+    """Return AdamW at a share of two peak learning rates, the head's and that of all else that trains."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     heads = [parameter for name, parameter in trainable if head is not None and head in name.split(".")]
     body = [parameter for name, parameter in trainable if head is None or head not in name.split(".")]
-    groups = [{"params": heads, "lr": HEAD_LEARNING_RATE}, {"params": body, "lr": learning_rate}]
+    groups = [{"params": heads, "lr": HEAD_LEARNING_RATE * share}, {"params": body, "lr": learning_rate * share}]
     # The schedule multiplies all rates by its own one over the default one.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=learning_rate * share, weight_decay=0.0
+    )
 
 
 def run(case, workload, folder):
@@ -152,13 +154,14 @@ def run(case, workload, folder):
 def trained(case, workload, folder):
     """Train and score one case; return the model and its figures."""
     seconds, halvings = 0.0, 0
+    remaining = 1 - case.first_epochs / case.epochs
     if case.first_epochs:
         first, seconds, halvings = after_first_stage(
             workload,
             method=first_stage(case.method),
             learning_rate=case.first_learning_rate,
-            epochs=case.epochs,
             first_epochs=case.first_epochs,
+            remaining=remaining,
             seed=case.seed,
         )
 
@@ -174,6 +177,7 @@ def trained(case, workload, folder):
         may_halve=case.scored_on == "test",
         epochs=case.epochs - case.first_epochs,
         seed=case.seed + (LAST_STAGE_SEED if case.first_epochs else 0),
+        start_share=remaining,
     )
     scores = last.trainer.evaluate()
     return last.model, last.figures | {
@@ -187,11 +191,11 @@ def trained(case, workload, folder):
 
 
 @functools.lru_cache(maxsize=1)
-def after_first_stage(workload, *, method, learning_rate, epochs, first_epochs, seed):
+def after_first_stage(workload, *, method, learning_rate, first_epochs, remaining, seed):
     """Train the full-size stage; return the plain model with all that it learned, the seconds, and the halvings.
 
-    Its schedule is that of the other methods, cut off. Several compressions of one task and seed start with it, so
-    that the last one is kept; change only a copy of it.
+    Its schedule is that of the other methods, cut off where that share of the epochs is ``remaining``. Several
+    compressions of one task and seed start with it, so that the last one is kept; change only a copy of it.
     """
 
     def prepare():
@@ -207,7 +211,7 @@ def after_first_stage(workload, *, method, learning_rate, epochs, first_epochs, 
             may_halve=True,
             epochs=first_epochs,
             seed=seed,
-            end_share=1 - first_epochs / epochs,
+            end_share=remaining,
         )
     model = stage.model.merge_and_unload() if isinstance(stage.model, PeftModel) else stage.model
     return model, stage.seconds, stage.halvings
@@ -225,8 +229,10 @@ class Stage:
     halvings: int
 
 
-def train_stage(prepare, workload, folder, *, learning_rate, may_halve, epochs, seed, end_share=0.0):
+def train_stage(prepare, workload, folder, *, learning_rate, may_halve, epochs, seed, start_share=1.0, end_share=0.0):
     """Train what ``prepare`` returns; if it learns nothing, once more at half the rate, and keep the better one.
+
+    The rates, that of the head, too, fall from ``start_share`` to ``end_share`` of their peaks.
 
     Now and then an adapter is lost at its best rate: it predicts one class whatever comes. A user would see that
     in the training loss, which alone decides here, and start again.
@@ -236,7 +242,14 @@ def train_stage(prepare, workload, folder, *, learning_rate, may_halve, epochs, 
         model, figures = prepare()
         rate = learning_rate / 2**halvings
         trainer = make_trainer(
-            model, workload, folder, learning_rate=rate, epochs=epochs, seed=seed, end_rate=rate * end_share
+            model,
+            workload,
+            folder,
+            learning_rate=rate,
+            epochs=epochs,
+            seed=seed,
+            start_share=start_share,
+            end_share=end_share,
         )
         seconds = trainer.train().metrics["train_runtime"]
         final_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
