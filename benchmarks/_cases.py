@@ -23,7 +23,8 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 #   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors
 #   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
 FULL_SIZE = ("full", "lora", "dora", "pissa", "rslora")
-# Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages.
+# Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
+# but for a warm-up of what is new in the last one.
 FIRST_STAGE_SHARE = 0.8
 # Learning rates are chosen from a grid by `compare.py learning-rates`, on held-out training rows of some tasks, which
 # gives results/KIND/learning_rates.json.
@@ -55,7 +56,7 @@ class Case:
         retained_ratio: Of the targeted parameters; 1 for methods that keep all.
         storage: Whose parameter count the budget is reckoned in.
         seed: Of the new head, the order of the batches, and the method.
-        learning_rate: Peak; of the last stage, what it would be if the schedule began with that stage's parameters.
+        learning_rate: Peak of the schedule; a last stage has the end of it.
         num_rows: Training rows at most.
         epochs: Over them, in all stages together.
         scored_on: ``"test"``, or ``"held-out"`` training rows.

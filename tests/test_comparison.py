@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
@@ -96,6 +97,37 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     assert all(f"| {method} |" in table for method in METHODS)
     assert (tmp_path / f"{kind}.md").read_text() == table
     assert (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(4, 4)
+        self.classifier = torch.nn.Linear(4, 2)
+
+    def forward(self, x, labels):
+        return {"loss": torch.nn.functional.cross_entropy(self.classifier(self.body(x)), labels)}
+
+
+def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    training = importlib.import_module("_training")
+    rows = Dataset.from_list([{"x": [float(i)] * 4, "labels": i % 2} for i in range(32)])
+    collator = transformers.default_data_collator
+    workload = training.Workload(rows, rows, collator, TwoLayers, None, task_type=None, head="classifier")
+
+    def stage(**shares):
+        return training.make_trainer(TwoLayers(), workload, tmp_path, learning_rate=1e-3, epochs=4, seed=0, **shares)
+
+    def rates(trainer):
+        return [group["lr"] for group in trainer.optimizer.param_groups]
+
+    first, last = stage(end_share=0.2), stage(start_share=0.2)
+    first.train()
+    assert rates(first) == pytest.approx([0.2 * training.HEAD_LEARNING_RATE, 0.2 * 1e-3])
+    assert rates(last) == pytest.approx(rates(first))
+    last.train()
+    assert rates(last) == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", TASKS)
