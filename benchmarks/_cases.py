@@ -9,7 +9,7 @@ TASKS = {
     "language": ("ptb", "wikitext2"),
 }
 # Training rows at most; of a language model, blocks of 256 tokens.
-ROWS = {"text": 1000, "vision": 4000, "language": 400}
+ROWS = {"text": 1000, "vision": 4000, "language": 256}
 RATIOS = (0.8, 0.6, 0.4)
 STORAGES = ("pivoted", "factored")
 SEEDS = (0, 1, 2)
@@ -33,10 +33,10 @@ LEARNING_RATE_TASKS = {
     "vision": ("fashion_mnist", "flowers5"),
     "language": ("ptb",),
 }
-LEARNING_RATE_ROWS = {"text": 1500, "vision": 4000, "language": 400}
+LEARNING_RATE_ROWS = {"text": 1500, "vision": 4000, "language": 256}
 LEARNING_RATE_GRID = {
     "text": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
-    "vision": {"full": (1e-4, 2e-4, 4e-4, 8e-4), "default": (5e-4, 1e-3, 2e-3, 4e-3)},
+    "vision": {"full": (2e-4, 4e-4, 8e-4, 1.6e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
 }
 # What each half of lora+jactus is worth: without LoRA first, and with a peer's compression. They have no grid of their
