@@ -30,7 +30,7 @@ FIRST_STAGE_SHARE = 0.8
 # gives results/KIND/learning_rates.json.
 LEARNING_RATE_TASKS = {
     "text": ("trec", "mr", "clinc150"),
-    "vision": ("fashion_mnist", "flowers5"),
+    "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5"),
     "language": ("ptb",),
 }
 LEARNING_RATE_ROWS = {"text": 1500, "vision": 4000, "language": 256}
@@ -39,9 +39,8 @@ LEARNING_RATE_GRID = {
     "vision": {"full": (2e-4, 4e-4, 8e-4, 1.6e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
 }
-# What each half of lora+jactus is worth: without LoRA first, and with a peer's compression. They have no grid of their
-# own, but the rate of another method.
-RATE_OF = {"jactus": "lora+jactus", "lora+svd-llm+lora": "svd-llm+lora"}
+# How JACTUS is run, by kind: after LoRA, or from the start; what was better on held-out training rows (NOTES.md).
+OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
 METRIC = {"cola": "matthews_correlation"}
 
@@ -118,10 +117,20 @@ def grid(kind, method):
     return LEARNING_RATE_GRID[kind].get(method, LEARNING_RATE_GRID[kind]["default"])
 
 
-def budgets(ratios=RATIOS, storages=STORAGES):
+def borrowed_rates(kind):
+    """Return {method: whose learning rate it takes}, for the rows that show what a part of a method is worth.
+
+    The other way to run JACTUS, and a peer's compression after LoRA, too.
+    """
+    (other,) = {"jactus", "lora+jactus"} - {OURS[kind]}
+    return {other: OURS[kind], "lora+svd-llm+lora": "svd-llm+lora"}
+
+
+def budgets(kind, ratios=RATIOS, storages=STORAGES):
     """Return (method, ratio, storage) of every row of a table."""
     rows = [(method, 1.0, "factored") for method in ("full", "lora", "dora", "pissa")]
     for ratio in ratios:
-        rows += [("lora+jactus", ratio, storage) for storage in storages]
+        rows += [(OURS[kind], ratio, storage) for storage in storages]
         rows += [(method, ratio, "factored") for method in ("svd+lora", "svd-llm+lora")]
-    return rows + [(method, min(ratios), storages[0] if method == "jactus" else "factored") for method in RATE_OF]
+    other, peer = borrowed_rates(kind)
+    return [*rows, (other, min(ratios), storages[0]), (peer, min(ratios), "factored")]

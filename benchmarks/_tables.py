@@ -9,7 +9,12 @@ from _cases import METRIC
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
-COLORS = {"lora+jactus pivoted": "C0", "lora+jactus factored": "C1", "svd+lora": "C2", "svd-llm+lora": "C3"}
+COLORS = {
+    **dict.fromkeys(("lora+jactus pivoted", "jactus pivoted"), "C0"),
+    **dict.fromkeys(("lora+jactus factored", "jactus factored"), "C1"),
+    "svd+lora": "C2",
+    "svd-llm+lora": "C3",
+}
 
 
 def load_results(folder):

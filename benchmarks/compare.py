@@ -25,11 +25,11 @@ from _cases import (
     EPOCHS_BY_TASK,
     LEARNING_RATE_ROWS,
     LEARNING_RATE_TASKS,
-    RATE_OF,
     ROWS,
     SEEDS,
     TASKS,
     Case,
+    borrowed_rates,
     budgets,
     first_stage,
     grid,
@@ -59,9 +59,9 @@ def parse_arguments():
 
 def learning_rate_cases(args, tasks, rates):
     """Yield the grid of each method; one with a first stage waits until ``rates`` has the rate of that stage."""
-    for method, ratio, storage in budgets(ratios=(0.6,), storages=("pivoted",)):
+    for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
         first = first_stage(method)
-        if method in RATE_OF or (first is not None and first not in rates):
+        if method in borrowed_rates(args.kind) or (first is not None and first not in rates):
             continue
         for task, rate in itertools.product(tasks, grid(args.kind, method)):
             yield Case(
@@ -82,9 +82,9 @@ def table_cases(args):
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `compare.py learning-rates {args.kind}` first.")
     rates = json.loads(path.read_text())["learning_rates"]
-    rates |= {method: rates[other] for method, other in RATE_OF.items() if other in rates}
+    rates |= {method: rates[other] for method, other in borrowed_rates(args.kind).items() if other in rates}
     for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
-        for method, ratio, storage in budgets():
+        for method, ratio, storage in budgets(args.kind):
             if method not in rates:
                 continue  # its grid is not complete yet
             yield Case(

@@ -18,8 +18,9 @@ from tests.compressed_models import VOCABULARY, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-METHODS = ["full", "dora", "lora+jactus pivoted 0.6", "svd-llm+lora 0.6", "lora+svd-llm+lora 0.4"]
-ALL_METHODS = ["full", "lora", "dora", "pissa", "lora+jactus", "svd+lora", "svd-llm+lora"]
+METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6", "lora+svd-llm+lora 0.4"]
+ALL_METHODS = ["full", "lora", "dora", "pissa", "jactus", "lora+jactus", "svd+lora", "svd-llm+lora"]
+OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
 MODEL_VARIABLES = {"text": "JACTUS_MINILM", "vision": "JACTUS_VIT", "language": "JACTUS_LLAMA"}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -82,19 +83,21 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     rates = dict.fromkeys(ALL_METHODS, 1e-3)
     (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
-    run("compare.py", "run", kind, *options, "--methods", *METHODS)
+    methods = [method.format(ours=OURS[kind]) for method in METHODS]
+    ours = methods[2]
+    run("compare.py", "run", kind, *options, "--methods", *methods)
     files = sorted(out.glob(f"{TASKS[kind]}_*.json"))
     results = {result["label"]: result for result in map(json.loads, map(Path.read_text, files))}
-    assert set(results) == set(METHODS)
+    assert set(results) == set(methods)
     assert {result["num_train_rows"] for result in results.values()} == {48}
-    assert results["lora+jactus pivoted 0.6"]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
-    assert results["full"]["trainable_parameters"] > results["lora+jactus pivoted 0.6"]["trainable_parameters"]
+    assert results[ours]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
+    assert results["full"]["trainable_parameters"] > results[ours]["trainable_parameters"]
 
     files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
-    run("compare.py", "run", kind, *options, "--methods", *METHODS)
+    run("compare.py", "run", kind, *options, "--methods", *methods)
     assert json.loads(files[0].read_text())["loss"] == 0.123
     table = run("compare.py", "report", kind, "--out", tmp_path)
-    assert all(f"| {method} |" in table for method in METHODS)
+    assert all(f"| {method} |" in table for method in methods)
     assert (tmp_path / f"{kind}.md").read_text() == table
     assert (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
 
