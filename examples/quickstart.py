@@ -55,7 +55,7 @@ parser.add_argument("--calibration-batches", type=int, default=16)
 parser.add_argument(
     "--lora-first",
     action="store_true",
-    help="compress what LoRA made of the model in the first 80 %% of the epochs; more accurate, most of all at small ratios",
+    help="compress what LoRA made of the model in the first 80 %% of the epochs; better at small ratios",
 )
 parser.add_argument("--lora-rank", type=int, default=16)
 # On a held-out fifth of the training rows 1e-3 was better than 5e-4 for LoRA. The cores take the same; not searched.
