@@ -155,13 +155,17 @@ def measure(args, task, seed):
 
 
 def load_rows(folder):
-    """Return {(decomposition, storage, allocation, retained ratio): rows} over all runs, and the names of the runs."""
+    """Return {(decomposition, storage, allocation, retained ratio): rows} over all runs, and the names of the runs.
+
+    To each row comes its ``increase``: its loss less that of the dense model of the same run.
+    """
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = {}
     for result in results:
+        dense = result["rows"][0]
         for row in result["rows"]:
             key = tuple(row.get(name) for name in ("decomposition", "storage", "allocation", "retained_ratio"))
-            found.setdefault(key, []).append(row)
+            found.setdefault(key, []).append(row | {"increase": row["loss"] - dense["loss"]})
     return found, [f"{result['task']} {result['seed']}" for result in results]
 
 
@@ -170,30 +174,34 @@ def mean(rows, figure):
 
 
 def mean_and_spread(rows, figure):
-    return f"{mean(rows, figure):.4f} ± {statistics.pstdev(row[figure] for row in rows):.4f}"
+    deviation = statistics.pstdev(row[figure] for row in rows)
+    if figure == "divergence":  # of all magnitudes
+        return f"{mean(rows, figure):.2e} ± {deviation:.0e}"
+    return f"{mean(rows, figure):+.4f} ± {deviation:.4f}"
 
 
 def markdown(found, runs):
-    """Return loss and divergence, mean and deviation over runs: as each is used, then every way to use it."""
+    """Return increase of the loss, and divergence: of each as it is used, then in every way to use it."""
     columns = list(itertools.product(STORAGES, ALLOCATIONS))
+    figures = {"increase": "loss over the dense model's", "divergence": "divergence"}
     lines = [
         f"Mean over {len(runs)} runs ({', '.join(runs)}); ± is the deviation over runs. Loss of the dense model: "
-        f"{mean(found['dense', None, None, None], 'loss'):.3f}. "
-        "Divergence: of a prediction from the dense model's, in nats.",
+        f"{mean(found['dense', None, None, None], 'loss'):.3f}. Divergence: of a prediction from the dense model's, "
+        "in nats; it is what the loss goes up by where labels follow the dense model's predictions.",
         "",
         "JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks):",
     ]
-    for figure in ("loss", "divergence"):
-        lines += ["", f"| {figure} at | {' | '.join(DECOMPOSITIONS)} |", "|---" * (1 + len(DECOMPOSITIONS)) + "|"]
+    for figure, name in figures.items():
+        lines += ["", f"| {name} at | {' | '.join(DECOMPOSITIONS)} |", "|---" * (1 + len(DECOMPOSITIONS)) + "|"]
         for ratio in RATIOS:
-            cells = [mean_and_spread(found[(name, *AS_USED[name], ratio)], figure) for name in DECOMPOSITIONS]
+            cells = [mean_and_spread(found[(peer, *AS_USED[peer], ratio)], figure) for peer in DECOMPOSITIONS]
             lines.append(f"| {ratio:g} | {' | '.join(cells)} |")
     lines += ["", "Every one in every storage, with both allocations:"]
-    for figure in ("loss", "divergence"):
-        lines += ["", f"| kept | {figure} | {' | '.join(map(' '.join, columns))} |", "|---" * (2 + len(columns)) + "|"]
-        for ratio, name in itertools.product(RATIOS, DECOMPOSITIONS):
-            cells = [mean_and_spread(found[(name, *column, ratio)], figure) for column in columns]
-            lines.append(f"| {ratio:g} | {name} | {' | '.join(cells)} |")
+    for figure, name in figures.items():
+        lines += ["", f"| kept | {name} | {' | '.join(map(' '.join, columns))} |", "|---" * (2 + len(columns)) + "|"]
+        for ratio, peer in itertools.product(RATIOS, DECOMPOSITIONS):
+            cells = [mean_and_spread(found[(peer, *column, ratio)], figure) for column in columns]
+            lines.append(f"| {ratio:g} | {peer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
