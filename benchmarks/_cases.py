@@ -39,7 +39,8 @@ LEARNING_RATE_GRID = {
     "vision": {"full": (2e-4, 4e-4, 8e-4, 1.6e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
 }
-# How JACTUS is run, by kind: after LoRA, or from the start; what was better on held-out training rows (NOTES.md).
+# How JACTUS is run, by kind: after LoRA, or from the start. For text and vision what was better on held-out training
+# rows (NOTES.md); for language, where no head is new, not tried the other way.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
 METRIC = {"cola": "matthews_correlation"}

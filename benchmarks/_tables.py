@@ -45,10 +45,11 @@ def by_seed(results):
     return table
 
 
-def mean_and_spread(values):
+def mean_and_spread(values, form=".1f"):
+    """Return mean and standard deviation, if there are several; each in the format ``form``, the latter unsigned."""
     values = list(values)
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    spread = f" ± {statistics.stdev(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def means_over_tasks(seeds, tasks):
@@ -93,15 +94,16 @@ def plot(results, path):
     tasks = {result["task"] for result in results}
     lines = {}
     for label, seeds in by_seed(results).items():
-        means = means_over_tasks(seeds, tasks).values()
+        means = list(means_over_tasks(seeds, tasks).values())
         if not means:
             continue
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
         name, _, ratio = label.rpartition(" ")
-        point = (100 * float(ratio) if name else 100.0, statistics.mean(means), statistics.pstdev(means))
+        point = (100 * float(ratio) if name else 100.0, statistics.mean(means), spread)
         lines.setdefault(name or label, []).append(point)
     for name, points in sorted(lines.items()):
-        x, y, spread = zip(*sorted(points), strict=True)
-        axes.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=COLORS.get(name))
+        x, y, spreads = zip(*sorted(points), strict=True)
+        axes.errorbar(x, y, spreads, marker="o", capsize=3, label=name, color=COLORS.get(name))
     axes.set_xlabel("kept of the targeted parameters, %")
     axes.set_ylabel(f"{score_name(results)}, mean over tasks")
     axes.legend()

@@ -23,6 +23,7 @@ import torch
 import transformers
 from _cases import RATIOS, SEEDS, STORAGES
 from _environment import environment, write_result
+from _tables import mean_and_spread
 from _training import make_trainer
 from datasets import disable_progress_bars
 from torch.nn.functional import kl_div
@@ -173,34 +174,31 @@ def mean(rows, figure):
     return statistics.mean(row[figure] for row in rows)
 
 
-def mean_and_spread(rows, figure):
-    deviation = statistics.pstdev(row[figure] for row in rows)
-    if figure == "divergence":  # of all magnitudes
-        return f"{mean(rows, figure):.2e} ± {deviation:.0e}"
-    return f"{mean(rows, figure):+.4f} ± {deviation:.4f}"
-
-
 def markdown(found, runs):
     """Return increase of the loss, and divergence: of each as it is used, then in every way to use it."""
     columns = list(itertools.product(STORAGES, ALLOCATIONS))
-    figures = {"increase": "loss over the dense model's", "divergence": "divergence"}
+    figures = {"increase": ("loss over the dense model's", "+.4f"), "divergence": ("divergence", ".2e")}
+
+    def cell(rows, figure):
+        return mean_and_spread((row[figure] for row in rows), figures[figure][1])
+
     lines = [
-        f"Mean over {len(runs)} runs ({', '.join(runs)}); ± is the deviation over runs. Loss of the dense model: "
-        f"{mean(found['dense', None, None, None], 'loss'):.3f}. Divergence: of a prediction from the dense model's, "
+        f"Mean over {len(runs)} runs ({', '.join(runs)}); ± is the standard deviation over runs. Loss of the dense "
+        f"model: {mean(found['dense', None, None, None], 'loss'):.3f}. Divergence: of a prediction from the dense model's, "
         "in nats; it is what the loss goes up by where labels follow the dense model's predictions.",
         "",
         "JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks):",
     ]
-    for figure, name in figures.items():
+    for figure, (name, _) in figures.items():
         lines += ["", f"| {name} at | {' | '.join(DECOMPOSITIONS)} |", "|---" * (1 + len(DECOMPOSITIONS)) + "|"]
         for ratio in RATIOS:
-            cells = [mean_and_spread(found[(peer, *AS_USED[peer], ratio)], figure) for peer in DECOMPOSITIONS]
+            cells = [cell(found[(peer, *AS_USED[peer], ratio)], figure) for peer in DECOMPOSITIONS]
             lines.append(f"| {ratio:g} | {' | '.join(cells)} |")
     lines += ["", "Every one in every storage, with both allocations:"]
-    for figure, name in figures.items():
+    for figure, (name, _) in figures.items():
         lines += ["", f"| kept | {name} | {' | '.join(map(' '.join, columns))} |", "|---" * (2 + len(columns)) + "|"]
         for ratio, peer in itertools.product(RATIOS, DECOMPOSITIONS):
-            cells = [mean_and_spread(found[(peer, *column, ratio)], figure) for column in columns]
+            cells = [cell(found[(peer, *column, ratio)], figure) for column in columns]
             lines.append(f"| {ratio:g} | {peer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
