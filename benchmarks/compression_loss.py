@@ -184,8 +184,8 @@ def markdown(found, runs):
 
     lines = [
         f"Mean over {len(runs)} runs ({', '.join(runs)}); ± is the standard deviation over runs. Loss of the dense "
-        f"model: {mean(found['dense', None, None, None], 'loss'):.3f}. Divergence: of a prediction from the dense model's, "
-        "in nats; it is what the loss goes up by where labels follow the dense model's predictions.",
+        f"model: {mean(found['dense', None, None, None], 'loss'):.3f}. Divergence: of a prediction from the dense "
+        "model's, in nats; it is what the loss goes up by where labels follow the dense model's predictions.",
         "",
         "JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks):",
     ]
