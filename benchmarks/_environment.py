@@ -17,7 +17,7 @@ def environment(device="cpu"):
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "../peft_jactus"],
+        ["git", "status", "--porcelain", "--", "../peft_jactus", "*.py"],
         cwd=root,
         capture_output=True,
         text=True,

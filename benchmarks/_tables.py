@@ -9,11 +9,20 @@ from _cases import METRIC
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
+# The same method, the same colour in every plot.
 COLORS = {
-    **dict.fromkeys(("lora+jactus pivoted", "jactus pivoted"), "C0"),
-    **dict.fromkeys(("lora+jactus factored", "jactus factored"), "C1"),
-    "svd+lora": "C2",
-    "svd-llm+lora": "C3",
+    "lora+jactus pivoted": "tab:blue",
+    "lora+jactus factored": "tab:cyan",
+    "jactus pivoted": "navy",
+    "jactus factored": "steelblue",
+    "svd+lora": "tab:green",
+    "svd-llm+lora": "tab:red",
+    "lora+svd-llm+lora": "tab:orange",
+    "full": "black",
+    "lora": "tab:purple",
+    "lora-r72": "violet",
+    "dora": "tab:brown",
+    "pissa": "tab:pink",
 }
 
 
@@ -38,10 +47,20 @@ def score_name(results):
 
 
 def by_seed(results):
-    """Return {label: {seed: {task: score}}}."""
+    """Return {label: {seed: {task: score}}}.
+
+    Raises:
+        ValueError: If two results differ in other settings only; a table has one of them.
+    """
     table = {}
     for result in results:
-        table.setdefault(result["label"], {}).setdefault(result["seed"], {})[result["task"]] = score(result)
+        tasks = table.setdefault(result["label"], {}).setdefault(result["seed"], {})
+        if result["task"] in tasks:
+            raise ValueError(
+                f"Two results of {result['label']} on {result['task']} with seed {result['seed']}; delete the one "
+                "whose other settings (in its file name) the table shall not have."
+            )
+        tasks[result["task"]] = score(result)
     return table
 
 
@@ -62,11 +81,16 @@ def markdown(results):
     tasks = sorted({result["task"] for result in results})
     table = by_seed(results)
     reference = means_over_tasks(table.get(REFERENCE, {}), tasks)
-    kept = {}
+    kept, trained = {}, {}
     for result in results:
         kept.setdefault(result["label"], []).append(result.get("retained_ratio_reached", 1.0))
-    lines = [f"Mean and standard deviation over seeds; {score_name(results)}.", ""]
-    head = ["method", "kept", *tasks, "mean", f"less {REFERENCE}'s", "seeds"]
+        trained.setdefault(result["label"], []).append(result["trainable_parameters"])
+    lines = [
+        f"Mean and standard deviation over seeds; {score_name(results)}. Trained: parameters of the last stage, in "
+        "millions.",
+        "",
+    ]
+    head = ["method", "kept", "trained", *tasks, "mean", f"less {REFERENCE}'s", "seeds"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, seeds in sorted(table.items(), key=lambda row: (-statistics.mean(kept[row[0]]), row[0])):
         cells = [
@@ -80,7 +104,8 @@ def markdown(results):
         share = f"{100 * statistics.mean(kept[label]):.0f} %"
         mean = f"**{mean_and_spread(whole.values())}**" if whole else ""
         difference = mean_and_spread(differences) if differences else ""
-        row = [label, share, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"]
+        millions = f"{statistics.mean(trained[label]) / 1e6:.2f}"
+        row = [label, share, millions, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

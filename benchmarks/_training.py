@@ -174,7 +174,6 @@ def trained(case, workload, folder):
         workload,
         folder,
         learning_rate=case.learning_rate,
-        may_halve=case.scored_on == "test",
         epochs=case.epochs - case.first_epochs,
         seed=case.seed + (LAST_STAGE_SEED if case.first_epochs else 0),
         start_share=remaining,
@@ -186,6 +185,7 @@ def trained(case, workload, folder):
         "trainable_parameters": sum(p.numel() for p in last.model.parameters() if p.requires_grad),
         "train_seconds": seconds + last.seconds,
         "learning_rate_halvings": halvings + last.halvings,
+        "final_training_loss": last.final_loss,
         **{name: scores[f"eval_{name}"] for name in ("loss", *METRICS) if f"eval_{name}" in scores},
     }
 
@@ -208,7 +208,6 @@ def after_first_stage(workload, *, method, learning_rate, first_epochs, remainin
             workload,
             folder,
             learning_rate=learning_rate,
-            may_halve=True,
             epochs=first_epochs,
             seed=seed,
             end_share=remaining,
@@ -229,7 +228,7 @@ class Stage:
     halvings: int
 
 
-def train_stage(prepare, workload, folder, *, learning_rate, may_halve, epochs, seed, start_share=1.0, end_share=0.0):
+def train_stage(prepare, workload, folder, *, learning_rate, epochs, seed, start_share=1.0, end_share=0.0):
     """Train what ``prepare`` returns; if it learns nothing, once more at half the rate, and keep the better one.
 
     The rates, that of the head, too, fall from ``start_share`` to ``end_share`` of their peaks.
@@ -238,7 +237,7 @@ def train_stage(prepare, workload, folder, *, learning_rate, may_halve, epochs, 
     in the training loss, which alone decides here, and start again.
     """
     stages = []
-    for halvings in range(1 + may_halve):
+    for halvings in range(2):
         model, figures = prepare()
         rate = learning_rate / 2**halvings
         trainer = make_trainer(

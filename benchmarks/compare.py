@@ -25,14 +25,15 @@ from _cases import (
     EPOCHS_BY_TASK,
     LEARNING_RATE_ROWS,
     LEARNING_RATE_TASKS,
+    OURS,
     ROWS,
     SEEDS,
     TASKS,
     Case,
-    borrowed_rates,
     budgets,
     first_stage,
     grid,
+    other_way,
 )
 from _environment import environment, write_result
 from _tables import write_report
@@ -61,7 +62,7 @@ def learning_rate_cases(args, tasks, rates):
     """Yield the grid of each method; one with a first stage waits until ``rates`` has the rate of that stage."""
     for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
         first = first_stage(method)
-        if method in borrowed_rates(args.kind) or (first is not None and first not in rates):
+        if method == other_way(args.kind) or (first is not None and first not in rates):
             continue
         for task, rate in itertools.product(tasks, grid(args.kind, method)):
             yield Case(
@@ -71,7 +72,7 @@ def learning_rate_cases(args, tasks, rates):
                 storage,
                 learning_rate=rate,
                 num_rows=LEARNING_RATE_ROWS[args.kind],
-                epochs=EPOCHS,
+                epochs=EPOCHS_BY_TASK.get(task, EPOCHS),
                 scored_on="held-out",
                 first_learning_rate=rates.get(first),
             )
@@ -82,7 +83,8 @@ def table_cases(args):
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `compare.py learning-rates {args.kind}` first.")
     rates = json.loads(path.read_text())["learning_rates"]
-    rates |= {method: rates[other] for method, other in borrowed_rates(args.kind).items() if other in rates}
+    if OURS[args.kind] in rates:
+        rates[other_way(args.kind)] = rates[OURS[args.kind]]
     for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
         for method, ratio, storage in budgets(args.kind):
             if method not in rates:
@@ -101,6 +103,7 @@ def table_cases(args):
 
 
 def run(cases, args):
+    started_at = environment()  # the code that runs, whatever becomes of the files meanwhile
     part, parts = map(int, args.part.split("/"))
     groups = {}  # the cases of a group start from the same data, and many from the same first stage
     for case in cases:
@@ -116,7 +119,7 @@ def run(cases, args):
         workload = load_workload(case.task, num_rows=case.num_rows, scored_on=case.scored_on)
         with tempfile.TemporaryDirectory() as folder:
             figures = run_case(case, workload, folder)
-        write_result(path, {**case.settings(), **figures, "environment": environment()})
+        write_result(path, {**case.settings(), **figures, "environment": started_at})
         score = figures.get("accuracy", figures["loss"])
         tqdm.write(f"{path.name} {score:.4f} {figures['train_seconds']:.0f} s")
 
