@@ -3,6 +3,8 @@
 import json
 import statistics
 
+from _markdown import markdown_table, mean_and_spread
+
 RATIOS = ("0.8", "0.6", "0.4")
 CORPORA = ("novels", "ptb", "wikitext2")
 METHODS = ("static uniform", "static global", "second order", "average", "routed")
@@ -42,14 +44,7 @@ def values(results, decomposition, method, ratio, corpus, figure, study):
 
 
 def cell(numbers, digits):
-    if not numbers:
-        return ""
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{spread}"
-
-
-def table(head, rows):
-    return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)])
+    return mean_and_spread(numbers, f".{digits}f") if numbers else ""
 
 
 def main_table(results, study, figure, digits):
@@ -65,7 +60,7 @@ def main_table(results, study, figure, digits):
             ]
             if any(cells):
                 rows.append([decomposition, method, *cells])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def studies_table(results, studies, decomposition, figure, digits):
@@ -81,7 +76,7 @@ def studies_table(results, studies, decomposition, figure, digits):
             ]
             if any(cells):
                 rows.append([f"{name}: {method}", *cells])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def gain_table(results):
@@ -93,7 +88,7 @@ def gain_table(results):
         for ratio, by_corpus in result["gain"].items()
         for corpus, figures in by_corpus.items()
     ]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def plot_shares(results, study, path):
@@ -112,7 +107,7 @@ def plot_shares(results, study, path):
                 ]
                 if all(lines):
                     means = [statistics.mean(line) for line in lines]
-                    spread = [statistics.pstdev(line) for line in lines]
+                    spread = [statistics.stdev(line) for line in lines]
                     axis.errorbar(
                         [float(ratio) for ratio in RATIOS], means, spread, marker="o", capsize=3, label=method
                     )

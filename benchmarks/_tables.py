@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from _cases import METRIC
+from _markdown import markdown_table, mean_and_spread
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
@@ -64,13 +65,6 @@ def by_seed(results):
     return table
 
 
-def mean_and_spread(values, form=".1f"):
-    """Return mean and standard deviation, if there are several; each in the format ``form``, the latter unsigned."""
-    values = list(values)
-    spread = f" ± {statistics.stdev(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
-
-
 def means_over_tasks(seeds, tasks):
     """Return {seed: mean score} of the seeds that have all tasks."""
     return {seed: statistics.mean(s.values()) for seed, s in seeds.items() if len(s) == len(tasks)}
@@ -85,13 +79,8 @@ def markdown(results):
     for result in results:
         kept.setdefault(result["label"], []).append(result.get("retained_ratio_reached", 1.0))
         trained.setdefault(result["label"], []).append(result["trainable_parameters"])
-    lines = [
-        f"Mean and standard deviation over seeds; {score_name(results)}. Trained: parameters of the last stage, in "
-        "millions.",
-        "",
-    ]
     head = ["method", "kept", "trained", *tasks, "mean", f"less {REFERENCE}'s", "seeds"]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for label, seeds in sorted(table.items(), key=lambda row: (-statistics.mean(kept[row[0]]), row[0])):
         cells = [
             mean_and_spread(s[task] for s in seeds.values() if task in s)
@@ -105,9 +94,9 @@ def markdown(results):
         mean = f"**{mean_and_spread(whole.values())}**" if whole else ""
         difference = mean_and_spread(differences) if differences else ""
         millions = f"{statistics.mean(trained[label]) / 1e6:.2f}"
-        row = [label, share, millions, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append([label, share, millions, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"])
+    explanation = f"Mean and standard deviation over seeds; {score_name(results)}. Trained: millions of parameters."
+    return f"{explanation}\n\n{markdown_table(head, rows)}"
 
 
 def plot(results, path):

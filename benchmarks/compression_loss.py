@@ -5,8 +5,9 @@
 
 The kinds are text, vision and language. A classifier is fine-tuned on its task first: with a fresh head, far from a
 minimum, truncation moves the loss to first order, and says little about the metric. A language model is compressed as
-it was pretrained, calibrated on the text that it is scored on. One calibration serves all decompositions. The peers
-are as published, so without JACTUS's correction of the bias. A result that is there is not computed again.
+it was pretrained, calibrated on training rows of the text that it is scored on; its seed chooses these rows, and no
+more. One calibration serves all decompositions. JACTUS is as it is by default; the peers are as published, so
+without its correction of the bias, and with ranks of any number. A result that is there is not computed again.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 import transformers
 from _cases import RATIOS, SEEDS, STORAGES
 from _environment import environment, write_result
-from _tables import mean_and_spread
+from _markdown import markdown_table, mean_and_spread
 from _training import make_trainer
 from datasets import disable_progress_bars
 from torch.nn.functional import kl_div
@@ -35,7 +36,11 @@ from peft_jactus import JactusConfig, calibrate
 from peft_jactus.allocation import LayerGains, allocate
 from peft_jactus.decomposition import DecompositionOptions, project_weight
 
-TASKS = {"text": ("trec", "mr"), "vision": ("fashion_mnist", "flowers5"), "language": ("ptb", "wikitext2")}
+TASKS = {
+    "text": ("trec", "mr"),
+    "vision": ("fashion_mnist", "flowers5"),
+    "language": ("novels", "ptb", "wikitext2"),
+}
 DECOMPOSITIONS = ("jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd")
 ALLOCATIONS = ("global", "uniform")
 # Of the fine-tuning; rows are those of a language model's calibration, too.
@@ -55,7 +60,7 @@ def parse_arguments():
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("kind", choices=list(TASKS))
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
-    parser.add_argument("--tasks", nargs="+", help="default: two of the kind's")
+    parser.add_argument("--tasks", nargs="+", help="default: two or three of the kind's")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--rows", type=int, default=ROWS, help="training rows at most")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each kind is made in it")
@@ -143,7 +148,13 @@ def measure(args, task, seed):
             for name, p in projected.items()
         }
         for ratio, storage, allocation in itertools.product(RATIOS, STORAGES, ALLOCATIONS):
-            allocated = allocate(gains, retained_ratio=ratio, strategy=allocation, storage=storage)
+            allocated = allocate(
+                gains,
+                retained_ratio=ratio,
+                strategy=allocation,
+                storage=storage,
+                rank_multiple=JactusConfig().rank_multiple if decomposition == "jactus" else 1,
+            )
             compress_(model, dense, projected, allocated.ranks, found, decomposition)
             rows.append({
                 "decomposition": decomposition,
@@ -155,62 +166,83 @@ def measure(args, task, seed):
     return rows
 
 
-def load_rows(folder):
-    """Return {(decomposition, storage, allocation, retained ratio): rows} over all runs, and the names of the runs.
-
-    To each row comes its ``increase``: its loss less that of the dense model of the same run.
-    """
+def load_results(folder):
+    """Return the results; seeds that do not have all tasks are left out."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    tasks = {result["task"] for result in results}
+    complete = {seed for seed in seeds(results) if {r["task"] for r in results if r["seed"] == seed} == tasks}
+    return [result for result in results if result["seed"] in complete]
+
+
+def seeds(results):
+    return sorted({result["seed"] for result in results})
+
+
+def means_by_seed(results):
+    """Return {(decomposition, storage, allocation, retained ratio): {figure: [mean over tasks for each seed]}}.
+
+    To the figures comes the ``increase``: the loss less that of the dense model of the same run.
+    """
     found = {}
     for result in results:
         dense = result["rows"][0]
         for row in result["rows"]:
             key = tuple(row.get(name) for name in ("decomposition", "storage", "allocation", "retained_ratio"))
-            found.setdefault(key, []).append(row | {"increase": row["loss"] - dense["loss"]})
-    return found, [f"{result['task']} {result['seed']}" for result in results]
+            figures = {name: row[name] for name in ("loss", "divergence")}
+            figures["increase"] = row["loss"] - dense["loss"]
+            for name, figure in figures.items():
+                found.setdefault(key, {}).setdefault(name, {}).setdefault(result["seed"], []).append(figure)
+    return {
+        key: {name: [statistics.mean(of_seed) for of_seed in by_seed.values()] for name, by_seed in figures.items()}
+        for key, figures in found.items()
+    }
 
 
-def mean(rows, figure):
-    return statistics.mean(row[figure] for row in rows)
-
-
-def markdown(found, runs):
+def markdown(results):
     """Return increase of the loss, and divergence: of each as it is used, then in every way to use it."""
+    found = means_by_seed(results)
     columns = list(itertools.product(STORAGES, ALLOCATIONS))
     figures = {"increase": ("loss over the dense model's", "+.4f"), "divergence": ("divergence", ".2e")}
+    dense = {}
+    for result in results:
+        dense.setdefault(result["task"], []).append(result["rows"][0]["loss"])
 
-    def cell(rows, figure):
-        return mean_and_spread((row[figure] for row in rows), figures[figure][1])
+    def cell(of_seeds, figure):
+        return mean_and_spread(of_seeds[figure], figures[figure][1])
 
+    losses = ", ".join(f"{task} {mean_and_spread(of_seeds, '.3f')}" for task, of_seeds in sorted(dense.items()))
     lines = [
-        f"Mean over {len(runs)} runs ({', '.join(runs)}); ± is the standard deviation over runs. Loss of the dense "
-        f"model: {mean(found['dense', None, None, None], 'loss'):.3f}. Divergence: of a prediction from the dense "
-        "model's, in nats; it is what the loss goes up by where labels follow the dense model's predictions.",
+        f"Mean over {len(dense)} tasks; ± is the standard deviation over {len(seeds(results))} seeds. Loss of the "
+        f"dense model: {losses}. Divergence: of a prediction from the dense model's, in nats; it is what the loss "
+        "goes up by where labels follow the dense model's predictions.",
         "",
         "JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks):",
     ]
     for figure, (name, _) in figures.items():
-        lines += ["", f"| {name} at | {' | '.join(DECOMPOSITIONS)} |", "|---" * (1 + len(DECOMPOSITIONS)) + "|"]
-        for ratio in RATIOS:
-            cells = [cell(found[(peer, *AS_USED[peer], ratio)], figure) for peer in DECOMPOSITIONS]
-            lines.append(f"| {ratio:g} | {' | '.join(cells)} |")
+        rows = [
+            [f"{ratio:g}", *(cell(found[(peer, *AS_USED[peer], ratio)], figure) for peer in DECOMPOSITIONS)]
+            for ratio in RATIOS
+        ]
+        lines += ["", markdown_table([f"{name} at", *DECOMPOSITIONS], rows)]
     lines += ["", "Every one in every storage, with both allocations:"]
     for figure, (name, _) in figures.items():
-        lines += ["", f"| kept | {name} | {' | '.join(map(' '.join, columns))} |", "|---" * (2 + len(columns)) + "|"]
-        for ratio, peer in itertools.product(RATIOS, DECOMPOSITIONS):
-            cells = [cell(found[(peer, *column, ratio)], figure) for column in columns]
-            lines.append(f"| {ratio:g} | {peer} | {' | '.join(cells)} |")
+        rows = [
+            [f"{ratio:g}", peer, *(cell(found[(peer, *column, ratio)], figure) for column in columns)]
+            for ratio, peer in itertools.product(RATIOS, DECOMPOSITIONS)
+        ]
+        lines += ["", markdown_table(["kept", name, *map(" ".join, columns)], rows)]
     return "\n".join(lines)
 
 
-def plot(found, path):
+def plot(results, path):
     """Draw the divergence against kept parameters, a line for each decomposition as it is used."""
     from matplotlib.figure import Figure
 
+    found = means_by_seed(results)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in DECOMPOSITIONS:
-        divergences = [mean(found[(name, *AS_USED[name], ratio)], "divergence") for ratio in RATIOS]
+        divergences = [statistics.mean(found[(name, *AS_USED[name], ratio)]["divergence"]) for ratio in RATIOS]
         axes.semilogy([100 * ratio for ratio in RATIOS], divergences, marker="o", label=name)
     axes.set_xlabel("kept of the targeted parameters, %")
     axes.set_ylabel("divergence from the dense model right after compression")
@@ -224,17 +256,19 @@ def main():
     disable_progress_bars()
     folder = args.out / f"compression_loss-{args.kind}"
     if args.command == "report":
-        found, runs = load_rows(folder)
-        table = markdown(found, runs)
+        results = load_results(folder)
+        table = markdown(results)
         folder.with_suffix(".md").write_text(table + "\n")
-        plot(found, folder.with_suffix(".png"))
+        plot(results, folder.with_suffix(".png"))
         print(table)
         return
-    for task, seed in itertools.product(args.tasks or TASKS[args.kind], args.seeds):
-        path = folder / f"{task}_seed{seed}.json"
+    started_at = environment()  # the code that runs, whatever becomes of the files meanwhile
+    for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
+        path = folder / f"{task}_{args.rows}rows_seed{seed}.json"
         if not path.exists():
             rows = measure(args, task, seed)
-            write_result(path, {"task": task, "seed": seed, "rows": rows, "environment": environment()})
+            result = {"task": task, "seed": seed, "num_rows": args.rows, "rows": rows, "environment": started_at}
+            write_result(path, result)
 
 
 if __name__ == "__main__":

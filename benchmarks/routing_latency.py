@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from _environment import environment, write_result
+from _markdown import markdown_table
 from latency import tokens, with_random_factors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -79,7 +80,7 @@ def parse_arguments():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: results/routing_latency-DEVICE.json")
+    parser.add_argument("--out", type=Path, help="default: results/routing_latency-CHOICE-DEVICE.json")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
@@ -322,11 +323,6 @@ def measure(ratio, dense, native, args):
 
 
 # -- tables -----------------------------------------------------------------------------------------------
-
-
-def markdown_table(header, lines):
-    cells = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def times_table(rows, ratios):

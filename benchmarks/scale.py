@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from _extrapolation import LLAMAS, Llama
+from _markdown import markdown_table
 from _memory import peak_mib, reset_peak, resident_mib
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -151,9 +152,10 @@ def write_report(path):
     """Write and return the tables, next to the result file."""
     result = json.loads(path.read_text())
     lines = ["Memory beyond the loaded model (MiB) and time (s), against depth:", ""]
-    lines += table(result["by_depth"], ("depth", "width", "limit"))
+    lines.append(table(result["by_depth"], ("depth", "width", "limit")))
     lines += ["", *growth_with_depth(result["by_depth"])]
-    lines += ["", "Against width:", "", *table(result["by_width"], ("width", "depth"))]
+    # In models this shallow a training step uses again what the one before has freed, so its peak is no figure.
+    lines += ["", "Against width:", "", table(result["by_width"], ("width", "depth"), without=("training_mib",))]
     lines += ["", "Growth of the times with the width, between neighbours:", ""]
     lines += [
         f"- {name}: {', '.join(f'{value:.2f}' for value in found)}" for name, found in result["exponents"].items()
@@ -172,14 +174,16 @@ def growth_with_depth(rows):
         yield f"- limit {limit}, peak of {last['depth']} blocks over that of {first['depth']}: {', '.join(ratios)}"
 
 
-def table(rows, keys):
-    figures = [name for name in rows[0] if name.endswith(("_mib", "_seconds"))]
-    yield "| " + " | ".join((*keys, *(name.replace("_", " ") for name in figures))) + " |"
-    yield "|---" * (len(keys) + len(figures)) + "|"
-    for row in rows:
-        cells = [str(row[key]) for key in keys]
-        cells += [f"{row[name]:.0f}" if name.endswith("_mib") else f"{row[name]:.2f}" for name in figures]
-        yield "| " + " | ".join(cells) + " |"
+def table(rows, keys, without=()):
+    figures = [name for name in rows[0] if name.endswith(("_mib", "_seconds")) and name not in without]
+    lines = [
+        [
+            *(str(row[key]) for key in keys),
+            *(f"{row[name]:.0f}" if name.endswith("_mib") else f"{row[name]:.2f}" for name in figures),
+        ]
+        for row in rows
+    ]
+    return markdown_table([*keys, *(name.replace("_", " ") for name in figures)], lines)
 
 
 def extrapolation(result):
@@ -198,29 +202,37 @@ def extrapolation(result):
         "factorization in float64."
     )
     yield ""
-    yield "| model | statistics (GB) | passes at 8 GiB; 64 GiB | calibration, a core (h) | factorization, a core (h) |"
-    yield "|---|---|---|---|---|"
+    head = [
+        "model",
+        "statistics (GB)",
+        "passes at 8 GiB; 64 GiB",
+        "calibration, a core (h)",
+        "factorization, a core (h)",
+    ]
+    lines = []
     for llama in LLAMAS:
         passes = [math.ceil(llama.statistics_bytes() / (gib * 2**30)) for gib in (8, 64)]
-        flops = llama.model_flops(CALIBRATION_TOKENS) + llama.covariance_flops(CALIBRATION_TOKENS)
-        yield (
-            f"| {llama.name} | {llama.statistics_bytes() / 1e9:.0f} | {passes[0]}; {passes[1]} | "
-            f"{flops / calibration_speed / 3600:.0f} | "
-            f"{llama.factorization_flops(RETAINED_RATIO) / factorization_speed / 3600:.0f} |"
-        )
+        calibration = llama.model_flops(CALIBRATION_TOKENS) + llama.covariance_flops(CALIBRATION_TOKENS)
+        factorization = llama.factorization_flops(RETAINED_RATIO)
+        lines.append([
+            llama.name,
+            f"{llama.statistics_bytes() / 1e9:.0f}",
+            f"{passes[0]}; {passes[1]}",
+            f"{calibration / calibration_speed / 3600:.0f}",
+            f"{factorization / factorization_speed / 3600:.0f}",
+        ])
+    yield markdown_table(head, lines)
     yield ""
-    yield "| model | GPUs | passes at 64 GiB each | calibration (min) | factorization (min) |"
-    yield "|---|---|---|---|---|"
+    lines = []
     for llama, gpus in itertools.product(LLAMAS, (1, 8)):
         # Each process holds the sums of its share of the rows: the limit is one of each process.
         passes = math.ceil(llama.statistics_bytes() / (64 * 2**30))
         model = passes * llama.model_flops(CALIBRATION_TOKENS) / GPU_MODEL
         covariances = llama.covariance_flops(CALIBRATION_TOKENS) / GPU_FLOAT32
         factorization = llama.factorization_flops(RETAINED_RATIO) / GPU_FLOAT64
-        yield (
-            f"| {llama.name} | {gpus} | {passes} | {(model + covariances) / gpus / 60:.1f} | "
-            f"{factorization / gpus / 60:.1f} |"
-        )
+        minutes = [f"{(model + covariances) / gpus / 60:.1f}", f"{factorization / gpus / 60:.1f}"]
+        lines.append([llama.name, str(gpus), str(passes), *minutes])
+    yield markdown_table(["model", "GPUs", "passes at 64 GiB each", "calibration (min)", "factorization (min)"], lines)
 
 
 def main():
