@@ -3,7 +3,7 @@
 import json
 import statistics
 
-from _markdown import markdown_table, mean_and_spread
+from _reporting import markdown_table, mean_and_spread, spread
 
 RATIOS = ("0.8", "0.6", "0.4")
 CORPORA = ("novels", "ptb", "wikitext2")
@@ -107,9 +107,9 @@ def plot_shares(results, study, path):
                 ]
                 if all(lines):
                     means = [statistics.mean(line) for line in lines]
-                    spread = [statistics.stdev(line) for line in lines]
+                    spreads = [spread(line) for line in lines]
                     axis.errorbar(
-                        [float(ratio) for ratio in RATIOS], means, spread, marker="o", capsize=3, label=method
+                        [float(ratio) for ratio in RATIOS], means, spreads, marker="o", capsize=3, label=method
                     )
             axis.set_yscale("log")
             axis.set_title(f"{decomposition}, {corpus}", fontsize=9)

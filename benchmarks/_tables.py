@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from _cases import METRIC
-from _markdown import markdown_table, mean_and_spread
+from _reporting import markdown_table, mean_and_spread, spread
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
@@ -111,9 +111,8 @@ def plot(results, path):
         means = list(means_over_tasks(seeds, tasks).values())
         if not means:
             continue
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
         name, _, ratio = label.rpartition(" ")
-        point = (100 * float(ratio) if name else 100.0, statistics.mean(means), spread)
+        point = (100 * float(ratio) if name else 100.0, statistics.mean(means), spread(means))
         lines.setdefault(name or label, []).append(point)
     for name, points in sorted(lines.items()):
         x, y, spreads = zip(*sorted(points), strict=True)

@@ -24,7 +24,7 @@ import torch
 import transformers
 from _cases import RATIOS, SEEDS, STORAGES
 from _environment import environment, write_result
-from _markdown import markdown_table, mean_and_spread
+from _reporting import markdown_table, mean_and_spread
 from _training import make_trainer
 from datasets import disable_progress_bars
 from torch.nn.functional import kl_div

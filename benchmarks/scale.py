@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 from _extrapolation import LLAMAS, Llama
-from _markdown import markdown_table
 from _memory import peak_mib, reset_peak, resident_mib
+from _reporting import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 NUM_BATCHES = 4
