@@ -47,6 +47,7 @@ parser.add_argument("--data-dir", help="directory of parquet files, instead of -
 parser.add_argument("--output-dir", type=Path, default=Path("outputs/causal_lm"))
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="kept share of the weights")
 parser.add_argument("--calibration-batches", type=int, default=16)
+parser.add_argument("--max-statistics-memory", default="16GiB", help="with more, layers are calibrated in parts")
 parser.add_argument("--learning-rate", type=float, help="default: 2e-4, or 1e-3 with --small")
 parser.add_argument("--epochs", type=float, default=1)
 parser.add_argument("--batch-size", type=int, default=16)
@@ -201,14 +202,21 @@ def answer_loss(model: nn.Module) -> float:
 set_seed(args.seed)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
 if args.gradient_checkpointing:
-    model.gradient_checkpointing_enable()
+    # before transformers 5.23: gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 dense_parameters = model.num_parameters()
 loss_of_dense = answer_loss(model)
 
 config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=args.retained_ratio)
 loader = DataLoader(rows["train"], args.batch_size, collate_fn=collator)
 start = time.perf_counter()
-calibrate(model, config, loader, max_batches=args.calibration_batches)
+calibrate(
+    model,
+    config,
+    loader,
+    max_batches=args.calibration_batches,
+    max_statistics_memory=args.max_statistics_memory,
+)
 model = get_peft_model(model, config)
 preparation_seconds = time.perf_counter() - start
 loss_after_compression = answer_loss(model)
