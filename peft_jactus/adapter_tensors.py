@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Of what an adapter's tensors are and mean, the coordinates of its core (`core_product.STEP_NORM`) among them. One of
+# another number is refused: it might load, and compute something else.
+ADAPTER_FORMAT = 1
+
+
 def tensor_shapes(out_features: int, in_features: int, rank: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor, by name."""
     shapes: dict[str, tuple[int, ...]] = {

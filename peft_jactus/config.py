@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 
 from peft_jactus._peft_type import jactus_peft_type
 from peft_jactus._version import __version__
+from peft_jactus.adapter_tensors import ADAPTER_FORMAT
 from peft_jactus.decomposition import Decomposition, DecompositionOptions
 from peft_jactus.factorization import FactorizationOptions
 
@@ -46,7 +47,8 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "Names of the linear layers to compress: suffixes, a regular expression, or 'all-linear' for all but "
-                "the output head (recommended: only targeted layers get smaller). Default: PEFT's choice for the "
+                "the output layer of a language model, `modules_to_save`, and the head that PEFT trains whole for "
+                "`task_type` (recommended: only targeted layers get smaller). Default: PEFT's choice for the "
                 "architecture, usually two attention projections."
             )
         },
@@ -225,6 +227,10 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={"help": "Written on saving: the version of the package to `pip install peft-jactus` for."},
     )
+    adapter_format: int | None = field(
+        default=None,
+        metadata={"help": "Written on saving: what the adapter's tensors mean, so that others are not misread."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # peft has no annotations
@@ -292,6 +298,14 @@ class JactusConfig(PeftConfig):
         """Whether values come from a checkpoint, so that nothing is decomposed."""
         return self.init_weights == FROM_CHECKPOINT
 
+    def check_format(self) -> None:
+        """Raise `ValueError` if this is the config of a saved adapter that this version would misread."""
+        if self.from_checkpoint and self.adapter_format != ADAPTER_FORMAT:
+            raise ValueError(
+                f"The adapter has format {self.adapter_format} (written by peft-jactus {self.peft_jactus_version}); "
+                f"this is {__version__}, which reads format {ADAPTER_FORMAT}. Load it with the version that wrote it."
+            )
+
     def factorization_options(self) -> FactorizationOptions:
         """Return the settings of the numerical part."""
         # A random start (PEFT's tests) is data-free whatever the decomposition.
@@ -323,4 +337,5 @@ class JactusConfig(PeftConfig):
         if self.layer_ranks:
             values["init_weights"] = FROM_CHECKPOINT
             values["peft_jactus_version"] = __version__
+            values["adapter_format"] = ADAPTER_FORMAT
         return values

@@ -142,6 +142,13 @@ def plan_ranks(
         rank_multiple=options.rank_multiple,
         fixed_ranks=fixed_ranks,
     )
+    if allocation.num_stored > allocation.budget and not fixed_ranks:
+        share = allocation.num_stored / sum(layer.num_parameters for layer in gains.values())
+        warnings.warn(
+            f"`retained_ratio`={options.retained_ratio:g} is out of reach: rank one in each layer is {share:.3g}.",
+            NumericalWarning,
+            stacklevel=2,
+        )
     energy_kept = {name: _energy_kept(gains[name], rank) for name, rank in allocation.ranks.items()}
     return RankPlan(allocation, energy_kept, projections)
 

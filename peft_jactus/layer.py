@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from peft_jactus.adapter_tensors import TENSOR_NAMES, factors_of, tensor_dtype, tensor_shapes, tensors_of, unfilled
 from peft_jactus.core_product import core_product
 from peft_jactus.interpolation import InterpolativeBasis
-from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +82,7 @@ class JactusLayer(BaseTunerLayer):
         self.jactus_bias = BufferDict({}, persistent=True)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._module_name = module_name
+        self.module_name = module_name
         self._unfilled: set[str] = set()
         # The dense parameters while merged; in a list, because nn.Module registers parameter attributes.
         self._unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
@@ -127,7 +126,7 @@ class JactusLayer(BaseTunerLayer):
             ValueError: If the rank is below 1.
         """
         if r < 1:
-            raise ValueError(f"{self._module_name}: the rank must be at least 1; got {r}.")
+            raise ValueError(f"{self.module_name}: the rank must be at least 1; got {r}.")
         weight = self._base().weight
         self.r[adapter_name] = r
         values = {} if factors is None else tensors_of(factors)
@@ -216,14 +215,19 @@ class JactusLayer(BaseTunerLayer):
         """Return the adapter's weight less the dense one, as the base layer stores it."""
         if self.base_weights_freed:
             raise_base_weights_freed("compute the difference to the base weight")
-        return self.get_dense_weight(adapter_name) - self._base().weight
+        return self.get_dense_weight(adapter_name) - self._dense_parameters()[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a difference of weights says it all: the dense weight is kept, and the bias unchanged."""
         if self.base_weights_freed:
             return False
-        bias = getattr(self.get_base_layer(), "bias", None)
+        _, bias = self._dense_parameters()
         return bias is None or torch.equal(self.jactus_bias[adapter_name], bias)
+
+    def _dense_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Return the dense weight, as the base layer stores it, and bias, whatever is merged."""
+        base = self._base()
+        return self._unmerged[0] if self._unmerged else (cast("nn.Parameter", base.weight), base.bias)
 
     @property
     def is_conv1d(self) -> bool:
@@ -252,7 +256,7 @@ class JactusLayer(BaseTunerLayer):
                 weight, bias = self._merged_dense(name)
                 self._check_merged(weight, name, safe_merge=safe_merge)
                 if not self._unmerged:
-                    self._unmerged.append((cast("nn.Parameter", base.weight), base.bias))
+                    self._unmerged.append(self._dense_parameters())
                 # A new parameter: writing into the old one would change a tied embedding.
                 _assign(base, weight, bias)
                 self.merged_adapters.append(name)
@@ -263,8 +267,8 @@ class JactusLayer(BaseTunerLayer):
         weight, bias = self.get_dense_weight(name), self.adapter_tensors(name).get("jactus_bias")
         if not self.merged_adapters:
             return weight, bias
-        dense_weight_, dense_bias = self._unmerged[0]
-        weight = base.weight + (weight - dense_weight_)
+        unmerged_weight, dense_bias = self._dense_parameters()
+        weight = base.weight + (weight - unmerged_weight)
         return weight, None if bias is None or dense_bias is None else base.bias + (bias - dense_bias)
 
     def _merge_freed(self, name: str, *, safe_merge: bool) -> None:
@@ -306,7 +310,7 @@ class JactusLayer(BaseTunerLayer):
         for name, tensor in self.adapter_tensors(adapter_name).items():
             if tensor.isnan().any():
                 raise RuntimeError(
-                    f"{self._module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
+                    f"{self.module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
                     "checkpoint lacks it or is damaged; save it again, or compress the model anew."
                 )
         self._unfilled.discard(adapter_name)
@@ -390,9 +394,3 @@ def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> N
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-
-
-def layer_weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return the dense weight ``(out, in)`` and bias of a layer that is to be factorized, adapted or not."""
-    bias = getattr(layer.get_base_layer() if isinstance(layer, JactusLayer) else layer, "bias", None)
-    return dense_weight(layer), None if bias is None else bias.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,18 +20,15 @@ from peft_jactus.calibration import check_statistics
 from peft_jactus.config import JactusConfig
 from peft_jactus.distributed import from_all, num_processes, process_index, share_out
 from peft_jactus.factorization import KEEP_BYTES, LayerFactors, factorize, factors_for_all, plan_ranks
-from peft_jactus.layer import (
-    JactusLayer,
-    Linear,
-    layer_weight_and_bias,
-    raise_base_weights_freed,
-)
+from peft_jactus.layer import JactusLayer, Linear, raise_base_weights_freed
 from peft_jactus.targeting import (
     DEFAULT_TARGET_MODULES,
     check_supported,
     dense_weight,
+    dense_weight_and_bias,
     loaded,
     match_ranks,
+    resolve_all_linear_,
     targeted_modules,
 )
 
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
 
     from peft_jactus.decomposition import ProjectedWeight
 
+# A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
+_TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
 
@@ -104,14 +104,19 @@ class JactusModel(BaseTuner):
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         assert isinstance(config, JactusConfig)
-        if not config.from_checkpoint and self._base_weights_freed():
+        config.check_format()
+        freed = [layer.module_name for layer in self._layers() if layer.base_weights_freed]
+        if freed and not config.from_checkpoint:
             raise_base_weights_freed("compute a further adapter")
+        if left_out := sorted(set(freed) - set(config.layer_ranks)):
+            raise_base_weights_freed(f"load an adapter that leaves {left_out} as they were")
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Decide the ranks of all layers, before the first one is replaced."""
         assert isinstance(peft_config, JactusConfig)
         if peft_config.from_checkpoint:
             return
+        resolve_all_linear_(peft_config, model)
         targets = targeted_modules(model, peft_config)
         options = peft_config.factorization_options()
         statistics = peft_config.statistics
@@ -134,7 +139,7 @@ class JactusModel(BaseTuner):
                 {name: _weight_getter(module) for name, module in targets.items()},
                 statistics,
                 options,
-                with_bias={name for name, module in targets.items() if layer_weight_and_bias(module)[1] is not None},
+                with_bias={name for name, module in targets.items() if dense_weight_and_bias(module)[1] is not None},
                 fixed_ranks=fixed_ranks,
                 keep_bytes=KEEP_BYTES if limit is None else min(limit, KEEP_BYTES),
                 owners=owners,
@@ -213,13 +218,13 @@ class JactusModel(BaseTuner):
         owner = None if self._prepared is None else self._prepared.owners.get(name)
         if self._prepared is None or owner is None:
             return self._make_factors(config, name, target, rank)
-        weight, bias = layer_weight_and_bias(target)
+        weight, bias = dense_weight_and_bias(target)
         return factors_for_all(self._prepared.factors.pop(name, None), owner, weight, bias=bias is not None)
 
     @torch.no_grad()
     def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
         with loaded(target):
-            weight, bias = layer_weight_and_bias(target)
+            weight, bias = dense_weight_and_bias(target)
         statistics = None if config.statistics is None else config.statistics.get(name)
         projected = None if self._prepared is None else self._prepared.projections.pop(name, None)
         factors = factorize(weight, bias, statistics, rank, config.factorization_options(), projected=projected)
@@ -281,10 +286,8 @@ class JactusModel(BaseTuner):
         root = "base_model.model."
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state_dict.items():
-            module_name, separator, tensor_name = key.rpartition(f".{cls.prefix}")
-            if separator:
-                tensors = found.setdefault(module_name.removeprefix(root), {})
-                tensors[cls.prefix + tensor_name.removesuffix(f".{adapter_name}")] = tensor
+            if matched := _TENSOR_KEY.fullmatch(key):
+                found.setdefault(matched["module"].removeprefix(root), {})[matched["tensor"]] = tensor
         layers = {
             name.removeprefix(root): module
             for name, module in model.named_modules()

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from peft_jactus.config import JactusConfig
 
 DEFAULT_TARGET_MODULES = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+# By task type, names of the head that PEFT trains whole; it adds them to `modules_to_save` after layers are replaced.
+HEAD_NAMES = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Module]:
@@ -55,8 +61,34 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     return targets
 
 
+def head_names(config: JactusConfig) -> tuple[str, ...]:
+    """Return the last parts of the names of modules that are trained whole: the user's, and those of the task."""
+    return (*(config.modules_to_save or ()), *HEAD_NAMES.get(str(config.task_type).rpartition(".")[2], ()))
+
+
+def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
+    """Replace ``target_modules="all-linear"`` by names: of all layers that can be factorized, but not of heads.
+
+    PEFT's own rule keeps the output layer of language models and, for one of the tasks, that of classifiers.
+    """
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return
+    _maybe_include_all_linear_layers(config, model)  # in place
+    heads = set(head_names(config))
+    config.target_modules = {  # type: ignore[assignment]  # PEFT works on sets
+        name
+        for name in config.target_modules
+        if heads.isdisjoint(name.split(".")) and not _has_own_forward(model.get_submodule(name))
+    }
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a layer computes something else than its product: routers of experts do, grouped linear layers do."""
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+
+
 def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
-    """Return a copy of ``config`` whose ``target_modules`` are names, as PEFT will resolve them."""
+    """Return a copy of ``config`` whose ``target_modules`` are names, as `get_peft_model` will resolve them."""
     statistics, config.statistics = config.statistics, None  # never copied
     try:
         resolved = copy.deepcopy(config)
@@ -71,7 +103,7 @@ def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
                 "for it. Use 'all-linear', or names from `model.named_modules()`."
             )
         resolved.target_modules = set(defaults)  # type: ignore[assignment]  # PEFT works on sets
-    _maybe_include_all_linear_layers(resolved, model)  # in place
+    resolve_all_linear_(resolved, model)
     return resolved
 
 
@@ -95,6 +127,11 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
                 f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, "
                 "and quantize the result; or add the name to `exclude_modules`."
             )
+        if _has_own_forward(module):
+            raise TypeError(
+                f"{name} is a {type(module).__name__}, which computes more than the product with its weight: factors "
+                "would lose that. Add the name to `exclude_modules`."
+            )
         if module.weight.is_meta and not has_offloaded_params(module):
             raise TypeError(
                 f"{name} has no weight in memory (device 'meta'). Load the model with its weights; an adapter only "
@@ -115,6 +152,12 @@ def dense_weight(module: nn.Module) -> Tensor:
     module = _base(module)
     weight: Tensor = module.weight.detach()  # type: ignore[operator]  # checked by check_supported
     return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def dense_weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return weight, as `dense_weight` does, and bias ``(out,)``, detached."""
+    bias = getattr(_base(module), "bias", None)
+    return dense_weight(module), None if bias is None else bias.detach()
 
 
 def loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -136,11 +136,11 @@ def jactus_config(model, **fields):
     return JactusConfig(**{"target_modules": "all-linear", "retained_ratio": 0.6, **task, **fields})
 
 
-def compressed(model, **fields):
+def compressed(model, *, adapter_name="default", **fields):
     """Calibrate and wrap ``model``; return the PeftModel in evaluation mode."""
     config = jactus_config(model, **fields)
     calibrate(model, config, batches_for(model), progress_bar=False)
-    return get_peft_model(model, config).eval()
+    return get_peft_model(model, config, adapter_name=adapter_name).eval()
 
 
 def perturb_cores_(model, *, seed=0, scale=0.05):

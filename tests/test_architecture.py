@@ -24,6 +24,7 @@ NUMERICS = (
     "interpolation",
     "factorization",
     "core_product",
+    "adapter_tensors",
     "low_rank",
     "benchmarking",
 )
@@ -34,7 +35,6 @@ ORDER = (
     "config",
     "targeting",
     "calibration",
-    "adapter_tensors",
     "layer",
     "model",
     "integrity",

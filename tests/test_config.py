@@ -35,6 +35,7 @@ OTHER_VALUES = {
     "layer_ranks": {},
     "layer_energy": {},
     "peft_jactus_version": None,
+    "adapter_format": None,
 }
 
 
@@ -133,7 +134,7 @@ def test_a_config_comes_back_from_its_json_with_all_values(tmp_path, options):
 
 def test_other_values_are_not_the_defaults():
     defaults = JactusConfig()
-    written_by_the_package = {"layer_ranks", "layer_energy", "peft_jactus_version"}
+    written_by_the_package = {"layer_ranks", "layer_energy", "peft_jactus_version", "adapter_format"}
     for name in set(OTHER_VALUES) - written_by_the_package:
         assert getattr(defaults, name) != getattr(JactusConfig(**OTHER_VALUES), name), name
 

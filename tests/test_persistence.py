@@ -1,5 +1,6 @@
 """Saving, loading and interruption: what comes back is what was there, or an error."""
 
+import copy
 import json
 import os
 import shutil
@@ -206,6 +207,32 @@ def test_adapter_of_another_model_is_refused(tmp_path):
     saved_adapter(tmp_path, tiny_llama)
     with pytest.raises(ValueError, match="not found in the base model"):
         PeftModel.from_pretrained(tiny_bert(), tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_format_is_refused(tmp_path):
+    saved_adapter(tmp_path, tiny_llama)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for other in (config["adapter_format"] + 1, None):
+        path.write_text(json.dumps(config | {"adapter_format": other}))
+        with pytest.raises(ValueError, match=f"has format {other} .*Load it with the version that wrote it"):
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
+def test_a_name_that_looks_like_one_of_our_tensors_is_a_name(tmp_path):
+    model = compressed(tiny_bert(), adapter_name="jactus_v1")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "jactus_v1", adapter_name="jactus_v1")
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_an_adapter_that_needs_freed_weights_is_refused_when_it_is_loaded(tmp_path):
+    base = tiny_bert()
+    compressed(copy.deepcopy(base), target_modules=["query"]).save_pretrained(tmp_path)
+    model = compressed(base, target_modules=["query", "key"])
+    with pytest.raises(ValueError, match=r"leaves .*key.* as they were: the dense weights were freed"):
+        model.load_adapter(tmp_path, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_second_adapter_loads_from_disk_onto_freed_weights(tmp_path):

@@ -7,13 +7,15 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_jactus import JactusConfig, calibrate, plot_ranks, rank_summary
+from peft_jactus import JactusConfig, NumericalWarning, calibrate, plot_ranks, rank_summary
 from peft_jactus.layer import JactusLayer
 from tests.compressed_models import (
+    VOCABULARY,
     batches_for,
     compressed,
     jactus_config,
@@ -157,6 +159,15 @@ def test_what_needs_freed_weights_says_so_and_changes_nothing(use):
     assert torch.equal(logits_of(model), before)
 
 
+def test_the_difference_to_the_dense_weight_is_the_same_while_merged():
+    model = compressed(tiny_llama(), keep_base_weights=True)
+    layer = next(iter(jactus_layers(model).values()))
+    difference = layer.get_delta_weight("default")
+    assert difference.norm() > 0
+    model.merge_adapter()
+    assert torch.equal(layer.get_delta_weight("default"), difference)
+
+
 def test_two_computed_adapters_switch():
     model = compressed(tiny_bert(), keep_base_weights=True)
     first = logits_of(model)
@@ -254,6 +265,50 @@ def test_attention_that_reads_its_projection_is_refused():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     with pytest.raises(TypeError, match=r"attention\.out_proj belongs to an nn\.MultiheadAttention"):
         get_peft_model(model, JactusConfig(target_modules=["out_proj"], decomposition="svd"))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_computes_more_than_its_product_is_left_alone_or_refused():
+    model = nn.Sequential(nn.Linear(4, 4), Doubling(4, 4))
+    with pytest.raises(TypeError, match="1 is a Doubling, which computes more"):
+        get_peft_model(copy.deepcopy(model), JactusConfig(target_modules=["0", "1"], decomposition="svd"))
+    tuned = get_peft_model(model, JactusConfig(target_modules="all-linear", decomposition="svd"))
+    assert set(jactus_layers(tuned.get_base_model())) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task_type", "head"),
+    [
+        (transformers.BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (transformers.BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+        (transformers.RobertaForSequenceClassification, "SEQ_CLS", "classifier"),
+    ],
+)
+def test_all_linear_leaves_the_head_that_peft_trains_whole(model_class, task_type, head):
+    config = model_class.config_class(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = model_class(config)
+    num_layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+    num_in_head = sum(isinstance(module, nn.Linear) for module in model.get_submodule(head).modules())
+    inputs = {"input_ids": torch.randint(2, VOCABULARY, (4, 8))}
+    positions = {"start_positions": torch.zeros(4).long(), "end_positions": torch.ones(4).long()}
+    labels = {"TOKEN_CLS": {"labels": torch.ones(4, 8).long()}, "SEQ_CLS": {"labels": torch.ones(4).long()}}
+    jactus = JactusConfig(task_type=task_type, target_modules="all-linear")
+    statistics = calibrate(model, jactus, [inputs | labels.get(task_type, positions)], progress_bar=False)
+    tuned = get_peft_model(model, jactus)
+    assert set(statistics) == set(jactus_layers(tuned.get_base_model()))
+    assert len(statistics) == num_layers - num_in_head
+    assert {name for name, p in tuned.get_base_model().named_parameters() if p.requires_grad and head in name}
+
+
+def test_a_budget_that_is_out_of_reach_is_said():
+    with pytest.warns(NumericalWarning, match="`retained_ratio`=0.001 is out of reach: rank one in each layer is"):
+        compressed(tiny_bert(), retained_ratio=0.001)
 
 
 def test_statistics_of_another_model_are_refused_before_anything_changes():

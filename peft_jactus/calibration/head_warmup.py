@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.restoring import prepared_for_calibration
 from peft_jactus.distributed import broadcast_
+from peft_jactus.targeting import head_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
     from peft_jactus.calibration.batches import Batch
     from peft_jactus.calibration.summed_loss import SummedLoss
     from peft_jactus.config import JactusConfig
-
-# What PEFT trains beside the adapter for these tasks (peft.PeftModelForSequenceClassification and its sisters).
-_HEAD_NAMES = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,8 @@ def warm_up_head(
     Raises:
         ValueError: If no head is found.
     """
-    head_names = config.modules_to_save or _HEAD_NAMES.get(str(config.task_type).rpartition(".")[2], ())
-    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in head_names]
+    names = head_names(config)
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
     parameters = [parameter for head in heads for parameter in head.parameters()]
     if not parameters:
         raise ValueError(

@@ -1,5 +1,6 @@
 """``peft-jactus compress``: from a pretrained model to a compressed checkpoint, without training."""
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from peft_jactus.cli.options import DeviceOption, DtypeOption, OverwriteOption, 
 from peft_jactus.cli.places import find_processor, model_class
 from peft_jactus.config import JactusConfig
 from peft_jactus.export import check_target, export_compressed
+from peft_jactus.targeting import HEAD_NAMES
 
 _CLASS_BY_TASK: dict[str, Any] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -31,7 +33,8 @@ _TASK_BY_ENDING: dict[str, Task] = {
     "ForImageClassification": "image-classification",
 }
 _ALL_LINEAR = "all-linear"
-_HEADS = r"(classifier|score)(\..*)?"  # stay dense, as PEFT's own 'all-linear' leaves them out
+# Stay dense, whatever the task.
+_HEADS = rf"({'|'.join(sorted(set(itertools.chain.from_iterable(HEAD_NAMES.values()))))})(\..*)?"
 
 
 @dataclass(frozen=True)
