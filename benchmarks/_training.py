@@ -4,7 +4,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -153,10 +153,10 @@ def run(case, workload, folder):
 
 def trained(case, workload, folder):
     """Train and score one case; return the model and its figures."""
-    seconds, halvings = 0.0, 0
+    stages = []
     remaining = 1 - case.first_epochs / case.epochs
     if case.first_epochs:
-        first, seconds, halvings = after_first_stage(
+        first = after_first_stage(
             workload,
             method=first_stage(case.method),
             learning_rate=case.first_learning_rate,
@@ -164,10 +164,11 @@ def trained(case, workload, folder):
             remaining=remaining,
             seed=case.seed,
         )
+        stages.append(first)
 
     def prepare():
         set_seed(case.seed)
-        return adapt(copy.deepcopy(first) if case.first_epochs else workload.make_model(), case, workload)
+        return adapt(copy.deepcopy(first.model) if stages else workload.make_model(), case, workload)
 
     last = train_stage(
         prepare,
@@ -178,13 +179,15 @@ def trained(case, workload, folder):
         seed=case.seed + (LAST_STAGE_SEED if case.first_epochs else 0),
         start_share=remaining,
     )
+    stages.append(last)
     scores = last.trainer.evaluate()
     return last.model, last.figures | {
         "num_train_rows": len(workload.train),
         "num_test_rows": len(workload.test),
         "trainable_parameters": sum(p.numel() for p in last.model.parameters() if p.requires_grad),
-        "train_seconds": seconds + last.seconds,
-        "learning_rate_halvings": halvings + last.halvings,
+        "train_steps": sum(stage.steps for stage in stages),
+        "train_seconds": sum(stage.seconds for stage in stages),
+        "learning_rate_halvings": sum(stage.halvings for stage in stages),
         "final_training_loss": last.final_loss,
         **{name: scores[f"eval_{name}"] for name in ("loss", *METRICS) if f"eval_{name}" in scores},
     }
@@ -192,7 +195,7 @@ def trained(case, workload, folder):
 
 @functools.lru_cache(maxsize=1)
 def after_first_stage(workload, *, method, learning_rate, first_epochs, remaining, seed):
-    """Train the full-size stage; return the plain model with all that it learned, the seconds, and the halvings.
+    """Train the full-size stage; return it with the plain model that has all that it learned.
 
     Its schedule is that of the other methods, cut off where that share of the epochs is ``remaining``. Several
     compressions of one task and seed start with it, so that the last one is kept; change only a copy of it.
@@ -213,17 +216,18 @@ def after_first_stage(workload, *, method, learning_rate, first_epochs, remainin
             end_share=remaining,
         )
     model = stage.model.merge_and_unload() if isinstance(stage.model, PeftModel) else stage.model
-    return model, stage.seconds, stage.halvings
+    return replace(stage, model=model, trainer=None)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A trained model, its trainer, figures about it, the training loss at the end, and what it took."""
+    """A trained model, its trainer if it is to be kept, figures about it, the last training loss, and what it took."""
 
     model: nn.Module
-    trainer: Trainer
+    trainer: Trainer | None
     figures: dict
     final_loss: float
+    steps: int
     seconds: float
     halvings: int
 
@@ -252,7 +256,7 @@ def train_stage(prepare, workload, folder, *, learning_rate, epochs, seed, start
         )
         seconds = trainer.train().metrics["train_runtime"]
         final_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
-        stages.append(Stage(model, trainer, figures, final_loss, seconds, halvings))
+        stages.append(Stage(model, trainer, figures, final_loss, trainer.state.global_step, seconds, halvings))
         if workload.constant_loss is None or final_loss < LEARNED_NOTHING * workload.constant_loss:
             break
     return min(stages, key=lambda stage: stage.final_loss)

@@ -1,12 +1,12 @@
 """The comparison of methods (benchmarks/), in miniature for each kind of model: so that the harness can't rot."""
 
+import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -22,7 +22,7 @@ METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {"text": ["lora-r72", "lora+svd-llm+lora 0.4"], "vision": [], "language": []}
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
-MODEL_VARIABLES = {"text": "JACTUS_MINILM", "vision": "JACTUS_VIT", "language": "JACTUS_LLAMA"}
+MODEL_NAMES = {"text": "MINILM", "vision": "VIT", "language": "LLAMA"}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -65,15 +65,23 @@ def write(folder, rows, features):
 
 
 @pytest.fixture
-def run(model_dirs):
-    folders = {MODEL_VARIABLES[kind]: str(folder) for kind, folder in model_dirs.items()}
+def run(model_dirs, monkeypatch, capsys):
+    """Run a script in this process, which has imported all that takes long; return what it printed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for kind, name in MODEL_NAMES.items():
+        monkeypatch.setattr(importlib.import_module(f"_{kind}"), name, str(model_dirs[kind]))
 
     def run(script, *arguments):
-        command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-        environment = {**os.environ, **folders}
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
 
-    return run
+    verbosity, progress_bars = transformers.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    yield run
+    transformers.logging.set_verbosity(verbosity)
+    if progress_bars:
+        datasets.enable_progress_bars()
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -86,18 +94,20 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
     methods = [method.format(ours=OURS[kind]) for method in METHODS] + FURTHER_METHODS[kind]
     ours = methods[2]
-    run("compare.py", "run", kind, *options, "--methods", *methods)
+    run("compare", "run", kind, *options, "--methods", *methods)
     files = sorted(out.glob(f"{TASKS[kind]}_*.json"))
     results = {result["label"]: result for result in map(json.loads, map(Path.read_text, files))}
     assert set(results) == set(methods)
-    assert {result["num_train_rows"] for result in results.values()} == {48}
+    steps = [result["train_steps"] for result in results.values()]
+    assert min(steps) > 0
+    assert max(steps) - min(steps) <= 1  # two stages may share a step
     assert results[ours]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
     assert results["full"]["trainable_parameters"] > results[ours]["trainable_parameters"]
 
     files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
-    run("compare.py", "run", kind, *options, "--methods", *methods)
+    run("compare", "run", kind, *options, "--methods", *methods)
     assert json.loads(files[0].read_text())["loss"] == 0.123
-    table = run("compare.py", "report", kind, "--out", tmp_path)
+    table = run("compare", "report", kind, "--out", tmp_path)
     assert all(f"| {method} |" in table for method in methods)
     assert (tmp_path / f"{kind}.md").read_text() == table
     assert (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
@@ -134,19 +144,69 @@ def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(m
     assert rates(last) == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
+@pytest.mark.parametrize(("constant_loss", "rates"), [(1e9, [1e-3]), (1e-9, [1e-3, 5e-4])])
+def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss, rates, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    training = importlib.import_module("_training")
+    rows = Dataset.from_list([{"x": [float(i)] * 4, "labels": i % 2} for i in range(32)])
+    collator = transformers.default_data_collator
+    workload = training.Workload(
+        rows, rows, collator, TwoLayers, None, task_type=None, head="classifier", constant_loss=constant_loss
+    )
+    tried = []
+
+    def make_trainer(*arguments, learning_rate, **options):
+        tried.append(learning_rate)
+        return trainer(*arguments, learning_rate=learning_rate, **options)
+
+    trainer = training.make_trainer
+    monkeypatch.setattr(training, "make_trainer", make_trainer)
+    stage = training.train_stage(lambda: (TwoLayers(), {}), workload, tmp_path, learning_rate=1e-3, epochs=1, seed=0)
+    assert tried == rates
+    assert stage.steps == 2
+
+
+def test_learning_rates_are_the_best_means_over_tasks_of_complete_grids(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    compare, cases = importlib.import_module("compare"), importlib.import_module("_cases")
+    args = argparse.Namespace(kind="text", out=tmp_path)
+    best = {"trec": 0.9, "mr": 0.6, "clinc150": 0.3}
+    missing = "pissa"
+    for rates in ({}, {"lora": 1e-3}):
+        for case in compare.learning_rate_cases(args, cases.LEARNING_RATE_TASKS["text"], rates):
+            third = sorted(cases.grid("text", case.method))[2]
+            accuracy = best[case.task] if case.learning_rate == third else best[case.task] - 0.1
+            if not (case.method == missing and case.task == "mr"):
+                path = case.path(tmp_path / "text")
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps({"accuracy": accuracy, "loss": 1.0}))
+    chosen = compare.choose_learning_rates(args, {"lora": 1e-3})
+    methods = {*cases.UNCOMPRESSED["text"], cases.OURS["text"], *cases.PEERS["text"]}
+    assert set(chosen) == methods - {missing}
+    assert chosen == {method: sorted(cases.grid("text", method))[2] for method in chosen}
+    assert json.loads((tmp_path / "text" / "learning_rates.json").read_text())["learning_rates"] == chosen
+
+
+def test_two_results_for_one_cell_of_the_table_are_an_error(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tables = importlib.import_module("_tables")
+    result = {"label": "lora", "task": "trec", "seed": 0, "accuracy": 0.9, "learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="Two results of lora on trec with seed 0"):
+        tables.by_seed([result, result | {"learning_rate": 5e-4}])
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_loss_right_after_compression_is_measured_for_each_decomposition(kind, run, data_dir, tmp_path):
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
-    run("compression_loss.py", "run", kind, *options)
+    run("compression_loss", "run", kind, *options)
     (path,) = (tmp_path / f"compression_loss-{kind}").glob(f"{TASKS[kind]}_48rows_seed0.json")
     dense, *rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 6 * 3 * 2 * 2
     assert dense["divergence"] == pytest.approx(0.0, abs=1e-6)
-    divergences = {}
-    for row in rows:
-        divergences.setdefault((row["decomposition"], row["storage"]), {})[row["retained_ratio"]] = row["divergence"]
-    assert all(0 < by_ratio[0.8] < by_ratio[0.4] for by_ratio in divergences.values())
-    table = run("compression_loss.py", "report", kind, "--out", tmp_path)
+    jactus = [row for row in rows if row["decomposition"] == "jactus" and row["allocation"] == "global"]
+    divergences = {ratio: [r["divergence"] for r in jactus if r["retained_ratio"] == ratio] for ratio in (0.8, 0.4)}
+    assert max(divergences[0.8]) < min(divergences[0.4])
+    table = run("compression_loss", "report", kind, "--out", tmp_path)
     assert table.count("| jactus |") == 2 * (1 + 3)  # loss and divergence: a column, and a row for each ratio
 
 
