@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peft_jactus.interpolation import interpolate_rows
-from peft_jactus.linalg import to_decomposition_dtype
+from peft_jactus.linalg import output_dtype, to_decomposition_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -254,7 +254,7 @@ class RowPivotedLinear(PivotedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         chosen = self.rows(x.to(self.rows.weight.dtype))  # (..., rank)
-        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index).to(x.dtype)
+        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index).to(output_dtype(x))
         return output if self.bias is None else output.add_(self.bias)  # in place: one large allocation less
 
     def dense_weight(self) -> Tensor:
@@ -323,7 +323,7 @@ class ColumnPivotedLinear(PivotedLinear):
         chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
         combined = self.others(narrow.index_select(-1, rest)).add_(narrow.index_select(-1, chosen))  # (..., rank)
         output: Tensor = self.columns(combined)
-        return output.to(x.dtype)
+        return output.to(output_dtype(x))
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""

@@ -361,6 +361,29 @@ def test_outputs_have_the_dtype_of_the_inputs(kind, dtype):
     assert layer(randn(0, 2, 7).to(dtype)).dtype == dtype
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_outputs_have_the_dtype_of_those_of_a_linear_layer_under_autocast(kind, dtype, autocast, has_bias):
+    *factors, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(*factors, bias if has_bias else None, dtype=dtype)
+    x = randn(0, 2, 7).to(dtype)
+    dense = torch.nn.Linear(7, 6, bias=has_bias, dtype=dtype)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        output, expected = layer(x), dense(x)
+    assert output.dtype == expected.dtype
+    assert relative_error(output, layer.double()(x.double())) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_without_values_tell_shape_and_dtype(kind):
+    layer = kind.empty(7, 6, 4, bias=True, device="meta", dtype=torch.bfloat16)
+    output = layer(torch.empty(2, 7, device="meta", dtype=torch.bfloat16))
+    assert (output.shape, output.dtype) == ((2, 6), torch.bfloat16)
+
+
 # -- tools ------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +398,17 @@ def test_compiles_to_one_graph(kind, dtype, backend):
     torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
     run(x).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_to_one_graph_under_autocast(kind):
+    torch._dynamo.reset()
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.float32)
+    x = randn(0, 3, 7).float()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
