@@ -200,7 +200,8 @@ def compressed_copy(
     storage = config.storage if storage is None else storage
     if storage not in FORMS:
         raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
-    copied = _structural_copy(base)
+    copied = structural_copy(base)
+    _forget_adapters(copied)
     dtype = copied.dtype if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
     forms, conv1d_layers = {}, []
@@ -254,19 +255,22 @@ def _adapted(model: nn.Module) -> tuple[PreTrainedModel, JactusConfig, str]:
     return base, config, active[0]
 
 
-def _structural_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy with modules of its own that shares all tensors."""
+def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with modules and hooks of its own that shares all tensors."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
         if isinstance(layer, JactusLayer):  # what a merge has put aside is in no list of parameters
             shared |= {id(tensor): tensor for pair in layer._unmerged for tensor in pair if tensor is not None}
-    copied = copy.deepcopy(model, shared)
-    remove_hook_from_module(copied, recurse=True)
-    if copied._hf_peft_config_loaded:
-        copied._hf_peft_config_loaded = False
-        vars(copied).pop("_weight_conversions", None)  # renames what `load_adapter` has read, not the base model
-    vars(copied).pop("peft_config", None)
-    return copied
+    return copy.deepcopy(model, shared)
+
+
+def _forget_adapters(model: PreTrainedModel) -> None:
+    """Let go of what PEFT and accelerate have noted about layers that are going to be replaced."""
+    remove_hook_from_module(model, recurse=True)
+    if model._hf_peft_config_loaded:
+        model._hf_peft_config_loaded = False
+        vars(model).pop("_weight_conversions", None)  # renames what `load_adapter` has read, not the base model
+    vars(model).pop("peft_config", None)
 
 
 def _deployed_layer(
