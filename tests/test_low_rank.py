@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from peft_jactus import LowRankLinear, PivotedLinear
@@ -444,3 +445,46 @@ def test_parts_with_more_rows_than_columns_are_laid_out_by_columns_and_compute_t
     assert any(tall)
     assert [part.weight.mT.is_contiguous() for part in parts] == tall
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def arranged(form):
+    layer = form.from_factors(*factors_for(40, 56 if form is RowPivotedLinear else 24, 8), dtype=torch.float32).eval()
+    arrange_parts_(layer)
+    assert not all(parameter.is_contiguous() for parameter in layer.parameters())
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("is_part", [False, True])
+def test_other_tools_get_contiguous_parameters(form, is_part, tmp_path):
+    layer = arranged(form)
+    model = torch.nn.Sequential(layer) if is_part else layer
+    x = randn(0, 3, layer.in_features).float()
+    expected = model(x)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    filled = arranged(form)
+    torch.nn.utils.vector_to_parameters(flat, filled.train().parameters())
+    torch.testing.assert_close(filled(x), expected, rtol=1e-6, atol=1e-6)
+    for parameter in filled.parameters():
+        parameter.zero_()
+    filled.load_state_dict({
+        name.removeprefix("0."): t for name, t in load_file(tmp_path / "model.safetensors").items()
+    })
+    torch.testing.assert_close(filled(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_an_arranged_layer_keeps_its_parameters_and_shares_them_with_its_state_dict(form):
+    layer = arranged(form)
+    before = dict(layer.named_parameters())
+    with torch.inference_mode():
+        state = layer.state_dict()
+    layer.train()
+    for name, parameter in layer.named_parameters():
+        assert parameter is before[name]
+        assert parameter.data_ptr() == state[name].data_ptr()
+    layer(randn(0, 3, layer.in_features).float()).sum().backward()
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert all(torch.equal(parameter, state[name]) for name, parameter in layer.named_parameters())

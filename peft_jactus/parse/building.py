@@ -105,5 +105,6 @@ def _in_order(
     left, right = project_weight(layer.dense_weight(), statistics, options).terms(layer.rank)
     dtype, device = layer.weight.dtype, layer.weight.device
     ordered = LowRankLinear.from_product(left, right.mT, layer.bias, dtype=dtype, device=device)
+    ordered.train(layer.training)
     arrange_parts_(ordered)
-    return ordered.train(layer.training)
+    return ordered
