@@ -64,15 +64,16 @@ def checkpoint_names(model: PreTrainedModel, module_names: Iterable[str]) -> dic
         ValueError: If a module's weight is not written by itself.
     """
     weights = {f"{name}.weight": cast("Tensor", model.get_submodule(name).weight) for name in module_names}
-    written = {tensor.data_ptr(): key for key, tensor in revert_weight_conversion(model, weights).items()}
+    # The same objects under other names: their values may be elsewhere.
+    written = {id(tensor): key for key, tensor in revert_weight_conversion(model, weights).items()}
     names = {}
     for key, tensor in weights.items():
-        if not written.get(tensor.data_ptr(), "").endswith(".weight"):
+        if not written.get(id(tensor), "").endswith(".weight"):
             raise ValueError(
                 f"{key}: transformers stores this weight merged with others, so that its layer has no factors of its "
                 "own in a checkpoint. Add the layer to `exclude_modules`."
             )
-        names[key.removesuffix(".weight")] = written[tensor.data_ptr()].removesuffix(".weight")
+        names[key.removesuffix(".weight")] = written[id(tensor)].removesuffix(".weight")
     return names
 
 

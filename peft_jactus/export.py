@@ -33,7 +33,7 @@ from peft_jactus.summary import plot_ranks, rank_summary
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -89,8 +89,8 @@ def export_compressed(
 
     Raises:
         TypeError: If the base model is not a transformers model, or ``hub_kwargs`` has an unknown name. A `ValueError`
-            says if no single JACTUS adapter is active, a weight is not finite, or ``save_directory`` holds
-            something.
+            says if no single JACTUS adapter is active, a weight is not finite, an adapted layer is tied in a way
+            that a checkpoint cannot hold, or ``save_directory`` holds something.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
@@ -200,9 +200,11 @@ def compressed_copy(
     storage = config.storage if storage is None else storage
     if storage not in FORMS:
         raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
-    copied = _structural_copy(base)
+    copied = structural_copy(base)
+    _forget_adapters(copied)
     dtype = copied.dtype if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
+    _untie(copied, layers)
     forms, conv1d_layers = {}, []
     for name, layer in tqdm(layers.items(), desc="Folding", unit="layer", disable=not progress_bar):
         deployed = _deployed_layer(name, layer, adapter_name, storage, dtype)
@@ -254,19 +256,22 @@ def _adapted(model: nn.Module) -> tuple[PreTrainedModel, JactusConfig, str]:
     return base, config, active[0]
 
 
-def _structural_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy with modules of its own that shares all tensors."""
+def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with modules and hooks of its own that shares all tensors."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
         if isinstance(layer, JactusLayer):  # what a merge has put aside is in no list of parameters
             shared |= {id(tensor): tensor for pair in layer._unmerged for tensor in pair if tensor is not None}
-    copied = copy.deepcopy(model, shared)
-    remove_hook_from_module(copied, recurse=True)
-    if copied._hf_peft_config_loaded:
-        copied._hf_peft_config_loaded = False
-        vars(copied).pop("_weight_conversions", None)  # renames what `load_adapter` has read, not the base model
-    vars(copied).pop("peft_config", None)
-    return copied
+    return copy.deepcopy(model, shared)
+
+
+def _forget_adapters(model: PreTrainedModel) -> None:
+    """Let go of what PEFT and accelerate have noted about layers that are going to be replaced."""
+    remove_hook_from_module(model, recurse=True)
+    if model._hf_peft_config_loaded:
+        model._hf_peft_config_loaded = False
+        vars(model).pop("_weight_conversions", None)  # renames what `load_adapter` has read, not the base model
+    vars(model).pop("peft_config", None)
 
 
 def _deployed_layer(
@@ -316,6 +321,28 @@ def _factored_if_more_accurate(
         stacklevel=5,
     )
     return factored
+
+
+def _untie(model: PreTrainedModel, layers: Collection[str]) -> None:
+    """Make a model no longer tie the weights of these layers, which have become their own.
+
+    Raises:
+        ValueError: If it ties others, too: its config has one switch for all.
+    """
+    tied = model.all_tied_weights_keys
+    own = [key for pair in tied.items() for key in pair if key.rpartition(".")[0] in layers]
+    if not own:
+        return
+    others = {key: source for key, source in tied.items() if key not in own}
+    if others:
+        raise ValueError(
+            f"{own[0]} is tied to other weights, and so are others in this model, {others}, which a checkpoint cannot "
+            "tell apart. Add the layer to `exclude_modules`, or load the model with `tie_word_embeddings=False`."
+        )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def _unwrap_trained_modules(model: PreTrainedModel) -> None:

@@ -41,6 +41,13 @@ def to_decomposition_dtype(matrix: Tensor) -> Tensor:
     return matrix.to(torch.float64)
 
 
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that `torch.nn.Linear` gives its output: autocast's where that is on, else that of ``x``."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # none for `meta`
+    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else x.dtype
+
+
 def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Decompose a positive semi-definite matrix, largest eigenvalue first.
 

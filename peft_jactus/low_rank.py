@@ -11,16 +11,17 @@ tensor parallelism.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from peft_jactus.interpolation import interpolate_rows
-from peft_jactus.linalg import to_decomposition_dtype
+from peft_jactus.linalg import output_dtype, to_decomposition_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
     _Device = torch.device | str | None
 
@@ -107,6 +108,24 @@ class FactorizedLinear(nn.Module, ABC):
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""
+
+    # What flattens parameters or writes files wants them contiguous; these come before.
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training takes back what `arrange_parts_` did."""
+        if mode:
+            self._lay_out_by_rows_()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._lay_out_by_rows_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _lay_out_by_rows_(self) -> None:
+        for part in self.modules():  # also in what adapters have wrapped
+            if isinstance(part, nn.Linear) and type(part.weight) is nn.Parameter and not part.weight.is_contiguous():
+                with torch.inference_mode(False), torch.no_grad():
+                    part.weight.data = part.weight.data.contiguous()
 
     def extra_repr(self) -> str:
         """Show features and rank."""
@@ -254,7 +273,7 @@ class RowPivotedLinear(PivotedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         chosen = self.rows(x.to(self.rows.weight.dtype))  # (..., rank)
-        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index).to(x.dtype)
+        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index).to(output_dtype(x))
         return output if self.bias is None else output.add_(self.bias)  # in place: one large allocation less
 
     def dense_weight(self) -> Tensor:
@@ -323,7 +342,7 @@ class ColumnPivotedLinear(PivotedLinear):
         chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
         combined = self.others(narrow.index_select(-1, rest)).add_(narrow.index_select(-1, chosen))  # (..., rank)
         output: Tensor = self.columns(combined)
-        return output.to(x.dtype)
+        return output.to(output_dtype(x))
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""
@@ -349,6 +368,9 @@ def arrange_parts_(layer: FactorizedLinear) -> None:
 
     The product with one vector then reads them in long runs: 4096 x 1640 takes 0.73 of the time on one thread, and
     1.07 of it with 32 vectors. A GPU's libraries do not care, and files know one layout only.
+
+    It lasts until the layer is used otherwise: `train` and `state_dict` lay the parts out by rows again, for other
+    tools. The parameters stay the same objects, and ``state_dict`` refers to them.
     """
     for part in layer.children():
         if isinstance(part, nn.Linear) and part.out_features > part.in_features and part.weight.device.type == "cpu":

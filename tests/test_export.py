@@ -238,6 +238,36 @@ def test_tied_embeddings_are_stored_once_and_tied_again(fresh_process_report):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def tiny_bert_with_lm_head():
+    return transformers.BertForMaskedLM(tiny_bert().config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
+@pytest.mark.parametrize(
+    ("build", "head"),
+    [(tiny_llama_with_tied_embeddings, "lm_head"), (tiny_gpt2, "lm_head"), (tiny_bert_with_lm_head, "decoder")],
+)
+@pytest.mark.parametrize("fields", [{"storage": "factored"}, {"storage": "pivoted"}, {"retained_ratio": 1.0}])
+def test_a_head_that_was_compressed_is_no_longer_tied(tmp_path, build, head, fields):
+    first = {"lm_head": "q_proj|c_attn", "decoder": "query"}[head]
+    model = trained(build, target_modules=rf".*\.({first})|.*{head}", exclude_modules=None, task_type=None, **fields)
+    export(model, tmp_path / "compressed")
+    loaded = load(build, tmp_path / "compressed")
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=FLOAT32_ERROR)
+    assert model.get_base_model().config.tie_word_embeddings
+    assert not loaded.config.tie_word_embeddings
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tensors_in(tmp_path / "again"), tensors_in(tmp_path / "compressed"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
+def test_a_head_in_a_model_that_ties_more_is_refused(tmp_path):
+    model = trained(tiny_t5, target_modules=["q", "lm_head"])
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied.*encoder\.embed_tokens\.weight.*exclude_modules"):
+        export(model, tmp_path / "compressed")
+    assert not (tmp_path / "compressed").exists()
+
+
 def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
     tensors = tensors_in(fresh_process_report[0] / "heads" / "checkpoint")
     assert {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"} <= tensors.keys()

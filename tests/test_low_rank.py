@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from peft_jactus import LowRankLinear, PivotedLinear
@@ -361,6 +362,29 @@ def test_outputs_have_the_dtype_of_the_inputs(kind, dtype):
     assert layer(randn(0, 2, 7).to(dtype)).dtype == dtype
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_outputs_have_the_dtype_of_those_of_a_linear_layer_under_autocast(kind, dtype, autocast, has_bias):
+    *factors, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(*factors, bias if has_bias else None, dtype=dtype)
+    x = randn(0, 2, 7).to(dtype)
+    dense = torch.nn.Linear(7, 6, bias=has_bias, dtype=dtype)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        output, expected = layer(x), dense(x)
+    assert output.dtype == expected.dtype
+    assert relative_error(output, layer.double()(x.double())) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_without_values_tell_shape_and_dtype(kind):
+    layer = kind.empty(7, 6, 4, bias=True, device="meta", dtype=torch.bfloat16)
+    output = layer(torch.empty(2, 7, device="meta", dtype=torch.bfloat16))
+    assert (output.shape, output.dtype) == ((2, 6), torch.bfloat16)
+
+
 # -- tools ------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +399,17 @@ def test_compiles_to_one_graph(kind, dtype, backend):
     torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
     run(x).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_to_one_graph_under_autocast(kind):
+    torch._dynamo.reset()
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.float32)
+    x = randn(0, 3, 7).float()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -410,3 +445,46 @@ def test_parts_with_more_rows_than_columns_are_laid_out_by_columns_and_compute_t
     assert any(tall)
     assert [part.weight.mT.is_contiguous() for part in parts] == tall
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def arranged(form):
+    layer = form.from_factors(*factors_for(40, 56 if form is RowPivotedLinear else 24, 8), dtype=torch.float32).eval()
+    arrange_parts_(layer)
+    assert not all(parameter.is_contiguous() for parameter in layer.parameters())
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("is_part", [False, True])
+def test_other_tools_get_contiguous_parameters(form, is_part, tmp_path):
+    layer = arranged(form)
+    model = torch.nn.Sequential(layer) if is_part else layer
+    x = randn(0, 3, layer.in_features).float()
+    expected = model(x)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    filled = arranged(form)
+    torch.nn.utils.vector_to_parameters(flat, filled.train().parameters())
+    torch.testing.assert_close(filled(x), expected, rtol=1e-6, atol=1e-6)
+    for parameter in filled.parameters():
+        parameter.zero_()
+    filled.load_state_dict({
+        name.removeprefix("0."): t for name, t in load_file(tmp_path / "model.safetensors").items()
+    })
+    torch.testing.assert_close(filled(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_an_arranged_layer_keeps_its_parameters_and_shares_them_with_its_state_dict(form):
+    layer = arranged(form)
+    before = dict(layer.named_parameters())
+    with torch.inference_mode():
+        state = layer.state_dict()
+    layer.train()
+    for name, parameter in layer.named_parameters():
+        assert parameter is before[name]
+        assert parameter.data_ptr() == state[name].data_ptr()
+    layer(randn(0, 3, layer.in_features).float()).sum().backward()
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert all(torch.equal(parameter, state[name]) for name, parameter in layer.named_parameters())

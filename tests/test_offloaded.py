@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_jactus import JactusConfig, calibrate
+from peft_jactus.parse import RouterConfig, add_router
 from tests.compressed_models import batches_for, tiny_llama
+from tests.routed_models import static
 
 DEVICE_MAPS = {
     "all on disk": {"": "disk"},
@@ -66,3 +68,16 @@ def test_an_adapter_says_that_it_does_not_load_onto_an_offloaded_model(offloaded
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(TypeError, match="onto a model without offloaded layers"):
         PeftModel.from_pretrained(offloaded(tmp_path / "dense"), tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_a_routed_copy_of_an_offloaded_model_finds_its_tensors(tmp_path):
+    static(tiny_llama()).save_pretrained(tmp_path / "compressed")
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "compressed", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert model.lm_head.weight.is_meta
+    routed = add_router(model, RouterConfig(active_ratio=1.0), progress_bar=False)
+    batch = batches_for(model)[0]
+    torch.testing.assert_close(routed(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)

@@ -286,6 +286,36 @@ def test_an_error_in_the_model_leaves_nothing_behind():
     assert torch.equal(run(model, **inputs), before)
 
 
+# In the base model, before it, and after it, where torch runs no hooks at the end of the call.
+@pytest.mark.parametrize("name", ["model.layers.1.mlp", "model.embed_tokens", "model", "lm_head"])
+@pytest.mark.parametrize("gates", [False, True])
+def test_an_interrupted_call_has_no_part_in_the_next_one(name, gates):
+    model = routed(tiny_llama())
+    first, second = ({"input_ids": prompt.unsqueeze(0)} for prompt in prompts(2))
+    before = run(model, **second)
+    assert not torch.allclose(before, run_with_experts_of(model, first, **second), atol=1e-3)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = model.get_submodule(name).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, **first)
+    handle.remove()
+    if gates:
+        run_with_experts_of(model, second, **second)
+    assert torch.equal(run(model, **second), before)
+    assert model.rank_router._state.active is None
+    assert model.rank_router._state.call is None
+
+
+@torch.no_grad()
+def run_with_experts_of(model, prompt, **inputs):
+    selected = model.rank_router.select(model.get_input_embeddings()(prompt["input_ids"]).mean(1))
+    with model.rank_router.gated(selected.float()):
+        return run(model, **inputs)
+
+
 def test_a_call_that_could_not_be_routed_says_so():
     model = routed(tiny_bert())
     inputs = inputs_of(model)

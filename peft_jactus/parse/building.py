@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,7 @@ from tqdm.auto import tqdm
 from peft_jactus.checkpoint_names import checkpoint_names
 from peft_jactus.compression_config import LayerForm
 from peft_jactus.decomposition import DecompositionOptions, project_weight
+from peft_jactus.export import structural_copy
 from peft_jactus.layer import JactusLayer
 from peft_jactus.loading import JactusQuantizer
 from peft_jactus.low_rank import FactorizedLinear, LowRankLinear, arrange_parts_
@@ -68,7 +68,7 @@ def add_router(
         )
     names = checkpoint_names(model, layers)
     ordered = sorted(layers, key=names.__getitem__)  # as a loader finds them again
-    routed = _structural_copy(model)
+    routed = structural_copy(model)
     quantizer = routed.hf_quantizer
     assert isinstance(quantizer, JactusQuantizer)
     for name in tqdm(ordered, desc="Ordering ranks", unit="layer", disable=not progress_bar):
@@ -98,12 +98,6 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
     return layers
 
 
-def _structural_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy with modules of its own that shares all tensors."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 def _in_order(
     layer: FactorizedLinear, statistics: LayerStatistics | None, options: DecompositionOptions
 ) -> LowRankLinear:
@@ -111,5 +105,6 @@ def _in_order(
     left, right = project_weight(layer.dense_weight(), statistics, options).terms(layer.rank)
     dtype, device = layer.weight.dtype, layer.weight.device
     ordered = LowRankLinear.from_product(left, right.mT, layer.bias, dtype=dtype, device=device)
+    ordered.train(layer.training)
     arrange_parts_(ordered)
-    return ordered.train(layer.training)
+    return ordered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,9 @@ from peft_jactus.low_rank import LowRankLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import Cache
+
+    from peft_jactus.routing.patterns import PatternBatch
 
 
 class ActiveExperts(ABC):
@@ -24,16 +28,40 @@ class ActiveExperts(ABC):
         """Return the output of ``layer`` for ``x`` ``(batch, ..., in)``, with the experts of each row."""
 
 
+@dataclass
+class RoutedCall:
+    """What is known of a call of the model.
+
+    Attributes:
+        modules: The model and its base model, as far as they have been entered.
+        mask: Its attention mask.
+        cache: Its key-value cache.
+        patterns: What was chosen.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    mask: Tensor | None = None
+    cache: Cache | None = None
+    patterns: PatternBatch | None = None
+
+
 class RoutingState(threading.local):
     """The current choice of one model, for each thread. The layers and the router of a model share one.
 
     Attributes:
-        active: ``None`` runs all experts.
+        gates: What runs whatever the router would choose, if anything.
         call: The router's notes on the call of the model that is running.
     """
 
-    active: ActiveExperts | None = None
-    call: Any = None
+    gates: ActiveExperts | None = None
+    call: RoutedCall | None = None
+
+    @property
+    def active(self) -> ActiveExperts | None:
+        """What the layers run; ``None`` runs all experts."""
+        if self.gates is not None or self.call is None:
+            return self.gates
+        return self.call.patterns
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingState:
         # A copied model runs for itself; all its layers find the same copy in `memo`.

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers import Cache
 
 from peft_jactus.linalg import NumericalWarning
 from peft_jactus.routing.cache import CacheInfo, PatternCache
+from peft_jactus.routing.layer import RoutedCall
 from peft_jactus.routing.patterns import ExpertPattern, GateBatch, PatternBatch
 from peft_jactus.routing.selection import ExpertTable, LayerShape, select_experts
 
@@ -41,23 +42,6 @@ _ON_CACHE = "_jactus_patterns"
 # Length of the router's input. Adam moves every weight alike, and a short input makes the sum of many weights move as
 # slowly as the bias: with length one, routers of a small Llama were worse on text of another kind than no router.
 FEATURE_LENGTH = 0.1
-
-
-@dataclass
-class _Call:
-    """What is known of the running call of the model.
-
-    Attributes:
-        modules: The model and its base model, as far as they have been entered.
-        mask: Its attention mask.
-        cache: Its key-value cache.
-        patterns: What was chosen.
-    """
-
-    modules: list[nn.Module] = field(default_factory=list)
-    mask: Tensor | None = None
-    cache: Cache | None = None
-    patterns: PatternBatch | None = None
 
 
 class RankRouter(nn.Module):
@@ -220,11 +204,11 @@ class RankRouter(nn.Module):
         Args:
             gates: ``(batch, experts)``; gradients reach them, also if the backward pass runs in the block.
         """
-        previous, self._state.active = self._state.active, GateBatch(gates, self.table)
+        previous, self._state.gates = self._state.gates, GateBatch(gates, self.table)
         try:
             yield
         finally:
-            self._state.active = previous
+            self._state.gates = previous
 
     # -- hooks --------------------------------------------------------------------------------------------
 
@@ -236,11 +220,12 @@ class RankRouter(nn.Module):
         model.get_input_embeddings().register_forward_hook(self._route_embeddings)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._state.call is None:
-            if self._state.active is not None:  # `gated`
-                return
-            self._state.call = _Call()
-        call: _Call = self._state.call
+        if self._state.gates is not None:
+            return
+        call = self._state.call
+        # A model is not called by itself: that call was interrupted (Ctrl-C), where torch runs no hooks.
+        if call is None or module in call.modules or self in module.children():
+            call = self._state.call = RoutedCall()
         call.modules.append(module)
         arguments = kwargs
         if args:
@@ -254,25 +239,22 @@ class RankRouter(nn.Module):
         kept: KeptPatterns | None = getattr(call.cache, _ON_CACHE, None)
         if call.cache is not None and kept is not None and kept.state is self._state and call.cache.get_seq_length():
             inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
-            self._use(call, kept.repeated(len(inputs)))
+            call.patterns = kept.repeated(len(inputs))
         elif embeddings is not None:
             self._route(call, embeddings)
 
     def _route_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         del module, args
-        call: _Call | None = self._state.call
+        call = self._state.call
         if call is not None and call.patterns is None:
             self._route(call, output)
 
-    def _route(self, call: _Call, embeddings: Tensor) -> None:
-        self._use(call, self.choose(pool_embeddings(embeddings, call.mask)))
-
-    def _use(self, call: _Call, patterns: PatternBatch) -> None:
-        call.patterns = self._state.active = patterns
+    def _route(self, call: RoutedCall, embeddings: Tensor) -> None:
+        call.patterns = self.choose(pool_embeddings(embeddings, call.mask))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del args
-        call: _Call | None = self._state.call
+        call = self._state.call
         if call is None or module not in call.modules:
             return
         while call.modules.pop() is not module:  # an exception may have skipped some
@@ -283,7 +265,7 @@ class RankRouter(nn.Module):
                 setattr(cache, _ON_CACHE, KeptPatterns(call.patterns, self._state))
         if call.modules:
             return
-        self._state.call = self._state.active = None
+        self._state.call = None
         if call.patterns is None and output is not None:
             warnings.warn(
                 f"{type(module).__name__} was called without computing its input embeddings, so that nothing was "
