@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_jactus.interpolation import InterpolativeBasis
+from peft_jactus.linalg import autocast_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,13 +101,12 @@ def core_product(
     Returns:
         ``(..., out)``, of the dtype of the bases.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, core = x.to(dtype), core.to(dtype)
         left, right = (InterpolativeBasis(basis.order, basis.coefficients.to(dtype)) for basis in (left, right))
     rows = x.reshape(-1, x.shape[-1])
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # which makes its own gradient
             output = _product(rows, core, left, right, bias)[0]
         else:

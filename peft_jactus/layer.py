@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_jactus.adapter_tensors import TENSOR_NAMES, factors_of, tensor_dtype, tensor_shapes, tensors_of, unfilled
 from peft_jactus.core_product import core_product
 from peft_jactus.interpolation import InterpolativeBasis
+from peft_jactus.linalg import output_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -360,7 +361,7 @@ class Linear(nn.Module, JactusLayer):
         if self.merged or not active:
             return self._base_forward(x, *args, **kwargs)
         if len(active) == 1:
-            return self._low_rank_forward(x, active[0]).to(x.dtype)
+            return self._low_rank_forward(x, active[0]).to(output_dtype(x))
         # PEFT's meaning of several active adapters: their differences to the base add up.
         base = self._base_forward(x, *args, **kwargs)
         output = base

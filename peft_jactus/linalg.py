@@ -41,11 +41,16 @@ def to_decomposition_dtype(matrix: Tensor) -> Tensor:
     return matrix.to(torch.float64)
 
 
-def output_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that `torch.nn.Linear` gives its output: autocast's where that is on, else that of ``x``."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast makes of ``x`` in a product; ``None`` where it is off, or leaves ``x`` alone."""
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # none for `meta`
-    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else x.dtype
+    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else None
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that `torch.nn.Linear` gives its output: autocast's where that is on, else that of ``x``."""
+    return autocast_dtype(x) or x.dtype
 
 
 def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -231,6 +231,17 @@ def test_half_precision_models_keep_float32_cores(dtype):
     assert logits_of(model).dtype == dtype
 
 
+@pytest.mark.parametrize("retained_ratio", [0.5, 1.0])
+def test_outputs_have_the_dtype_of_those_of_a_linear_layer_under_autocast(retained_ratio):
+    x = torch.randn(4, 64)
+    plain = nn.Sequential(nn.Linear(64, 128))
+    config = JactusConfig(target_modules=["0"], decomposition="svd", retained_ratio=retained_ratio)
+    tuned = get_peft_model(copy.deepcopy(plain), config)
+    assert tuned(x).dtype == plain(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tuned(x).dtype == plain(x).dtype == torch.bfloat16
+
+
 def test_model_status_knows_the_adapter():
     status = compressed(tiny_bert()).get_model_status()
     assert status.peft_types == {"default": "JACTUS"}
