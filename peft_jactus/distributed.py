@@ -82,9 +82,9 @@ def summed(statistics: CalibrationStatistics) -> CalibrationStatistics:
 
 
 def _summed_moments(moments: list[SecondMoment]) -> list[SecondMoment]:
-    first = {id(moment): number for number, moment in reversed(list(enumerate(moments)))}
+    first = {moment.identity: number for number, moment in reversed(list(enumerate(moments)))}
     # Layers share one where they do so in every process: a process may have seen no token of an expert.
-    keys = list(zip(*from_all([first[id(moment)] for moment in moments]), strict=True))
+    keys = list(zip(*from_all([first[moment.identity] for moment in moments]), strict=True))
     counts = [sum(of_all) for of_all in zip(*from_all([moment.num_tokens for moment in moments]), strict=True)]
     found: dict[tuple[int, ...], SecondMoment] = {}
     for key, moment, count in zip(keys, moments, counts, strict=True):

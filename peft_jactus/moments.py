@@ -11,7 +11,7 @@ and counts, so that statistics of parts of the data add up to those of the whole
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,8 @@ class SecondMoment:
         quartic_sum: ``()``, float64, sum of ``|x|^4``; what the Ledoit-Wolf estimator needs beyond ``outer_sum``.
         absolute_sum: ``(dim,)``, sum of the absolute values of ``x``, entry by entry; what ASVD scales with.
         num_tokens: How many vectors were added.
+        identity: Equal for what is one variable: of this very object, or of those that a file gives for one entry of
+            it. Who collects by it does not have to keep the sums.
     """
 
     outer_sum: Tensor
@@ -41,6 +43,7 @@ class SecondMoment:
     quartic_sum: Tensor
     absolute_sum: Tensor
     num_tokens: int = 0
+    identity: object = field(default_factory=object, repr=False, compare=False)
 
     @classmethod
     def zeros(

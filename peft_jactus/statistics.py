@@ -72,10 +72,10 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
             raise ValueError(
                 f"`other` must cover the same layers; these are in one only: {sorted(set(self) ^ set(other))}."
             )
-        moments: dict[tuple[int, int], SecondMoment] = {}
+        moments: dict[tuple[object, object], SecondMoment] = {}
 
         def merged(mine: SecondMoment, theirs: SecondMoment) -> SecondMoment:
-            key = (id(mine), id(theirs))
+            key = (mine.identity, theirs.identity)
             if key not in moments:
                 moments[key] = mine.clone()
                 moments[key].merge_(theirs)
@@ -100,17 +100,17 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        moments: dict[int, int] = {}
+        numbers: dict[object, int] = {}
         tensors: dict[str, Tensor] = {}
         index: dict[str, list[int]] = {}
         counts: list[int] = []
         for name, layer in self.items():
             for moment in (layer.input, layer.gradient):
-                if id(moment) not in moments:
-                    number = moments[id(moment)] = len(counts)
+                if moment.identity not in numbers:
+                    number = numbers[moment.identity] = len(counts)
                     counts.append(moment.num_tokens)
                     tensors |= {f"{number}.{key}": getattr(moment, key).cpu().contiguous() for key in SUMS}
-            index[name] = [moments[id(layer.input)], moments[id(layer.gradient)]]
+            index[name] = [numbers[layer.input.identity], numbers[layer.gradient.identity]]
             if layer.row_fisher is not None:
                 tensors[_ROW_FISHER + name] = layer.row_fisher.cpu()
         header = {
@@ -162,6 +162,7 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
                 )
             self.num_batches: int = json.loads(header["num_batches"])
             self._counts: list[int] = json.loads(header["num_tokens"])
+            self._identities = [object() for _ in self._counts]
             self._index: dict[str, list[int]] = json.loads(header["layers"])
             self._keys = set(file.keys())
 
@@ -182,7 +183,8 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
         moment = self._moments.get(number)
         if moment is None:
             sums = {key: file.get_tensor(f"{number}.{key}") for key in SUMS}
-            moment = self._moments[number] = SecondMoment(**sums, num_tokens=self._counts[number])
+            moment = SecondMoment(**sums, num_tokens=self._counts[number], identity=self._identities[number])
+            self._moments[number] = moment
         return moment
 
     @contextlib.contextmanager

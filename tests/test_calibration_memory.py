@@ -13,6 +13,7 @@ from torch import nn
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
 from peft_jactus.factorization import plan_ranks
 from tests.comparisons import assert_same_statistics
+from tests.strategies import randn
 from tests.tiny_models import TASKS, collate, tiny_bert
 
 # Each group runs the same operations on the same numbers.
@@ -23,6 +24,10 @@ LIMIT = 4_000
 
 class PowerCutError(Exception):
     pass
+
+
+def square_loss(model, batch):
+    return model(batch["x"]).square().sum(1).mean()
 
 
 def batches_of(task):
@@ -191,6 +196,31 @@ def test_layers_that_share_their_input_share_its_covariance_also_when_read_from_
     assert layers[f"{attention}.query"].input is layers[f"{attention}.key"].input
     statistics.save(tmp_path / "whole.safetensors")
     assert_same_statistics(CalibrationStatistics.load(tmp_path / "whole.safetensors"), statistics, rtol=0)
+
+
+def test_statistics_in_files_merge_and_save_as_those_in_memory(tmp_path):
+    """What is read of a layer goes before the next one is read: nothing may be told by where it lay."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(20)]).double()
+    in_memory, in_files = [], []
+    for seed in range(2):
+        batches = [{"x": randn(seed, 5, 6)}]
+        for limit, results in ((None, in_memory), ("4KB", in_files)):
+            config = JactusConfig(target_modules="all-linear")
+            options = {"loss_fn": square_loss, "max_statistics_memory": limit, "progress_bar": False}
+            results.append(calibrate(model, config, batches, **options))
+    expected = in_memory[0].merge(in_memory[1])
+    for other in (in_files[1], in_memory[1]):
+        assert_same_statistics(in_files[0].merge(other), expected, rtol=ROUNDING)
+    in_files[0].save(tmp_path / "whole.safetensors")
+    assert_same_statistics(CalibrationStatistics.load(tmp_path / "whole.safetensors"), in_memory[0], rtol=ROUNDING)
+
+
+def test_layers_share_their_input_also_in_a_merger_of_files():
+    _, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), max_statistics_memory="64KB")
+    merged = statistics.merge(statistics)
+    attention = "bert.encoder.layer.0.attention.self"
+    assert merged[f"{attention}.query"].input is merged[f"{attention}.value"].input
+    assert merged[f"{attention}.query"].input is not merged[f"{attention.replace('0', '1')}.query"].input
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,36 @@ def test_merging_refuses_other_layers_and_names_them():
     other = CalibrationStatistics({name: one[name] for name in ("q", "k")})
     with pytest.raises(ValueError, match=r"same layers.*\['out'\]"):
         one.merge(other)
+
+
+class ReadAgain(Mapping):
+    """Layers that are made when they are asked for, and go when nobody needs them."""
+
+    def __init__(self, seed, num_layers):
+        self.seeds = {f"layer{number}": seed + 2 * number for number in range(num_layers)}
+
+    def __getitem__(self, name):
+        seed = self.seeds[name]
+        return LayerStatistics(moment_from(randn(seed, 5, 3)), moment_from(randn(seed + 1, 5, 3)))
+
+    def __iter__(self):
+        return iter(self.seeds)
+
+    def __len__(self):
+        return len(self.seeds)
+
+
+def test_layers_that_go_after_they_were_read_are_not_taken_for_one_another(tmp_path):
+    one, other = (CalibrationStatistics(ReadAgain(seed, 50)) for seed in (0, 1000))
+    merged = one.merge(other)
+    one.save(tmp_path / "statistics")
+    saved = CalibrationStatistics.load(tmp_path / "statistics")
+    for name, layer in one.items():
+        for side in ("input", "gradient"):
+            expected = getattr(layer, side)
+            assert_moments_equal(getattr(saved[name], side), expected)
+            expected.merge_(getattr(other[name], side))
+            assert_moments_equal(getattr(merged[name], side), expected)
 
 
 # -- CalibrationStatistics: files -------------------------------------------------------------------------
