@@ -188,6 +188,66 @@ def test_an_interrupted_run_goes_on_in_the_group_it_was_in(tmp_path):
     run(model, batches_of(task), **options)
 
 
+def interrupted(batches):
+    yield from batches[:2]
+    raise PowerCutError
+
+
+@pytest.mark.parametrize("limit", [LIMIT, "1MiB"])
+def test_a_run_that_was_interrupted_without_a_limit_goes_on_with_one(tmp_path, limit):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, expected = run(task.model(), batches_of(task))
+    with pytest.raises(PowerCutError):
+        run(task.model(), interrupted(batches_of(task)), statistics_file=path, save_every=1)
+    model, forwards = task.model(), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    _, resumed = run(model, batches_of(task), statistics_file=path, max_statistics_memory=limit)
+    num_groups = len(list(tmp_path.glob("statistics-*.safetensors")))
+    assert len(forwards) == max(1, num_groups)  # a pass over the third batch for each
+    assert path.exists() == (num_groups == 0)
+    for statistics in (resumed, CalibrationStatistics.load(path)):
+        assert statistics.num_batches == 3
+        assert_same_statistics(statistics, expected, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("first", [None, LIMIT, 2 * LIMIT])
+@pytest.mark.parametrize("second", [None, LIMIT])
+def test_complete_statistics_are_used_whatever_the_limit_was(tmp_path, first, second):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, expected = run(task.model(), batches_of(task), statistics_file=path, max_statistics_memory=first)
+    files = set(tmp_path.iterdir())
+    model = task.model()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    _, statistics = run(model, batches_of(task), statistics_file=path, max_statistics_memory=second)
+    assert statistics.memory_limit == second
+    assert_same_statistics(statistics, expected, rtol=0)
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_of_an_index_and_a_single_file_the_one_that_was_written_last_counts(tmp_path):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, single = run(task.model(), batches_of(task)[:1])
+    _, whole = run(task.model(), batches_of(task), statistics_file=path, max_statistics_memory=LIMIT)
+    index = Path(f"{path}.index.json")
+    content = index.read_text()
+    single.save(path)
+    assert CalibrationStatistics.load(path).num_batches == 1
+    index.write_text(content)  # the process ended between the two steps, or an older version left both
+    loaded = CalibrationStatistics.load(path)
+    assert loaded.num_batches == 3
+    assert_same_statistics(loaded, whole, rtol=0)
+
+
+def test_an_index_whose_files_are_missing_is_an_error_that_names_them(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    run(tiny_bert(), batches_of(TASKS["bert"]), statistics_file=path, max_statistics_memory=LIMIT)
+    part = min(tmp_path.glob("statistics-*.safetensors"))
+    part.unlink()
+    for read in (CalibrationStatistics.load, lambda path: run(tiny_bert(), [], statistics_file=path)):
+        with pytest.raises(FileNotFoundError, match=rf"index.json names .*{part.name}.*calibrate again"):
+            read(path)
+
+
 def test_layers_that_share_their_input_share_its_covariance_also_when_read_from_files(tmp_path):
     path = tmp_path / "statistics.safetensors"
     _, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), statistics_file=path, max_statistics_memory="64KB")
