@@ -19,12 +19,14 @@ from weakref import WeakValueDictionary
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_jactus.moments import SUMS, LayerStatistics, SecondMoment
+from peft_jactus.moments import TENSORS, LayerStatistics, SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2  # 1 had no sums of absolute values, and no Fisher information of rows
+# 1 had no sums of absolute values, and no Fisher information of rows; 2 had sums around zero in float32, which may not
+# have one correct digit of a small variance.
+FORMAT_VERSION = 3
 _ROW_FISHER = "row_fisher."  # and the layer's name: key of a statistics file
 
 
@@ -111,7 +113,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                 if moment.identity not in numbers:
                     number = numbers[moment.identity] = len(counts)
                     counts.append(moment.num_tokens)
-                    tensors |= {f"{number}.{key}": getattr(moment, key).cpu().contiguous() for key in SUMS}
+                    tensors |= {f"{number}.{key}": getattr(moment, key).cpu().contiguous() for key in TENSORS}
             index[name] = [numbers[layer.input.identity], numbers[layer.gradient.identity]]
             if layer.row_fisher is not None:
                 tensors[_ROW_FISHER + name] = layer.row_fisher.cpu()
@@ -168,7 +170,8 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
             if header.get("format_version") != str(FORMAT_VERSION):
                 raise ValueError(
                     f"{path} is not a statistics file of format version {FORMAT_VERSION}; its header says "
-                    f"{header.get('format_version')!r}. Calibrate again with this version of peft_jactus."
+                    f"{header.get('format_version')!r}. Calibrate again with this version of peft_jactus, to another "
+                    "file, or delete this one first."
                 )
             self.num_batches: int = json.loads(header["num_batches"])
             self._counts: list[int] = json.loads(header["num_tokens"])
@@ -192,8 +195,8 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
     def _moment(self, file: Any, number: int) -> SecondMoment:
         moment = self._moments.get(number)
         if moment is None:
-            sums = {key: file.get_tensor(f"{number}.{key}") for key in SUMS}
-            moment = SecondMoment(**sums, num_tokens=self._counts[number], identity=self._identities[number])
+            tensors = {key: file.get_tensor(f"{number}.{key}") for key in TENSORS}
+            moment = SecondMoment(**tensors, num_tokens=self._counts[number], identity=self._identities[number])
             self._moments[number] = moment
         return moment
 

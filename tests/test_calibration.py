@@ -214,7 +214,7 @@ def test_statistics_of_a_bfloat16_model_are_kept_in_float32():
     for name, layer in actual.items():
         for side in ("input", "gradient"):
             one, other = getattr(layer, side), getattr(expected[name], side)
-            assert one.outer_sum.dtype == one.vector_sum.dtype == torch.float32
+            assert one.scatter.dtype == one.absolute_sum.dtype == torch.float32
             assert_moments_close(one, other.covariance, other.mean, rtol=BFLOAT16, what=f"{name} {side}")
 
 

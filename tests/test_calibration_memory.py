@@ -42,7 +42,7 @@ def run(model, batches, *, head="classifier", **options):
 
 def bytes_of_largest_layers(statistics, count):
     sizes = sorted(
-        sum(moment.outer_sum.nbytes + 2 * moment.vector_sum.nbytes for moment in (layer.input, layer.gradient))
+        sum(moment.scatter.nbytes + 2 * moment.mean.nbytes for moment in (layer.input, layer.gradient))
         for layer in statistics.values()
     )
     return sum(sizes[-count:])

@@ -230,7 +230,7 @@ def _unreached(module: nn.Module, *, row_fisher: bool) -> LayerStatistics:
         weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
-    return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.vector_sum) if row_fisher else None)
+    return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.absolute_sum) if row_fisher else None)
 
 
 def _empty_moment_for(vectors: Tensor) -> SecondMoment:
