@@ -115,7 +115,8 @@ def calibrate(
         >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
         CalibrationStatistics(1 layers, 1 batches)
     """
-    _check_counts(max_batches=max_batches, save_every=save_every)
+    _check_counts(1, max_batches=max_batches, save_every=save_every)
+    _check_counts(0, head_warmup_steps=head_warmup_steps)
     if head_warmup_steps > 0 and isinstance(batches, Iterator):
         raise ValueError(
             "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
@@ -124,6 +125,7 @@ def calibrate(
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
+    _check_weights(targets)
     row_fisher = config.factorization_options().decomposition.needs_row_fisher
     limit = memory_limit(max_statistics_memory)
     groups = split_into_groups(targets, limit, row_fisher=row_fisher)
@@ -137,7 +139,7 @@ def calibrate(
         progress_bar=progress_bar,
     )
     path = None if statistics_file is None else Path(statistics_file)
-    saved = _read_statistics_file(path, targets, lazily=limit is not None)
+    saved = _read_statistics_file(path, targets, row_fisher=row_fisher, lazily=limit is not None)
     if head_warmup_steps > 0:
         warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
         with random_state_kept():
@@ -186,7 +188,7 @@ class _Pass:
         parts = [part_path(path, number, len(groups)) for number in range(1, len(groups) + 1)]
         batches = list(itertools.islice(batches, self.max_batches))
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
-            saved = _read_statistics_file(part, group, lazily=True)
+            saved = _read_statistics_file(part, group, row_fisher=self.row_fisher, lazily=True)
             if saved is None or not saved.complete:
                 begun = start if saved is None else saved.statistics
                 self.collect(group, batches, part, begun, description=f"Calibrating {number}/{len(groups)}")
@@ -238,10 +240,19 @@ class _Pass:
         return statistics
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {count}.")
+        if count is not None and count < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {count}.")
+
+
+def _check_weights(targets: Mapping[str, nn.Module]) -> None:
+    for name, module in targets.items():
+        if getattr(module, "base_weights_freed", False):
+            raise ValueError(
+                f"{name}: its dense weight was freed when the model was compressed, and there is nothing to calibrate "
+                "for. Calibrate the dense model, or compress it with `keep_base_weights=True`."
+            )
 
 
 @dataclass(frozen=True)
@@ -264,29 +275,37 @@ def _remove_own_part(path: Path) -> None:
 
 
 def _read_statistics_file(
-    path: Path | None, targets: Mapping[str, nn.Module], *, lazily: bool
+    path: Path | None, targets: Mapping[str, nn.Module], *, row_fisher: bool, lazily: bool
 ) -> _SavedStatistics | None:
     """Return the complete statistics, if every process finds them; else what this process has of its own part."""
     if path is None:
         return None
-    saved = _read_if_there(path, targets, lazily=lazily)
+    saved = _read_if_there(path, targets, row_fisher=row_fisher, lazily=lazily)
     if num_processes() == 1 or all(from_all(saved is not None and saved.complete)):
         return saved
-    return _read_if_there(_own_path(path), targets, lazily=lazily)
+    return _read_if_there(_own_path(path), targets, row_fisher=row_fisher, lazily=lazily)
 
 
-def _read_if_there(path: Path, targets: Mapping[str, nn.Module], *, lazily: bool) -> _SavedStatistics | None:
+def _read_if_there(
+    path: Path, targets: Mapping[str, nn.Module], *, row_fisher: bool, lazily: bool
+) -> _SavedStatistics | None:
     """Return what is at ``path``; if ``lazily``, each layer is read when it is asked for."""
     in_parts = index_path(path).exists()
     if not in_parts and not path.exists():
         return None
     statistics = open_statistics(path) if lazily else CalibrationStatistics.load(path)
-    check_statistics(statistics, targets, source=f"`statistics_file` {path}")
+    check_statistics(statistics, targets, row_fisher=row_fisher, source=f"`statistics_file` {path}")
     return _SavedStatistics(statistics, complete=in_parts or read_metadata(path).get(_COMPLETE) == "true")
 
 
-def check_statistics(statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, source: str) -> None:
-    """Raise `ValueError` if ``statistics`` do not cover ``targets`` with the right shapes; name the module."""
+def check_statistics(
+    statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, row_fisher: bool, source: str
+) -> None:
+    """Check that ``statistics`` cover ``targets`` with the right shapes.
+
+    Raises:
+        ValueError: If they do not, or lack the Fisher information of rows although ``row_fisher``; names the module.
+    """
     for name, module in targets.items():
         layer = statistics.get(name)
         if layer is None:
@@ -297,3 +316,8 @@ def check_statistics(statistics: CalibrationStatistics, targets: Mapping[str, nn
         found = (layer.gradient.dim, layer.input.dim)
         if expected != found:
             raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")
+        if row_fisher and layer.row_fisher is None:
+            raise ValueError(
+                f"{source} has no Fisher information of {name}: it was calibrated for a decomposition other than "
+                '"fwsvd". Calibrate for "fwsvd" to another `statistics_file`; one that is there is used as it is.'
+            )
