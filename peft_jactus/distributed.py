@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import distributed
 
-from peft_jactus.moments import SUMS, LayerStatistics, SecondMoment
+from peft_jactus.moments import LayerStatistics, SecondMoment
 from peft_jactus.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
@@ -82,15 +82,27 @@ def summed(statistics: CalibrationStatistics) -> CalibrationStatistics:
 
 
 def _summed_moments(moments: list[SecondMoment]) -> list[SecondMoment]:
-    first = {id(moment): number for number, moment in reversed(list(enumerate(moments)))}
+    first = {moment.identity: number for number, moment in reversed(list(enumerate(moments)))}
     # Layers share one where they do so in every process: a process may have seen no token of an expert.
-    keys = list(zip(*from_all([first[id(moment)] for moment in moments]), strict=True))
+    keys = list(zip(*from_all([first[moment.identity] for moment in moments]), strict=True))
     counts = [sum(of_all) for of_all in zip(*from_all([moment.num_tokens for moment in moments]), strict=True)]
     found: dict[tuple[int, ...], SecondMoment] = {}
     for key, moment, count in zip(keys, moments, counts, strict=True):
         if key not in found:
-            found[key] = SecondMoment(**{name: _sum(getattr(moment, name)) for name in SUMS}, num_tokens=count)
+            found[key] = _summed_moment(moment, count)
     return [found[key] for key in keys]
+
+
+def _summed_moment(moment: SecondMoment, count: int) -> SecondMoment:
+    """Return the sum over processes, which saw ``count`` vectors; each adds what it saw around the mean of all."""
+    mean = _sum(moment.mean * (moment.num_tokens / max(1, count)))
+    return SecondMoment(
+        scatter=_sum(moment.scatter_around(mean)),
+        mean=mean,
+        quartic_sum=_sum(moment.quartic_sum),
+        absolute_sum=_sum(moment.absolute_sum),
+        num_tokens=count,
+    )
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def factorize(
         bias = to_decomposition_dtype(bias)
         if options.bias_correction and statistics is not None:
             error = to_decomposition_dtype(weight) - factors.dense()
-            bias = bias + error @ statistics.input.mean.to(error.device)
+            bias = bias + error @ to_decomposition_dtype(statistics.input.mean).to(error.device)
     left, from_left = interpolative_basis(factors.left)
     right, from_right = interpolative_basis(factors.right)
     return LayerFactors(left, from_left @ factors.core @ from_right.mT, right, bias)

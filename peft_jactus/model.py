@@ -129,7 +129,8 @@ class JactusModel(BaseTuner):
                 '`decomposition="svd"` starts without data.'
             )
         else:
-            check_statistics(statistics, targets, source="`config.statistics`")
+            row_fisher = options.decomposition.needs_row_fisher
+            check_statistics(statistics, targets, row_fisher=row_fisher, source="`config.statistics`")
         limit = None if statistics is None else statistics.memory_limit
         fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0

@@ -7,11 +7,15 @@ Over the calibration positions (tokens, patches) that the attention mask keeps:
 
 both uncentred second moments, as in K-FAC (Martens & Grosse, arXiv:1503.05671). What is stored are sums
 and counts, so that statistics of parts of the data add up to those of the whole.
+
+The sum of outer products is kept around the running mean: around zero, the variance of an entry that hardly varies
+would be the small difference of two large numbers (Chan, Golub & LeVeque, "Algorithms for computing the sample
+variance", The American Statistician 37, 1983).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +25,7 @@ from peft_jactus.linalg import to_decomposition_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMS = ("outer_sum", "vector_sum", "quartic_sum", "absolute_sum")
+TENSORS = ("scatter", "mean", "quartic_sum", "absolute_sum")
 
 
 @dataclass
@@ -29,18 +33,21 @@ class SecondMoment:
     """Running sums of one vector variable of dimension ``dim``.
 
     Attributes:
-        outer_sum: ``(dim, dim)``, sum of ``x x^T``.
-        vector_sum: ``(dim,)``, sum of ``x``.
-        quartic_sum: ``()``, float64, sum of ``|x|^4``; what the Ledoit-Wolf estimator needs beyond ``outer_sum``.
+        scatter: ``(dim, dim)``, sum of ``(x - mean) (x - mean)^T``.
+        mean: ``(dim,)``, float64, mean of ``x``; zero without any.
+        quartic_sum: ``()``, float64, sum of ``|x|^4``; what the Ledoit-Wolf estimator needs beyond the covariance.
         absolute_sum: ``(dim,)``, sum of the absolute values of ``x``, entry by entry; what ASVD scales with.
         num_tokens: How many vectors were added.
+        identity: Equal for what is one variable: of this very object, or of those that a file gives for one entry of
+            it. Who collects by it does not have to keep the sums.
     """
 
-    outer_sum: Tensor
-    vector_sum: Tensor
+    scatter: Tensor
+    mean: Tensor
     quartic_sum: Tensor
     absolute_sum: Tensor
     num_tokens: int = 0
+    identity: object = field(default_factory=object, repr=False, compare=False)
 
     @classmethod
     def zeros(
@@ -51,23 +58,28 @@ class SecondMoment:
         device: torch.device | str | None = None,
     ) -> SecondMoment:
         """Return the statistics of no vector at all; sums are kept in ``dtype`` on ``device``."""
-        quartic_dtype = dtype if torch.device(device or "cpu").type == "mps" else torch.float64
+        wide_dtype = dtype if torch.device(device or "cpu").type == "mps" else torch.float64
         return cls(
-            outer_sum=torch.zeros(dim, dim, dtype=dtype, device=device),
-            vector_sum=torch.zeros(dim, dtype=dtype, device=device),
-            quartic_sum=torch.zeros((), dtype=quartic_dtype, device=device),
+            scatter=torch.zeros(dim, dim, dtype=dtype, device=device),
+            mean=torch.zeros(dim, dtype=wide_dtype, device=device),
+            quartic_sum=torch.zeros((), dtype=wide_dtype, device=device),
             absolute_sum=torch.zeros(dim, dtype=dtype, device=device),
         )
+
+    @staticmethod
+    def num_bytes(dim: int, dtype: torch.dtype) -> int:
+        """Return what the matrix and the vectors of `zeros` take."""
+        return dim * ((dim + 1) * dtype.itemsize + torch.float64.itemsize)
 
     @property
     def dim(self) -> int:
         """The dimension of the vectors."""
-        return self.vector_sum.shape[0]
+        return self.mean.shape[0]
 
     @property
     def covariance(self) -> Tensor:
         """The uncentred covariance ``(dim, dim)``, float64."""
-        return to_decomposition_dtype(self.outer_sum) / self.num_tokens
+        return self._covariance(mean_weight=1.0)
 
     @property
     def centred_covariance(self) -> Tensor:
@@ -75,12 +87,11 @@ class SecondMoment:
 
         One ``N``-th of the mean's square stays, for the mean of N vectors is known to so much only; of one, all.
         """
-        return self.covariance - (1 - 1 / self.num_tokens) * torch.outer(self.mean, self.mean)
+        return self._covariance(mean_weight=1 / self.num_tokens)
 
-    @property
-    def mean(self) -> Tensor:
-        """The mean ``(dim,)``, float64."""
-        return to_decomposition_dtype(self.vector_sum) / self.num_tokens
+    def _covariance(self, *, mean_weight: float) -> Tensor:
+        mean = to_decomposition_dtype(self.mean)
+        return (to_decomposition_dtype(self.scatter) / self.num_tokens).addr_(mean, mean, alpha=mean_weight)
 
     @property
     def mean_absolute(self) -> Tensor:
@@ -89,37 +100,58 @@ class SecondMoment:
 
     def update_(self, vectors: Tensor) -> None:
         """Add ``vectors`` ``(num_vectors, dim)``, in the precision of the sums."""
-        vectors = vectors.detach().to(self.outer_sum.dtype)
-        self.outer_sum.addmm_(vectors.mT, vectors)
-        self.vector_sum.add_(vectors.sum(0))
-        self.quartic_sum.add_(vectors.square().sum(1).to(self.quartic_sum.dtype).square().sum())
+        num_vectors = vectors.shape[0]
+        if num_vectors == 0:  # they have no mean
+            return
+        vectors = vectors.detach().to(self.scatter.dtype)
+        mean = vectors.mean(0)
+        around_mean = vectors - mean
+        self.scatter.addmm_(around_mean.mT, around_mean)
+        self.quartic_sum.add_(torch.linalg.vector_norm(vectors, dim=1).to(self.quartic_sum).pow(4).sum())
         self.absolute_sum.add_(vectors.abs().sum(0))
-        self.num_tokens += vectors.shape[0]
+        # What rounding took from the mean is what is left around it.
+        self._join_(num_vectors, mean.to(self.mean) + around_mean.mean(0))
 
     def merge_(self, other: SecondMoment) -> None:
         """Add the sums of ``other``, taken over other vectors of the same variable."""
         if other.dim != self.dim:
             raise ValueError(f"`other` must have dimension {self.dim}; got {other.dim}.")
-        for name in SUMS:
-            mine = getattr(self, name)
-            mine.add_(getattr(other, name).to(mine))
-        self.num_tokens += other.num_tokens
+        if other.num_tokens == 0:
+            return
+        self.scatter.add_(other.scatter.to(self.scatter))
+        self.quartic_sum.add_(other.quartic_sum.to(self.quartic_sum))
+        self.absolute_sum.add_(other.absolute_sum.to(self.absolute_sum))
+        self._join_(other.num_tokens, other.mean.to(self.mean))
+
+    def _join_(self, num_others: int, mean_of_others: Tensor) -> None:
+        """Count other vectors whose sums, and whose scatter around their own mean, have been added."""
+        total = self.num_tokens + num_others
+        shift = mean_of_others - self.mean
+        rounded = shift.to(self.scatter.dtype)
+        self.scatter.addr_(rounded, rounded, alpha=self.num_tokens * num_others / total)
+        self.mean.add_(shift, alpha=num_others / total)
+        self.num_tokens = total
+
+    def scatter_around(self, point: Tensor) -> Tensor:
+        """Return the sum of ``(x - point) (x - point)^T``, ``(dim, dim)``, for a ``point`` ``(dim,)``."""
+        shift = (self.mean - point).to(self.scatter.dtype)
+        return torch.addr(self.scatter, shift, shift, alpha=self.num_tokens)
 
     def to(self, device: torch.device) -> SecondMoment:
         """Return the sums on ``device``; these very ones if they are there already."""
-        if self.outer_sum.device == device:
+        if self.scatter.device == device:
             return self
-        sums = {name: getattr(self, name).to(device) for name in SUMS}
-        return SecondMoment(**sums, num_tokens=self.num_tokens)
+        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
+        return SecondMoment(**tensors, num_tokens=self.num_tokens)
 
     def clone(self) -> SecondMoment:
         """Return an independent copy."""
-        sums = {name: getattr(self, name).clone() for name in SUMS}
-        return SecondMoment(**sums, num_tokens=self.num_tokens)
+        tensors = {name: getattr(self, name).clone() for name in TENSORS}
+        return SecondMoment(**tensors, num_tokens=self.num_tokens)
 
     def is_finite(self) -> bool:
         """Whether no sum has overflowed or met a NaN."""
-        return all(bool(torch.isfinite(getattr(self, name)).all()) for name in SUMS)
+        return all(bool(torch.isfinite(getattr(self, name)).all()) for name in TENSORS)
 
     def ledoit_wolf_shrinkage(self) -> float:
         """Return the shrinkage intensity towards a scaled identity, in [0, 1].
@@ -131,9 +163,9 @@ class SecondMoment:
             Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
             J. Multivariate Analysis 88, 2004, with the mean taken as known (zero).
         """
-        outer_sum = to_decomposition_dtype(self.outer_sum)
-        mu = outer_sum.diagonal().mean() / self.num_tokens
-        squared_norm = (torch.linalg.vector_norm(outer_sum) / self.num_tokens).square()
+        covariance = self.covariance
+        mu = covariance.diagonal().mean()
+        squared_norm = torch.linalg.vector_norm(covariance).square()
         spread = squared_norm - self.dim * mu.square()  # = |C - mu I|_F^2
         if not spread > 0:  # a multiple of the identity is its own target
             return 1.0

@@ -1,7 +1,9 @@
 """Calibration statistics of all targeted layers: they add up, and lie in files.
 
 One safetensors file holds the statistics of all layers. Those of a model that is calibrated a part at a time are in a
-file for each part, with an index beside them that is named as transformers names that of a sharded checkpoint.
+file for each part, with an index beside them that is named as transformers names that of a sharded checkpoint. A path
+has one of the two: writing either removes the other, as the last step; until then the index counts, which is only
+written once all its files are there.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from weakref import WeakValueDictionary
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_jactus.moments import SUMS, LayerStatistics, SecondMoment
+from peft_jactus.moments import TENSORS, LayerStatistics, SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2  # 1 had no sums of absolute values, and no Fisher information of rows
+# 1 had no sums of absolute values, and no Fisher information of rows; 2 had sums around zero in float32, which may not
+# have one correct digit of a small variance.
+FORMAT_VERSION = 3
 _ROW_FISHER = "row_fisher."  # and the layer's name: key of a statistics file
 
 
@@ -72,10 +76,10 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
             raise ValueError(
                 f"`other` must cover the same layers; these are in one only: {sorted(set(self) ^ set(other))}."
             )
-        moments: dict[tuple[int, int], SecondMoment] = {}
+        moments: dict[tuple[object, object], SecondMoment] = {}
 
         def merged(mine: SecondMoment, theirs: SecondMoment) -> SecondMoment:
-            key = (id(mine), id(theirs))
+            key = (mine.identity, theirs.identity)
             if key not in moments:
                 moments[key] = mine.clone()
                 moments[key].merge_(theirs)
@@ -95,22 +99,22 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         """Write one safetensors file, whole or not at all.
 
         Args:
-            path: The file to write; its folder is made if need be.
+            path: The file to write; its folder is made if need be. It takes the place of an index that was there.
             metadata: Further strings to store in the file's header.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        moments: dict[int, int] = {}
+        numbers: dict[object, int] = {}
         tensors: dict[str, Tensor] = {}
         index: dict[str, list[int]] = {}
         counts: list[int] = []
         for name, layer in self.items():
             for moment in (layer.input, layer.gradient):
-                if id(moment) not in moments:
-                    number = moments[id(moment)] = len(counts)
+                if moment.identity not in numbers:
+                    number = numbers[moment.identity] = len(counts)
                     counts.append(moment.num_tokens)
-                    tensors |= {f"{number}.{key}": getattr(moment, key).cpu().contiguous() for key in SUMS}
-            index[name] = [moments[id(layer.input)], moments[id(layer.gradient)]]
+                    tensors |= {f"{number}.{key}": getattr(moment, key).cpu().contiguous() for key in TENSORS}
+            index[name] = [numbers[layer.input.identity], numbers[layer.gradient.identity]]
             if layer.row_fisher is not None:
                 tensors[_ROW_FISHER + name] = layer.row_fisher.cpu()
         header = {
@@ -121,30 +125,38 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
             "num_tokens": json.dumps(counts),
         }
         _replace_atomically(tensors, header, path)
+        index_path(path).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStatistics:
         """Read what `save` wrote, or what `calibrate` did under a memory limit.
 
         Args:
-            path: The safetensors file. If there is none, but an index of several files (``path`` and
-                ``.index.json``), these stay where they are, and each layer is read when it is asked for.
+            path: The safetensors file. If it has an index of several files (``path`` and ``.index.json``), these stay
+                where they are, and each layer is read when it is asked for.
 
         Returns:
             Equal statistics, on the CPU. A `ValueError` says if a file is damaged, or not a statistics file of this
-            format version.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
+            format version, a `FileNotFoundError` if there is none.
         """
         path = Path(path)
-        if path.is_file():
-            file = _StatisticsFile(path)
-            return cls(dict(file), num_batches=file.num_batches)
-        if index_path(path).is_file():
-            parts = _StatisticsParts(index_path(path))
-            return cls(parts, num_batches=parts.num_batches, memory_limit=parts.memory_limit)
-        raise FileNotFoundError(f"No statistics file at {path}.")
+        stored = open_statistics(path)
+        return stored if index_path(path).is_file() else cls(dict(stored), num_batches=stored.num_batches)
+
+
+def open_statistics(path: Path) -> CalibrationStatistics:
+    """Return what `CalibrationStatistics.load` does, each layer read when it is asked for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if index_path(path).is_file():
+        parts = _StatisticsParts(index_path(path))
+        return CalibrationStatistics(parts, num_batches=parts.num_batches, memory_limit=parts.memory_limit)
+    if path.is_file():
+        file = _StatisticsFile(path)
+        return CalibrationStatistics(file, num_batches=file.num_batches)
+    raise FileNotFoundError(f"No statistics file at {path}.")
 
 
 class _StatisticsFile(Mapping[str, LayerStatistics]):
@@ -158,10 +170,12 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
             if header.get("format_version") != str(FORMAT_VERSION):
                 raise ValueError(
                     f"{path} is not a statistics file of format version {FORMAT_VERSION}; its header says "
-                    f"{header.get('format_version')!r}. Calibrate again with this version of peft_jactus."
+                    f"{header.get('format_version')!r}. Calibrate again with this version of peft_jactus, to another "
+                    "file, or delete this one first."
                 )
             self.num_batches: int = json.loads(header["num_batches"])
             self._counts: list[int] = json.loads(header["num_tokens"])
+            self._identities = [object() for _ in self._counts]
             self._index: dict[str, list[int]] = json.loads(header["layers"])
             self._keys = set(file.keys())
 
@@ -181,8 +195,9 @@ class _StatisticsFile(Mapping[str, LayerStatistics]):
     def _moment(self, file: Any, number: int) -> SecondMoment:
         moment = self._moments.get(number)
         if moment is None:
-            sums = {key: file.get_tensor(f"{number}.{key}") for key in SUMS}
-            moment = self._moments[number] = SecondMoment(**sums, num_tokens=self._counts[number])
+            tensors = {key: file.get_tensor(f"{number}.{key}") for key in TENSORS}
+            moment = SecondMoment(**tensors, num_tokens=self._counts[number], identity=self._identities[number])
+            self._moments[number] = moment
         return moment
 
     @contextlib.contextmanager
@@ -204,7 +219,11 @@ class _StatisticsParts(Mapping[str, LayerStatistics]):
             self.memory_limit: int | None = content.get("memory_limit")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}). Delete it and calibrate again.") from error
-        files = [_StatisticsFile(index.parent / Path(name).name) for name in file_names]
+        paths = [index.parent / Path(name).name for name in file_names]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{index} names {missing}, which are not there. Delete it and calibrate again.")
+        files = [_StatisticsFile(path) for path in paths]
         self._files = {name: file for file in files for name in file}
         self.num_batches = files[0].num_batches if files else 0
 
@@ -229,11 +248,15 @@ def part_path(path: Path, number: int, count: int) -> Path:
 
 
 def save_index(path: Path, parts: list[Path], memory_limit: int) -> None:
-    """Write the index of ``parts``, in this order, which together are the statistics at ``path``."""
+    """Write the index of ``parts``, in this order, which together are the statistics at ``path``.
+
+    It takes the place of a single file that was there.
+    """
     temporary = index_path(path).with_suffix(".tmp")
     content = {"files": [part.name for part in parts], "memory_limit": memory_limit}
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     temporary.replace(index_path(path))
+    path.unlink(missing_ok=True)
 
 
 def _added(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:

@@ -62,7 +62,7 @@ def fisher_row_scales(statistics: LayerStatistics, damping: float) -> Tensor:
     if statistics.row_fisher is None:
         raise ValueError(
             "these statistics have no Fisher information of rows. Calibrate with "
-            '`decomposition="fwsvd"` in the config.'
+            '`decomposition="fwsvd"` in the config, to another `statistics_file`.'
         )
     row_fisher = to_decomposition_dtype(statistics.row_fisher)
     mean = float(row_fisher.mean())

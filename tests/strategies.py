@@ -82,8 +82,8 @@ def overlapping_bases(draw, dim: int, *, num_bases: int = 3) -> list[Tensor]:
 def moment_of(covariance: Tensor, *, num_tokens: int = 100) -> SecondMoment:
     """A moment with exactly this covariance; only for fixed shrinkage, and its mean is zero."""
     return SecondMoment(
-        outer_sum=num_tokens * covariance,
-        vector_sum=covariance.new_zeros(len(covariance)),
+        scatter=num_tokens * covariance,
+        mean=covariance.new_zeros(len(covariance)),
         quartic_sum=covariance.new_zeros(()),
         absolute_sum=covariance.new_zeros(covariance.shape[0]),
         num_tokens=num_tokens,

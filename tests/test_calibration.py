@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import (
     BertForMaskedLM,
@@ -197,6 +199,57 @@ def enable_checkpointing(model, use_reentrant):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_keeps_the_inputs_of_no_more_than_one_block(name, use_reentrant):
+    task = TASKS[name]
+    model = task.model(num_hidden_layers=6)
+    enable_checkpointing(model, use_reentrant)
+    layers = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != task.head]
+    inputs, alive = set(), []
+
+    def watch_input(module, args):
+        inputs.add((StorageWeakRef(args[0].untyped_storage()), args[0].numel()))
+
+    def watch_gradient(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda _: alive.append(sum(size for ref, size in inputs if not ref.expired())))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(watch_input)
+        layer.register_forward_hook(watch_gradient)
+    batch = collate(task.examples())
+    run(model, [batch], head=task.head, train_mode=use_reentrant)
+    # A block's layers read three tensors of the hidden size and one of the intermediate size; the rest is what
+    # checkpointing keeps, the inputs of six blocks and what the head reads.
+    sizes = 10 * model.config.hidden_size + model.config.intermediate_size
+    assert max(alive) <= batch["input_ids"].numel() * sizes
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_an_input_that_is_changed_in_place_is_noticed_also_in_a_checkpointed_block(checkpointed):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            y = x.tanh()
+            z = self.linear(y)
+            y.detach().add_(1)
+            return z.tanh()
+
+    def loss_fn(model, batch):
+        x = model[0](batch["x"])
+        y = checkpoint(model[1], x, use_reentrant=False) if checkpointed else model[1](x)
+        return y.square().sum()
+
+    model = nn.Sequential(nn.Linear(4, 4).double(), Block())
+    config = JactusConfig(target_modules="all-linear")
+    with pytest.raises(RuntimeError, match=r"^1\.linear: its input was changed in place"):
+        calibrate(model, config, [{"x": randn(0, 5, 4)}], loss_fn=loss_fn, progress_bar=False)
+
+
 def test_layers_that_read_one_tensor_share_its_covariance():
     bert = run(tiny_bert(), classified_texts())
     attention = "bert.encoder.layer.1.attention.self"
@@ -214,7 +267,7 @@ def test_statistics_of_a_bfloat16_model_are_kept_in_float32():
     for name, layer in actual.items():
         for side in ("input", "gradient"):
             one, other = getattr(layer, side), getattr(expected[name], side)
-            assert one.outer_sum.dtype == one.vector_sum.dtype == torch.float32
+            assert one.scatter.dtype == one.absolute_sum.dtype == torch.float32
             assert_moments_close(one, other.covariance, other.mean, rtol=BFLOAT16, what=f"{name} {side}")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_jactus import JactusConfig, calibrate
@@ -37,6 +37,11 @@ def test_counts_below_one(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1; got 0"):
         run(tiny_bert(), **options)
+
+
+def test_a_negative_number_of_warm_up_steps():
+    with pytest.raises(ValueError, match="`head_warmup_steps` must be at least 0; got -5"):
+        run(tiny_bert(), head_warmup_steps=-5)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------
@@ -174,6 +179,14 @@ def test_a_layer_that_carries_another_adapter():
     with pytest.raises(TypeError, match=f"{QUERY} already carries a peft.*lora.*`merge_and_unload`"):
         run(model)
     assert set(run(model, targets=["key"])) == {QUERY.replace("query", "key").replace("0", i) for i in "01"}
+
+
+@pytest.mark.parametrize("limit", [None, "1MiB"])
+def test_a_layer_that_was_compressed_without_its_dense_weight(limit):
+    model = get_peft_model(tiny_bert(), JactusConfig(target_modules=["query"], decomposition="svd"))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match=f"^{QUERY}: its dense weight was freed.*`keep_base_weights=True`"):
+        run(model, targets=["query"], max_statistics_memory=limit)
 
 
 def test_excluded_modules_may_be_anything():

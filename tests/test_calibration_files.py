@@ -1,7 +1,10 @@
 """`statistics_file`: what is reused, what is continued, and what is refused."""
 
+import contextlib
+
 import pytest
 import torch
+from peft import get_peft_model
 
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
 from tests.comparisons import assert_same_statistics
@@ -115,6 +118,21 @@ def test_a_file_of_other_layers_or_shapes_is_refused_and_named(path):
         run(tiny_bert(), batches, statistics_file=path, targets=["query", "value"])
     with pytest.raises(ValueError, match=r"query for a weight of shape \(8, 8\); it has \(16, 16\)"):
         run(tiny_bert(hidden_size=16), batches, statistics_file=path, targets=["query", "key"])
+
+
+@pytest.mark.parametrize("num_batches", [2, 3])
+def test_a_file_without_fisher_information_is_refused_for_fwsvd_with_what_to_do(path, num_batches):
+    batches = eight_batches(TASKS["bert"])[:3]
+    with contextlib.suppress(PowerCutError):
+        unfinished = batches if num_batches == 3 else interrupted(batches, num_batches)
+        run(tiny_bert(), unfinished, statistics_file=path, save_every=1)
+    config = JactusConfig(target_modules="all-linear", exclude_modules=["classifier"], decomposition="fwsvd")
+    message = r"no Fisher information of bert.*to another `statistics_file`"
+    with pytest.raises(ValueError, match=rf"`statistics_file` .*{message}"):
+        calibrate(tiny_bert(), config, batches, statistics_file=path, progress_bar=False)
+    config.statistics = CalibrationStatistics.load(path)
+    with pytest.raises(ValueError, match=rf"`config.statistics` .*{message}"):
+        get_peft_model(tiny_bert(), config)
 
 
 def test_a_damaged_file_is_refused_and_left_alone(path):

@@ -13,6 +13,7 @@ from torch import nn
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
 from peft_jactus.factorization import plan_ranks
 from tests.comparisons import assert_same_statistics
+from tests.strategies import randn
 from tests.tiny_models import TASKS, collate, tiny_bert
 
 # Each group runs the same operations on the same numbers.
@@ -23,6 +24,10 @@ LIMIT = 4_000
 
 class PowerCutError(Exception):
     pass
+
+
+def square_loss(model, batch):
+    return model(batch["x"]).square().sum(1).mean()
 
 
 def batches_of(task):
@@ -37,7 +42,7 @@ def run(model, batches, *, head="classifier", **options):
 
 def bytes_of_largest_layers(statistics, count):
     sizes = sorted(
-        sum(moment.outer_sum.nbytes + 2 * moment.vector_sum.nbytes for moment in (layer.input, layer.gradient))
+        sum(moment.scatter.nbytes + 2 * moment.mean.nbytes for moment in (layer.input, layer.gradient))
         for layer in statistics.values()
     )
     return sum(sizes[-count:])
@@ -183,6 +188,66 @@ def test_an_interrupted_run_goes_on_in_the_group_it_was_in(tmp_path):
     run(model, batches_of(task), **options)
 
 
+def interrupted(batches):
+    yield from batches[:2]
+    raise PowerCutError
+
+
+@pytest.mark.parametrize("limit", [LIMIT, "1MiB"])
+def test_a_run_that_was_interrupted_without_a_limit_goes_on_with_one(tmp_path, limit):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, expected = run(task.model(), batches_of(task))
+    with pytest.raises(PowerCutError):
+        run(task.model(), interrupted(batches_of(task)), statistics_file=path, save_every=1)
+    model, forwards = task.model(), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    _, resumed = run(model, batches_of(task), statistics_file=path, max_statistics_memory=limit)
+    num_groups = len(list(tmp_path.glob("statistics-*.safetensors")))
+    assert len(forwards) == max(1, num_groups)  # a pass over the third batch for each
+    assert path.exists() == (num_groups == 0)
+    for statistics in (resumed, CalibrationStatistics.load(path)):
+        assert statistics.num_batches == 3
+        assert_same_statistics(statistics, expected, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("first", [None, LIMIT, 2 * LIMIT])
+@pytest.mark.parametrize("second", [None, LIMIT])
+def test_complete_statistics_are_used_whatever_the_limit_was(tmp_path, first, second):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, expected = run(task.model(), batches_of(task), statistics_file=path, max_statistics_memory=first)
+    files = set(tmp_path.iterdir())
+    model = task.model()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    _, statistics = run(model, batches_of(task), statistics_file=path, max_statistics_memory=second)
+    assert statistics.memory_limit == second
+    assert_same_statistics(statistics, expected, rtol=0)
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_of_an_index_and_a_single_file_the_one_that_was_written_last_counts(tmp_path):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, single = run(task.model(), batches_of(task)[:1])
+    _, whole = run(task.model(), batches_of(task), statistics_file=path, max_statistics_memory=LIMIT)
+    index = Path(f"{path}.index.json")
+    content = index.read_text()
+    single.save(path)
+    assert CalibrationStatistics.load(path).num_batches == 1
+    index.write_text(content)  # the process ended between the two steps, or an older version left both
+    loaded = CalibrationStatistics.load(path)
+    assert loaded.num_batches == 3
+    assert_same_statistics(loaded, whole, rtol=0)
+
+
+def test_an_index_whose_files_are_missing_is_an_error_that_names_them(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    run(tiny_bert(), batches_of(TASKS["bert"]), statistics_file=path, max_statistics_memory=LIMIT)
+    part = min(tmp_path.glob("statistics-*.safetensors"))
+    part.unlink()
+    for read in (CalibrationStatistics.load, lambda path: run(tiny_bert(), [], statistics_file=path)):
+        with pytest.raises(FileNotFoundError, match=rf"index.json names .*{part.name}.*calibrate again"):
+            read(path)
+
+
 def test_layers_that_share_their_input_share_its_covariance_also_when_read_from_files(tmp_path):
     path = tmp_path / "statistics.safetensors"
     _, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), statistics_file=path, max_statistics_memory="64KB")
@@ -191,6 +256,31 @@ def test_layers_that_share_their_input_share_its_covariance_also_when_read_from_
     assert layers[f"{attention}.query"].input is layers[f"{attention}.key"].input
     statistics.save(tmp_path / "whole.safetensors")
     assert_same_statistics(CalibrationStatistics.load(tmp_path / "whole.safetensors"), statistics, rtol=0)
+
+
+def test_statistics_in_files_merge_and_save_as_those_in_memory(tmp_path):
+    """What is read of a layer goes before the next one is read: nothing may be told by where it lay."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(20)]).double()
+    in_memory, in_files = [], []
+    for seed in range(2):
+        batches = [{"x": randn(seed, 5, 6)}]
+        for limit, results in ((None, in_memory), ("4KB", in_files)):
+            config = JactusConfig(target_modules="all-linear")
+            options = {"loss_fn": square_loss, "max_statistics_memory": limit, "progress_bar": False}
+            results.append(calibrate(model, config, batches, **options))
+    expected = in_memory[0].merge(in_memory[1])
+    for other in (in_files[1], in_memory[1]):
+        assert_same_statistics(in_files[0].merge(other), expected, rtol=ROUNDING)
+    in_files[0].save(tmp_path / "whole.safetensors")
+    assert_same_statistics(CalibrationStatistics.load(tmp_path / "whole.safetensors"), in_memory[0], rtol=ROUNDING)
+
+
+def test_layers_share_their_input_also_in_a_merger_of_files():
+    _, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), max_statistics_memory="64KB")
+    merged = statistics.merge(statistics)
+    attention = "bert.encoder.layer.0.attention.self"
+    assert merged[f"{attention}.query"].input is merged[f"{attention}.value"].input
+    assert merged[f"{attention}.query"].input is not merged[f"{attention.replace('0', '1')}.query"].input
 
 
 @pytest.mark.parametrize(

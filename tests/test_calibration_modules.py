@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from peft_jactus import JactusConfig, calibrate
@@ -156,3 +157,20 @@ def test_a_layer_may_be_called_with_a_keyword():
     by_position, by_keyword = nn.ModuleDict({"linear": two_layers()[0]}), CalledByKeyword()
     by_position.forward = lambda x: by_position.linear(x)
     assert_same_statistics(run_on_vectors(by_keyword, x), run_on_vectors(by_position, x))
+
+
+def test_a_layer_with_an_input_that_never_varies_can_be_compressed():
+    """In float32 over many batches; with a bias, in the metric around the mean."""
+    model = two_layers(nn.Tanh()).float()
+    batches = [{"x": randn(seed, 256, 4).float()} for seed in range(100)]
+    for batch in batches:
+        batch["x"][:, 3] = 30.1
+    config = JactusConfig(target_modules="all-linear", retained_ratio=0.6)
+    options = {"loss_fn": square_loss, "loss_reduction": "sum", "progress_bar": False}
+    statistics = calibrate(model, config, batches, **options)
+    x = torch.cat([batch["x"] for batch in batches]).double()
+    mean = x.mean(0)
+    around_mean = (x - mean).mT @ (x - mean) / len(x) + torch.outer(mean, mean) / len(x)
+    torch.testing.assert_close(statistics["0"].input.centred_covariance, around_mean, rtol=1e-4, atol=1e-5)
+    compressed = get_peft_model(model, config)
+    assert torch.isfinite(compressed(x.float())).all()

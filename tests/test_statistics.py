@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from peft_jactus import statistics as statistics_module
 from peft_jactus.moments import LayerStatistics, SecondMoment
 from peft_jactus.statistics import CalibrationStatistics, read_metadata
+from peft_jactus.weighting import regularized_covariance
 from tests import oracles
 from tests.strategies import dims, moment_from, randn, seeds
 
@@ -20,7 +22,7 @@ num_vectors = st.integers(1, 40)
 
 
 def assert_moments_equal(one, other):
-    for name in ("outer_sum", "vector_sum", "quartic_sum"):
+    for name in ("scatter", "mean", "quartic_sum", "absolute_sum"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), **EXACT)
     assert one.num_tokens == other.num_tokens
 
@@ -95,7 +97,69 @@ def test_is_finite_notices_one_bad_entry(bad):
 def test_half_precision_vectors_are_summed_in_float32(dtype):
     """4096 ones and a half: the sum would stall at 256 in bfloat16 and at 2048 in float16."""
     moment = moment_from(torch.ones(4097, 1, dtype=dtype), dtype=torch.float32)
-    assert float(moment.outer_sum) == float(moment.vector_sum) == float(moment.quartic_sum) == 4097
+    assert 4097 * float(moment.covariance) == float(moment.quartic_sum) == float(moment.absolute_sum) == 4097
+
+
+# Float32 sums of 20,000 squares.
+FLOAT32_SUMS = 1e-5
+
+
+def nearly_constant(seed, num, dim, *, mean, deviation):
+    """Vectors whose first entry hardly varies, rounded to float32."""
+    vectors = randn(seed, num, dim)
+    vectors[:, 0] = mean + deviation * vectors[:, 0]
+    return vectors.float()
+
+
+@pytest.mark.parametrize("num_batches", [1, 100])
+@pytest.mark.parametrize(("mean", "deviation"), [(3.1, 0.0), (3.1, 3e-3), (-100.0, 1e-2), (0.5, 1e-5)])
+def test_the_variance_of_an_entry_that_hardly_varies_has_correct_digits(num_batches, mean, deviation):
+    parts = [nearly_constant(seed, 200, 6, mean=mean, deviation=deviation) for seed in range(num_batches)]
+    vectors = torch.cat(parts)
+    moment = SecondMoment.zeros(6)
+    for part in parts:
+        moment.update_(part)
+    exact = moment_from(vectors.double())
+    assert_variances_close(moment, exact)
+    halves = [moment_from(half, dtype=torch.float32) for half in vectors.sort(0).values.tensor_split(2)]
+    halves[0].merge_(halves[1])  # of which one has the smaller values, the other the larger ones
+    assert_variances_close(halves[0], moment_from(vectors.double().sort(0).values))
+
+
+def assert_variances_close(moment, exact):
+    """Compare entries of the covariance around the mean with the deviations, and the uncentred one with the sizes."""
+    deviations, sizes = exact.centred_covariance.diagonal().sqrt(), exact.covariance.diagonal().sqrt()
+    for name, scales in (("centred_covariance", deviations), ("covariance", sizes)):
+        errors = (getattr(moment, name) - getattr(exact, name)).abs() / torch.outer(scales, scales)
+        assert float(errors.max()) < FLOAT32_SUMS, name
+    assert float(((moment.mean - exact.mean) / sizes).abs().max()) < 1e-7
+    assert float(torch.linalg.eigvalsh(moment.centred_covariance)[0]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_entry_that_never_varies_leaves_the_metric_positive_definite(dtype):
+    moment = SecondMoment.zeros(8, dtype=dtype)
+    for seed in range(200):
+        moment.update_(nearly_constant(seed, 64, 8, mean=30.1, deviation=0.0))
+    covariance = regularized_covariance(moment, shrinkage=0.0, damping=1e-6, centred=True)
+    assert float(torch.linalg.eigvalsh(covariance)[0]) > 0
+
+
+def test_merging_with_no_vectors_changes_nothing():
+    none, some = SecondMoment.zeros(3, dtype=torch.float64), moment_from(randn(0, 5, 3))
+    some.merge_(none)
+    assert_moments_equal(some, moment_from(randn(0, 5, 3)))
+    none.merge_(SecondMoment.zeros(3))
+    assert none.is_finite()
+    none.merge_(some)
+    assert_moments_equal(none, some)
+
+
+@given(seed=seeds, dim=dims, num=num_vectors)
+def test_the_scatter_around_any_point_is_that_of_the_vectors(seed, dim, num):
+    vectors, point = randn(seed, num, dim), 3 * randn(seed + 1, dim)
+    expected = num * oracles.covariance(vectors - point)
+    torch.testing.assert_close(moment_from(vectors).scatter_around(point), expected, **EXACT)
 
 
 # -- Ledoit and Wolf --------------------------------------------------------------------------------------
@@ -175,6 +239,36 @@ def test_merging_refuses_other_layers_and_names_them():
         one.merge(other)
 
 
+class ReadAgain(Mapping):
+    """Layers that are made when they are asked for, and go when nobody needs them."""
+
+    def __init__(self, seed, num_layers):
+        self.seeds = {f"layer{number}": seed + 2 * number for number in range(num_layers)}
+
+    def __getitem__(self, name):
+        seed = self.seeds[name]
+        return LayerStatistics(moment_from(randn(seed, 5, 3)), moment_from(randn(seed + 1, 5, 3)))
+
+    def __iter__(self):
+        return iter(self.seeds)
+
+    def __len__(self):
+        return len(self.seeds)
+
+
+def test_layers_that_go_after_they_were_read_are_not_taken_for_one_another(tmp_path):
+    one, other = (CalibrationStatistics(ReadAgain(seed, 50)) for seed in (0, 1000))
+    merged = one.merge(other)
+    one.save(tmp_path / "statistics")
+    saved = CalibrationStatistics.load(tmp_path / "statistics")
+    for name, layer in one.items():
+        for side in ("input", "gradient"):
+            expected = getattr(layer, side)
+            assert_moments_equal(getattr(saved[name], side), expected)
+            expected.merge_(getattr(other[name], side))
+            assert_moments_equal(getattr(merged[name], side), expected)
+
+
 # -- CalibrationStatistics: files -------------------------------------------------------------------------
 
 
@@ -192,7 +286,7 @@ def test_save_and_load_are_exact_and_keep_sharing(tmp_path):
             (saved[name].gradient, loaded[name].gradient),
         ):
             assert one.num_tokens == other.num_tokens
-            for key in ("outer_sum", "vector_sum", "quartic_sum"):
+            for key in ("scatter", "mean", "quartic_sum", "absolute_sum"):
                 assert torch.equal(getattr(one, key), getattr(other, key))
                 assert getattr(one, key).dtype == getattr(other, key).dtype
 
@@ -249,6 +343,16 @@ def test_loading_a_wrong_header_is_a_value_error_that_names_the_file(tmp_path, c
         header = {k: v for k, v in (file.metadata() | change).items() if v is not None}
     save_file(tensors, path, metadata=header)
     with pytest.raises(ValueError, match=f"{path}.*[Cc]alibrate again"):
+        CalibrationStatistics.load(path)
+
+
+def test_a_file_of_an_earlier_format_is_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "statistics"
+    calibration_statistics(0, 5).save(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() | {"format_version": "2"}
+    save_file({"0.outer_sum": torch.zeros(4, 4)}, path, metadata=header)
+    with pytest.raises(ValueError, match=r"format version 3; its header says '2'.*another file, or delete this one"):
         CalibrationStatistics.load(path)
 
 

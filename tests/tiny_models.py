@@ -61,8 +61,8 @@ def tiny_bert(model_class: type = BertForSequenceClassification, **options) -> P
     return seeded(model_class, BertConfig(**BERT | {"num_labels": 3} | options))
 
 
-def tiny_llama() -> PreTrainedModel:
-    return seeded(LlamaForCausalLM, LlamaConfig(**WIDTHS | SPECIAL_TOKENS | {"num_key_value_heads": 1}))
+def tiny_llama(**options) -> PreTrainedModel:
+    return seeded(LlamaForCausalLM, LlamaConfig(**WIDTHS | SPECIAL_TOKENS | {"num_key_value_heads": 1} | options))
 
 
 def tiny_gpt2() -> PreTrainedModel:
@@ -232,7 +232,7 @@ def target_token_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Te
 class Task:
     """A model, its data, and how exactly its own loss agrees with `summed_loss`."""
 
-    model: Callable[[], PreTrainedModel]
+    model: Callable[..., PreTrainedModel]
     examples: Callable[[], list[Batch]]
     summed_loss: Callable[[torch.nn.Module, Mapping[str, Tensor]], Tensor]
     head: str

@@ -1,17 +1,19 @@
 """Sums of inputs and gradients, through hooks.
 
 Both statistics of a layer are taken in one place, the gradient hook of its output. It fires once for each position
-that the backward pass reaches, also when gradient checkpointing runs the forward pass twice.
+that the backward pass reaches, also when gradient checkpointing runs the forward pass twice. Until then autograd keeps
+the input, as what a node of the graph saves: so checkpointing drops it, and computes it again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
@@ -29,16 +31,50 @@ if TYPE_CHECKING:
     from peft_jactus.calibration.summed_loss import SummedLoss
 
 
+class _Saving(torch.autograd.Function):
+    """A node of the graph for the sake of what it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.new_empty(0)
+
+
+def _saved(tensor: Tensor) -> Any:
+    """Return a node that has saved ``tensor``, and leads nowhere."""
+    anchor = torch.empty(0, requires_grad=True)
+    return _Saving.apply(anchor, tensor.detach()).grad_fn  # type: ignore[no-untyped-call]
+
+
 @dataclass
 class _Reading:
-    """One tensor of the running batch and the targeted modules that were called with it."""
+    """One tensor of the running batch and the targeted modules that were called with it.
 
-    tensor: Tensor
+    ``saved`` has a node for each call, for checkpointing wants both passes through a block to save the same. It is
+    empty once the tensor has been added.
+    """
+
     mask: Tensor | None
     version: int
-    readers: list[str]
-    added: bool = False
+    saved: dict[str, Any] = field(default_factory=dict)
     gram: Tensor | None = None
+
+    def unpack(self, name: str) -> Tensor:
+        """Return the tensor as it was when module ``name`` read it, or raise `RuntimeError`; once only."""
+        changed = (
+            f"{name}: its input was changed in place after the forward pass; calibration cannot see it any more. Make "
+            "the model's operation out of place, or add the name to `exclude_modules`."
+        )
+        try:
+            (tensor,) = self.saved[name].saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):  # autograd's words
+                raise RuntimeError(changed) from error
+            raise
+        if tensor._version > self.version:  # checkpointing does not look
+            raise RuntimeError(changed)
+        found: Tensor = tensor
+        return found
 
 
 class StatisticsCollector:
@@ -62,7 +98,7 @@ class StatisticsCollector:
         self._inputs: dict[tuple[str, ...], SecondMoment] = {}
         self._gradients: dict[str, SecondMoment] = {}
         self._row_fisher: dict[str, Tensor] | None = {} if row_fisher else None
-        self._readings: dict[int, _Reading] = {}
+        self._readings: Any = WeakTensorKeyDictionary()  # of the tensors that are still in use
         self._masks = PositionMasks(encoder_of(model))
         self.num_batches = 0 if start is None else start.num_batches
 
@@ -146,7 +182,9 @@ class StatisticsCollector:
         starts_graph = not output.requires_grad  # all that comes before is frozen
         if starts_graph:
             output.requires_grad_(True)
-        reading = self._reading(name, args[0] if args else next(iter(kwargs.values())))
+        tensor = args[0] if args else next(iter(kwargs.values()))
+        reading = self._reading(name, tensor)
+        reading.saved[name] = _saved(tensor)
         output.register_hook(  # type: ignore[no-untyped-call]  # torch has no annotation here
             functools.partial(self._on_gradient, name, reading)
         )
@@ -154,41 +192,35 @@ class StatisticsCollector:
         return output.clone() if starts_graph else None
 
     def _reading(self, name: str, tensor: Tensor) -> _Reading:
-        reading = self._readings.get(id(tensor))
-        if reading is None or name in reading.readers:
-            mask = self._masks.find(name, tensor)
-            reading = _Reading(tensor, mask, tensor._version, [])
-            self._readings[id(tensor)] = reading
-        reading.readers.append(name)
+        """Return the reading that a call of module ``name`` with ``tensor`` belongs to."""
+        reading: _Reading | None = self._readings.get(tensor)
+        if reading is None or not reading.saved or name in reading.saved or reading.version != tensor._version:
+            reading = self._readings[tensor] = _Reading(self._masks.find(name, tensor), tensor._version)
         return reading
 
     def _on_gradient(self, name: str, reading: _Reading, gradient: Tensor) -> None:
+        if reading.saved:
+            self._add_input(name, reading)
         if self._row_fisher is not None:
-            if reading.gram is None:
-                reading.gram = _gram_of_examples(reading.tensor, reading.mask)
+            assert reading.gram is not None
             sums = _squared_gradient_of_rows(reading.gram, gradient)
             self._row_fisher[name] = self._row_fisher[name] + sums if name in self._row_fisher else sums
         gradient = _kept_positions(gradient, reading.mask)
         if name not in self._gradients:
             self._gradients[name] = _empty_moment_for(gradient)
         self._gradients[name].update_(gradient)
-        if reading.added:
-            return
-        if reading.tensor._version != reading.version:
-            raise RuntimeError(
-                f"{name}: its input was changed in place after the forward pass; calibration cannot see it any "
-                "more. Make the model's operation out of place, or add the name to `exclude_modules`."
-            )
-        vectors = _kept_positions(reading.tensor, reading.mask)
-        readers = tuple(reading.readers)
+
+    def _add_input(self, name: str, reading: _Reading) -> None:
+        """Add the tensor of ``reading``, of whose readers the gradient of ``name`` came first, and let go of it."""
+        tensor = reading.unpack(name)
+        vectors = _kept_positions(tensor, reading.mask)
+        readers = tuple(reading.saved)
         if readers not in self._inputs:
             self._inputs[readers] = _empty_moment_for(vectors)
         self._inputs[readers].update_(vectors)
-        reading.added = True
-        # A tensor that is read again from here on starts a reading of its own.
-        if self._readings.get(id(reading.tensor)) is reading:
-            del self._readings[id(reading.tensor)]
-        reading.tensor = vectors.new_empty(0)
+        if self._row_fisher is not None:
+            reading.gram = _gram_of_examples(tensor, reading.mask)
+        reading.saved.clear()
 
     def _input_of(self, name: str) -> SecondMoment:
         parts = [moment for readers, moment in self._inputs.items() if name in readers]
@@ -230,7 +262,7 @@ def _unreached(module: nn.Module, *, row_fisher: bool) -> LayerStatistics:
         weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
-    return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.vector_sum) if row_fisher else None)
+    return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.absolute_sum) if row_fisher else None)
 
 
 def _empty_moment_for(vectors: Tensor) -> SecondMoment:

@@ -21,7 +21,14 @@ from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.restoring import prepared_for_calibration, random_state_kept
 from peft_jactus.calibration.summed_loss import SummedLoss
 from peft_jactus.distributed import from_all, num_processes, process_index
-from peft_jactus.statistics import CalibrationStatistics, part_path, read_metadata, save_index
+from peft_jactus.statistics import (
+    CalibrationStatistics,
+    index_path,
+    open_statistics,
+    part_path,
+    read_metadata,
+    save_index,
+)
 from peft_jactus.targeting import dense_weight, targeted_modules
 
 if TYPE_CHECKING:
@@ -80,7 +87,8 @@ def calibrate(
         train_mode: Keep dropout on. Default: evaluation mode.
         statistics_file: Save statistics here every ``save_every`` batches and at the end. If the file is there
             already, for the same layers: a complete one is used as it is, an interrupted one is continued,
-            skipping the batches it has seen (which must come in the same order).
+            skipping the batches it has seen (which must come in the same order). A memory limit may be set, or
+            changed, in between.
         save_every: Batches between two saves.
         max_statistics_memory: Bytes, or a size such as ``"8GiB"``: hold the statistics of no more layers than fit, and
             pass over the batches (which are kept) once for each group of layers. Each group goes to a file beside
@@ -107,7 +115,8 @@ def calibrate(
         >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
         CalibrationStatistics(1 layers, 1 batches)
     """
-    _check_counts(max_batches=max_batches, save_every=save_every)
+    _check_counts(1, max_batches=max_batches, save_every=save_every)
+    _check_counts(0, head_warmup_steps=head_warmup_steps)
     if head_warmup_steps > 0 and isinstance(batches, Iterator):
         raise ValueError(
             "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
@@ -116,6 +125,7 @@ def calibrate(
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
+    _check_weights(targets)
     row_fisher = config.factorization_options().decomposition.needs_row_fisher
     limit = memory_limit(max_statistics_memory)
     groups = split_into_groups(targets, limit, row_fisher=row_fisher)
@@ -129,15 +139,19 @@ def calibrate(
         progress_bar=progress_bar,
     )
     path = None if statistics_file is None else Path(statistics_file)
-    saved = None if len(groups) > 1 else _read_statistics_file(path, targets)
+    saved = _read_statistics_file(path, targets, row_fisher=row_fisher, lazily=limit is not None)
     if head_warmup_steps > 0:
         warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
         with random_state_kept():
             warm_up_head(model, config, batches, run.compute_loss, warmup, progress_bar=progress_bar)
-    if limit is None or len(groups) == 1:
-        config.statistics = run.collect(targets, batches, path, saved)
+    start = None if saved is None else saved.statistics
+    if saved is not None and saved.complete:
+        logger.info("Using the statistics of %s.", path)
+        config.statistics = saved.statistics
+    elif limit is None or len(groups) == 1:
+        config.statistics = run.collect(targets, batches, path, start)
     else:
-        config.statistics = run.collect_groups(groups, batches, path, limit)
+        config.statistics = run.collect_groups(groups, batches, path, start, limit)
     config.statistics.memory_limit = limit
     return config.statistics
 
@@ -155,11 +169,17 @@ class _Pass:
     progress_bar: bool
 
     def collect_groups(
-        self, groups: list[dict[str, nn.Module]], batches: Iterable[Batch], path: Path | None, limit: int
+        self,
+        groups: list[dict[str, nn.Module]],
+        batches: Iterable[Batch],
+        path: Path | None,
+        start: CalibrationStatistics | None,
+        limit: int,
     ) -> CalibrationStatistics:
         """Return the statistics of all groups, which are in files; a pass over the batches for each.
 
-        ``limit`` is what the groups were made for, in bytes.
+        ``start`` holds those of the first batches, of a run without groups. ``limit`` is what the groups were made
+        for, in bytes.
         """
         folder = None
         if path is None:
@@ -168,12 +188,15 @@ class _Pass:
         parts = [part_path(path, number, len(groups)) for number in range(1, len(groups) + 1)]
         batches = list(itertools.islice(batches, self.max_batches))
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
-            saved = _read_statistics_file(part, group)
-            self.collect(group, batches, part, saved, description=f"Calibrating {number}/{len(groups)}")
+            saved = _read_statistics_file(part, group, row_fisher=self.row_fisher, lazily=True)
+            if saved is None or not saved.complete:
+                begun = start if saved is None else saved.statistics
+                self.collect(group, batches, part, begun, description=f"Calibrating {number}/{len(groups)}")
         if process_index() == 0:
             save_index(path, parts, limit)
         from_all(None)  # wait for it
-        statistics = CalibrationStatistics.load(path)
+        _remove_own_part(path)
+        statistics = open_statistics(path)
         if folder is not None:
             weakref.finalize(statistics, folder.cleanup)
         return statistics
@@ -183,15 +206,16 @@ class _Pass:
         targets: dict[str, nn.Module],
         batches: Iterable[Batch],
         path: Path | None,
-        saved: _SavedStatistics | None,
+        start: CalibrationStatistics | None,
         *,
         description: str = "Calibrating",
     ) -> CalibrationStatistics:
-        """Return the statistics of ``targets``, from ``saved`` on; save them to ``path`` if there is one."""
-        if saved is not None and saved.complete:
-            logger.info("Using the statistics of %s.", path)
-            return saved.statistics
-        start = None if saved is None else saved.statistics
+        """Return the statistics of ``targets``; save them to ``path`` if there is one.
+
+        ``start`` holds those of the first batches; it may read them from the file that is about to be replaced.
+        """
+        if start is not None:
+            start = CalibrationStatistics({name: start[name] for name in targets}, num_batches=start.num_batches)
         collector = StatisticsCollector(self.model, targets, start, row_fisher=self.row_fisher)
         total = num_batches(batches, self.max_batches)
         show_bar = self.progress_bar and process_index() == 0
@@ -212,15 +236,23 @@ class _Pass:
             if process_index() == 0:
                 statistics.save(path, metadata={_COMPLETE: "true"})
             from_all(None)  # wait for it
-            if _own_path(path) != path:
-                _own_path(path).unlink(missing_ok=True)
+            _remove_own_part(path)
         return statistics
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {count}.")
+        if count is not None and count < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {count}.")
+
+
+def _check_weights(targets: Mapping[str, nn.Module]) -> None:
+    for name, module in targets.items():
+        if getattr(module, "base_weights_freed", False):
+            raise ValueError(
+                f"{name}: its dense weight was freed when the model was compressed, and there is nothing to calibrate "
+                "for. Calibrate the dense model, or compress it with `keep_base_weights=True`."
+            )
 
 
 @dataclass(frozen=True)
@@ -236,26 +268,44 @@ def _own_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.process-{process_index()}-of-{num_processes()}{path.suffix}")
 
 
-def _read_statistics_file(path: Path | None, targets: Mapping[str, nn.Module]) -> _SavedStatistics | None:
+def _remove_own_part(path: Path) -> None:
+    """Remove what this process has of its own, once it is part of what is at ``path``."""
+    if _own_path(path) != path:
+        _own_path(path).unlink(missing_ok=True)
+
+
+def _read_statistics_file(
+    path: Path | None, targets: Mapping[str, nn.Module], *, row_fisher: bool, lazily: bool
+) -> _SavedStatistics | None:
     """Return the complete statistics, if every process finds them; else what this process has of its own part."""
     if path is None:
         return None
-    saved = _read_if_there(path, targets)
+    saved = _read_if_there(path, targets, row_fisher=row_fisher, lazily=lazily)
     if num_processes() == 1 or all(from_all(saved is not None and saved.complete)):
         return saved
-    return _read_if_there(_own_path(path), targets)
+    return _read_if_there(_own_path(path), targets, row_fisher=row_fisher, lazily=lazily)
 
 
-def _read_if_there(path: Path, targets: Mapping[str, nn.Module]) -> _SavedStatistics | None:
-    if not path.exists():
+def _read_if_there(
+    path: Path, targets: Mapping[str, nn.Module], *, row_fisher: bool, lazily: bool
+) -> _SavedStatistics | None:
+    """Return what is at ``path``; if ``lazily``, each layer is read when it is asked for."""
+    in_parts = index_path(path).exists()
+    if not in_parts and not path.exists():
         return None
-    statistics = CalibrationStatistics.load(path)
-    check_statistics(statistics, targets, source=f"`statistics_file` {path}")
-    return _SavedStatistics(statistics, complete=read_metadata(path).get(_COMPLETE) == "true")
+    statistics = open_statistics(path) if lazily else CalibrationStatistics.load(path)
+    check_statistics(statistics, targets, row_fisher=row_fisher, source=f"`statistics_file` {path}")
+    return _SavedStatistics(statistics, complete=in_parts or read_metadata(path).get(_COMPLETE) == "true")
 
 
-def check_statistics(statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, source: str) -> None:
-    """Raise `ValueError` if ``statistics`` do not cover ``targets`` with the right shapes; name the module."""
+def check_statistics(
+    statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, row_fisher: bool, source: str
+) -> None:
+    """Check that ``statistics`` cover ``targets`` with the right shapes.
+
+    Raises:
+        ValueError: If they do not, or lack the Fisher information of rows although ``row_fisher``; names the module.
+    """
     for name, module in targets.items():
         layer = statistics.get(name)
         if layer is None:
@@ -266,3 +316,8 @@ def check_statistics(statistics: CalibrationStatistics, targets: Mapping[str, nn
         found = (layer.gradient.dim, layer.input.dim)
         if expected != found:
             raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")
+        if row_fisher and layer.row_fisher is None:
+            raise ValueError(
+                f"{source} has no Fisher information of {name}: it was calibrated for a decomposition other than "
+                '"fwsvd". Calibrate for "fwsvd" to another `statistics_file`; one that is there is used as it is.'
+            )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import convert_file_size_to_int
 
+from peft_jactus.moments import SecondMoment
 from peft_jactus.targeting import dense_weight
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ def split_into_groups(
 
 
 def statistics_bytes(module: nn.Module, *, row_fisher: bool) -> int:
-    """Return what the sums of one layer take: both covariances, and vectors."""
+    """Return what the sums of one layer take: of its inputs, of its gradients, and the Fisher information of rows."""
     weight = dense_weight(module)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     out_features, in_features = weight.shape
-    num_vectors = 3 if row_fisher else 2
-    numbers = out_features * (out_features + num_vectors) + in_features * (in_features + 2)
-    return numbers * torch.promote_types(weight.dtype, torch.float32).itemsize
+    moments = SecondMoment.num_bytes(out_features, dtype) + SecondMoment.num_bytes(in_features, dtype)
+    return moments + (out_features * dtype.itemsize if row_fisher else 0)
