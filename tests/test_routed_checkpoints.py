@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -161,6 +162,9 @@ def test_what_add_router_cannot_use():
         add_router(dense, config)
     with pytest.raises(ValueError, match="has a JACTUS adapter, not deployed layers"):
         add_router(compressed(dense), config)
+    adapted = get_peft_model(static(tiny_llama()), LoraConfig(target_modules="all-linear")).get_base_model()
+    with pytest.raises(ValueError, match="has an adapter, which routed layers would lose"):
+        add_router(adapted, config)
     model = static(tiny_llama())
     with pytest.raises(ValueError, match="`decomposition`='svd-llm' needs `statistics` of every factorised layer"):
         add_router(model, config, decomposition="svd-llm")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
 from peft_jactus.checkpoint_names import checkpoint_names
@@ -54,8 +55,8 @@ def add_router(
         The routed model; its router is ``model.rank_router``.
 
     Raises:
-        ValueError: If ``model`` has no factorised layers, has a router already, or if ``statistics`` miss a layer or
-            are needed and missing.
+        ValueError: If ``model`` has no factorised layers, has a router or an adapter on it already, or if
+            ``statistics`` miss a layer or are needed and missing.
     """
     layers = _factorized_layers(model)
     decomposition = decomposition or ("svd" if statistics is None else "kfac")
@@ -90,6 +91,9 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
             "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "
             "`from_pretrained`; or `peft_jactus.export.compressed_copy(model)`."
         )
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ValueError(f"`model` has an adapter, which routed layers would lose, on {adapted[:5]}. Merge it first.")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     if not layers:
         raise ValueError(
