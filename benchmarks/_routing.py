@@ -116,8 +116,9 @@ def losses(model, blocks, expected=None, selected=None):
         total += functional.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT:].flatten(), reduction="sum").item()
         kept.append(logits.log_softmax(-1))
         if expected is not None:
-            wanted = expected[number]
-            divergence += (wanted.exp() * (wanted - kept[-1])).sum().item()
+            # In float64: some divergences are below the rounding of float32.
+            wanted, found = (values.double().log_softmax(-1) for values in (expected[number], logits))
+            divergence += functional.kl_div(found, wanted, log_target=True, reduction="sum").item()
     count = len(blocks) * (LENGTH - PROMPT)
     return {"loss": total / count, "perplexity": math.exp(total / count), "divergence": divergence / count}, kept
 

@@ -67,13 +67,18 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def log_probabilities(output):
+    """Return them in float64: some divergences are below the rounding of float32."""
+    return output.logits.double().log_softmax(-1)
+
+
 class Scorer:
     """Scores a model by its loss, and by how far its logits are from the dense model's."""
 
     def __init__(self, model, rows, collator):
         self.batches = list(DataLoader(rows, BATCH_SIZE, collate_fn=collator))
         with torch.no_grad():
-            self.dense = [model(**batch).logits.log_softmax(-1) for batch in self.batches]
+            self.dense = [log_probabilities(model(**batch)) for batch in self.batches]
 
     @torch.no_grad()
     def score(self, model):
@@ -83,7 +88,7 @@ class Scorer:
             output = model(**batch)
             loss += float(output.loss) * len(batch["labels"])
             num_rows += len(batch["labels"])
-            divergence += float(kl_div(output.logits.log_softmax(-1), dense, log_target=True, reduction="sum"))
+            divergence += float(kl_div(log_probabilities(output), dense, log_target=True, reduction="sum"))
             num_predictions += dense.shape[:-1].numel()
         return {"loss": loss / num_rows, "divergence": divergence / num_predictions}
 

@@ -48,7 +48,7 @@ def test_a_router_is_trained_on_a_pretrained_model_and_reported(data_dir, tmp_pa
     result = json.loads((out / "jactus_linear_broad_32blocks_pool0.99_seed0.json").read_text())
     divergences = [figures["divergence"] for by_text in result["routed"].values() for figures in by_text.values()]
     assert len(divergences) == 3 * 3
-    assert all(0 < divergence < 1 for divergence in divergences)
+    assert all(0 < divergence < 1 for divergence in divergences), divergences
     table = run("routing.py", "report", "--out", out, "--blocks", 32)
     assert table.count("| jactus | static") == 2 * 2  # a table of divergence, and one of perplexity
     assert table.count("| jactus | routed |") == 2
