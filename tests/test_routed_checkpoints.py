@@ -1,5 +1,6 @@
 """A router travels with its checkpoint."""
 
+import copy
 import json
 import re
 
@@ -168,6 +169,8 @@ def test_what_add_router_cannot_use():
     model = static(tiny_llama())
     with pytest.raises(ValueError, match="`decomposition`='svd-llm' needs `statistics` of every factorised layer"):
         add_router(model, config, decomposition="svd-llm")
+    with pytest.raises(ValueError, match="are offloaded"):
+        add_router(copy.deepcopy(model).to("meta"), config)
     with pytest.raises(ValueError, match="has a router already"):
         add_router(add_router(model, config, progress_bar=False), config)
     with pytest.raises(ValueError, match="is less than one expert in each layer"):

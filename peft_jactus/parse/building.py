@@ -55,8 +55,8 @@ def add_router(
         The routed model; its router is ``model.rank_router``.
 
     Raises:
-        ValueError: If ``model`` has no factorised layers, has a router or an adapter on it already, or if
-            ``statistics`` miss a layer or are needed and missing.
+        ValueError: If ``model`` has no factorised layers, has a router or an adapter on it already, or is
+            offloaded; or if ``statistics`` miss a layer or are needed and missing.
     """
     layers = _factorized_layers(model)
     decomposition = decomposition or ("svd" if statistics is None else "kfac")
@@ -99,6 +99,9 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
         raise ValueError(
             "`model` has no factorised layers. Compress it first: `calibrate`, `get_peft_model`, `export_compressed`."
         )
+    offloaded = [name for name, layer in layers.items() if any(part.is_meta for part in layer.parameters())]
+    if offloaded:
+        raise ValueError(f"{offloaded[:5]} are offloaded. Load the model without `device_map`.")
     return layers
 
 
