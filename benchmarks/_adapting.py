@@ -46,6 +46,11 @@ def with_lora(model, name, workload):
     return get_peft_model(model, config)
 
 
+def rank_multiple(decomposition):
+    """Return what ranks are multiples of: of JACTUS its default; of a peer, as published, any that fit the budget."""
+    return JactusConfig().rank_multiple if decomposition == "jactus" else 1
+
+
 def compressed(model, case, workload, decomposition, allocation):
     config = JactusConfig(
         task_type=workload.task_type,
@@ -55,9 +60,9 @@ def compressed(model, case, workload, decomposition, allocation):
         storage=case.storage,
         decomposition=decomposition,
         allocation=allocation,
-        # As published, a peer takes the largest rank that the budget allows. Unlike published ones, it has the
-        # correction of the bias, too, which is in its favour.
-        rank_multiple=8 if decomposition == "jactus" else 1,
+        rank_multiple=rank_multiple(decomposition),
+        # On for all. The published peers have none, so it is in their favour.
+        bias_correction=True,
     )
     started = time.perf_counter()
     if config.factorization_options().decomposition.needs_statistics:

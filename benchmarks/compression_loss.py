@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from _adapting import rank_multiple
 from _cases import RATIOS, SEEDS, STORAGES
 from _environment import environment, write_result
 from _reporting import markdown_table, mean_and_spread
@@ -158,7 +159,7 @@ def measure(args, task, seed):
                 retained_ratio=ratio,
                 strategy=allocation,
                 storage=storage,
-                rank_multiple=JactusConfig().rank_multiple if decomposition == "jactus" else 1,
+                rank_multiple=rank_multiple(decomposition),
             )
             compress_(model, dense, projected, allocated.ranks, found, decomposition)
             rows.append({
@@ -172,8 +173,16 @@ def measure(args, task, seed):
 
 
 def load_results(folder):
-    """Return the results; seeds that do not have all tasks are left out."""
+    """Return the results; seeds that do not have all tasks are left out.
+
+    Raises:
+        ValueError: If two are of the same task and seed.
+    """
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if len({(result["task"], result["seed"]) for result in results}) < len(results):
+        raise ValueError(
+            f"{folder} has two results of one task and seed; delete the one that the table shall not have."
+        )
     tasks = {result["task"] for result in results}
     complete = {seed for seed in seeds(results) if {r["task"] for r in results if r["seed"] == seed} == tasks}
     return [result for result in results if result["seed"] in complete]

@@ -64,10 +64,9 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 source = {"path": "parquet", "data_dir": args.data_dir} if args.data_dir else {"path": args.dataset}
 dataset = load_dataset(**source)
-held_out = next((split for split in ("test", "validation") if split in dataset), None)
-if held_out is None:
-    dataset, held_out = dataset["train"].train_test_split(test_size=0.2, seed=0), "test"
-dataset = DatasetDict(train=dataset["train"], test=dataset[held_out])
+if "test" not in dataset and "validation" not in dataset:
+    dataset = dataset["train"].train_test_split(test_size=0.2, seed=0)
+dataset = DatasetDict(train=dataset["train"], test=dataset["test" if "test" in dataset else "validation"])
 features = dataset["train"].features
 image_column = next(name for name, feature in features.items() if isinstance(feature, Image))
 # The finest labels, where there are several: CIFAR-100 has 20 coarse classes and 100 fine ones.

@@ -42,7 +42,7 @@ class JactusConfig(PeftConfig):
     `peft_jactus.calibrate` with this config before `peft.get_peft_model`, unless ``decomposition="svd"``.
     """
 
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": (

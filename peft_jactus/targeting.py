@@ -67,24 +67,31 @@ def head_names(config: JactusConfig) -> tuple[str, ...]:
 
 
 def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
-    """Replace ``target_modules="all-linear"`` by names: of all layers that can be factorized, but not of heads.
+    """Replace ``target_modules="all-linear"`` by names: of all linear layers, but for heads and some subclasses.
 
-    PEFT's own rule keeps the output layer of language models and, for one of the tasks, that of classifiers.
+    PEFT's own rule keeps the output layer of language models and, for one of the tasks, that of classifiers. Quantized
+    layers stay in, so that they are refused by name.
     """
     if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return
     _maybe_include_all_linear_layers(config, model)  # in place
     heads = set(head_names(config))
-    config.target_modules = {  # type: ignore[assignment]  # PEFT works on sets
+    config.target_modules = {
         name
         for name in config.target_modules
         if heads.isdisjoint(name.split(".")) and not _has_own_forward(model.get_submodule(name))
     }
 
 
+def _is_quantized(module: nn.Linear | Conv1D) -> bool:
+    return resolve_quantization_backend(module) is not None or not module.weight.is_floating_point()
+
+
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a layer computes something else than its product: routers of experts do, grouped linear layers do."""
-    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+    if not isinstance(module, (nn.Linear, Conv1D)) or _is_quantized(module):
+        return False
+    return type(module).forward not in (nn.Linear.forward, Conv1D.forward)
 
 
 def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
@@ -102,7 +109,7 @@ def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
                 f"`target_modules` must be given for {model_type or type(model).__name__}: PEFT knows no default "
                 "for it. Use 'all-linear', or names from `model.named_modules()`."
             )
-        resolved.target_modules = set(defaults)  # type: ignore[assignment]  # PEFT works on sets
+        resolved.target_modules = set(defaults)
     resolve_all_linear_(resolved, model)
     return resolved
 
@@ -122,7 +129,7 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
             "`exclude_modules`."
         )
     if isinstance(module, (nn.Linear, Conv1D)):
-        if resolve_quantization_backend(module) is not None or not module.weight.is_floating_point():
+        if _is_quantized(module):
             raise TypeError(
                 f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, "
                 "and quantize the result; or add the name to `exclude_modules`."

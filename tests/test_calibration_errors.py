@@ -153,12 +153,20 @@ def test_an_embedding():
         run(tiny_bert(), targets=["query", "word_embeddings"])
 
 
-def test_a_quantized_layer():
+class Int8Linear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("targets", [["query"], "all-linear"])
+@pytest.mark.parametrize("layer_class", [nn.Linear, Int8Linear])
+def test_a_quantized_layer(layer_class, targets):
     model = tiny_bert()
-    layer = model.get_submodule(QUERY)
+    layer = layer_class(8, 8)
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    model.set_submodule(QUERY, layer)
     with pytest.raises(TypeError, match=f"{QUERY} is quantized"):
-        run(model)
+        run(model, targets=targets)
 
 
 def test_a_layer_without_weights_in_memory():

@@ -123,12 +123,16 @@ class TwoLayers(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(self.classifier(self.body(x)), labels)}
 
 
+def workload_of_two_layers(training, **fields):
+    rows = Dataset.from_list([{"x": [float(i)] * 4, "labels": i % 2} for i in range(32)])
+    collator = transformers.default_data_collator
+    return training.Workload(rows, rows, collator, TwoLayers, None, task_type=None, head="classifier", **fields)
+
+
 def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     training = importlib.import_module("_training")
-    rows = Dataset.from_list([{"x": [float(i)] * 4, "labels": i % 2} for i in range(32)])
-    collator = transformers.default_data_collator
-    workload = training.Workload(rows, rows, collator, TwoLayers, None, task_type=None, head="classifier")
+    workload = workload_of_two_layers(training)
 
     def stage(**shares):
         return training.make_trainer(TwoLayers(), workload, tmp_path, learning_rate=1e-3, epochs=4, seed=0, **shares)
@@ -148,11 +152,7 @@ def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(m
 def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss, rates, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     training = importlib.import_module("_training")
-    rows = Dataset.from_list([{"x": [float(i)] * 4, "labels": i % 2} for i in range(32)])
-    collator = transformers.default_data_collator
-    workload = training.Workload(
-        rows, rows, collator, TwoLayers, None, task_type=None, head="classifier", constant_loss=constant_loss
-    )
+    workload = workload_of_two_layers(training, constant_loss=constant_loss)
     tried = []
 
     def make_trainer(*arguments, learning_rate, **options):

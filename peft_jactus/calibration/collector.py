@@ -43,7 +43,8 @@ class _Saving(torch.autograd.Function):
 def _saved(tensor: Tensor) -> Any:
     """Return a node that has saved ``tensor``, and leads nowhere."""
     anchor = torch.empty(0, requires_grad=True)
-    return _Saving.apply(anchor, tensor.detach()).grad_fn  # type: ignore[no-untyped-call]
+    output = _Saving.apply(anchor, tensor.detach())  # type: ignore[no-untyped-call]  # torch has no annotation here
+    return output.grad_fn
 
 
 @dataclass
