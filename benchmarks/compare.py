@@ -29,11 +29,12 @@ from _cases import (
     ROWS,
     SEEDS,
     TASKS,
+    UNCOMPRESSED,
     Case,
     budgets,
     first_stage,
     grid,
-    other_way,
+    has_own_grid,
 )
 from _environment import environment, write_result
 from _tables import write_report
@@ -62,7 +63,7 @@ def learning_rate_cases(args, tasks, rates):
     """Yield the grid of each method; one with a first stage waits until ``rates`` has the rate of that stage."""
     for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
         first = first_stage(method)
-        if method == other_way(args.kind) or (first is not None and first not in rates):
+        if not has_own_grid(args.kind, method) or (first in UNCOMPRESSED[args.kind] and first not in rates):
             continue
         for task, rate in itertools.product(tasks, grid(args.kind, method)):
             yield Case(
@@ -83,19 +84,18 @@ def table_cases(args):
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `compare.py learning-rates {args.kind}` first.")
     rates = json.loads(path.read_text())["learning_rates"]
-    if OURS[args.kind] in rates:
-        rates[other_way(args.kind)] = rates[OURS[args.kind]]
     for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
         for method, ratio, storage in budgets(args.kind):
-            if method not in rates:
-                continue  # its grid is not complete yet
+            rate = rates.get(method if has_own_grid(args.kind, method) else OURS[args.kind])
+            if rate is None:
+                continue  # the grid is not complete yet
             yield Case(
                 task,
                 method,
                 ratio,
                 storage,
                 seed,
-                rates[method],
+                rate,
                 args.rows or ROWS[args.kind],
                 EPOCHS_BY_TASK.get(task, EPOCHS),
                 first_learning_rate=rates.get(first_stage(method)),
