@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ViTForImageClassification
 
-VIT = os.environ.get("JACTUS_VIT", "outputs/vit-cifar10")
+# What pretrain_vision.py made: 3 MB, so that whoever runs the comparison again starts from the same weights.
+VIT = os.environ.get("JACTUS_VIT") or str(Path(__file__).parent / "models" / "vit-cifar10")
 SIZE = 32
 
 

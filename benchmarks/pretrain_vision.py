@@ -1,6 +1,6 @@
 """Pretrain a small ViT on CIFAR-10, for the benchmarks that need a vision model.
 
-    python benchmarks/pretrain_vision.py --data-dir ../shared/data --out outputs/vit-cifar10
+    python benchmarks/pretrain_vision.py --data-dir ../shared/data --out benchmarks/models/vit-cifar10
 
 Stop it and run it again: it goes on at its last checkpoint. A folder that holds a finished model is left alone.
 """
@@ -24,7 +24,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_common_arguments(parser, out="outputs/vit-cifar10", batch_size=128, learning_rate=2e-3)
+    add_common_arguments(parser, out="benchmarks/models/vit-cifar10", batch_size=128, learning_rate=2e-3)
     parser.add_argument("--task", default="cifar10")
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=128)
