@@ -21,9 +21,6 @@ LORA = {
 
 def full_size(model, method, workload):
     """Return the model ready for a stage that keeps every parameter; a fresh head trains whole in each."""
-    if method == "head":
-        model.requires_grad_(False).get_submodule(workload.head).requires_grad_(True)
-        return model
     return model.requires_grad_(True) if method == "full" else with_lora(model, method, workload)
 
 

@@ -22,12 +22,10 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 #   jactus            compress the pretrained model, then train the cores
 #   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors
 #   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
-#   head+jactus       train the new head alone for the first part of the steps, then as before
-FULL_SIZE = ("full", "lora", "lora-r72", "dora", "pissa", "rslora", "head")
+FULL_SIZE = ("full", "lora", "lora-r72", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
-FIRST_STAGE_SHARE = {"head": 0.2}
-DEFAULT_FIRST_STAGE_SHARE = 0.8
+FIRST_STAGE_SHARE = 0.8
 # Learning rates are chosen from a grid by `compare.py learning-rates`, on held-out training rows of some tasks, which
 # gives results/KIND/learning_rates.json.
 LEARNING_RATE_TASKS = {
@@ -97,8 +95,7 @@ class Case:
     @property
     def first_epochs(self) -> float:
         """Epochs of that first stage."""
-        first = first_stage(self.method)
-        return 0.0 if first is None else self.epochs * FIRST_STAGE_SHARE.get(first, DEFAULT_FIRST_STAGE_SHARE)
+        return 0.0 if first_stage(self.method) is None else self.epochs * FIRST_STAGE_SHARE
 
     @property
     def label(self) -> str:

@@ -159,7 +159,7 @@ def trained(case, workload, folder):
         first = after_first_stage(
             workload,
             method=first_stage(case.method),
-            learning_rate=case.first_learning_rate or HEAD_LEARNING_RATE,
+            learning_rate=case.first_learning_rate,
             first_epochs=case.first_epochs,
             remaining=remaining,
             seed=case.seed,

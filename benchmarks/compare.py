@@ -29,7 +29,6 @@ from _cases import (
     ROWS,
     SEEDS,
     TASKS,
-    UNCOMPRESSED,
     Case,
     budgets,
     first_stage,
@@ -63,7 +62,7 @@ def learning_rate_cases(args, tasks, rates):
     """Yield the grid of each method; one with a first stage waits until ``rates`` has the rate of that stage."""
     for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
         first = first_stage(method)
-        if not has_own_grid(args.kind, method) or (first in UNCOMPRESSED[args.kind] and first not in rates):
+        if not has_own_grid(args.kind, method) or (first is not None and first not in rates):
             continue
         for task, rate in itertools.product(tasks, grid(args.kind, method)):
             yield Case(
