@@ -9,6 +9,9 @@ from _environment import environment, write_result
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+# Settings that say where things lie on one machine, and nothing about the model.
+PLACES = ("data_dir", "out")
+
 
 def add_common_arguments(parser, *, out, batch_size, learning_rate):
     parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
@@ -56,7 +59,11 @@ def train_and_save(trainer, args, make_figures):
     checkpoints = Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.exists() else None)
     figures = make_figures(trainer.evaluate())
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in PLACES
+    }
     result = {
         "settings": settings,
         "num_parameters": trainer.model.num_parameters(),
