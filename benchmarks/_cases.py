@@ -36,7 +36,7 @@ LEARNING_RATE_TASKS = {
 LEARNING_RATE_ROWS = {"text": 1500, "vision": 4000, "language": 256}
 LEARNING_RATE_GRID = {
     "text": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
-    "vision": {"full": (2e-4, 4e-4, 8e-4, 1.6e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
+    "vision": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
 }
 # Rows without compression. On texts LoRA of rank 72, too, which trains as many parameters as JACTUS at 0.8 does.

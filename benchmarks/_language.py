@@ -94,10 +94,10 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
     tokenizer = AutoTokenizer.from_pretrained(LLAMA)
     splits = {"train": "validation" if task == "wikitext2" else "train", "test": "test"}
     data = {name: as_dataset(load_blocks(data_dir, task, of, tokenizer, length=LENGTH)) for name, of in splits.items()}
-    train, test = split_rows(data, num_rows=num_rows, scored_on=scored_on)
+    train, test = split_rows(data, num_rows=num_rows, scored_on=scored_on, max_test_rows=MAX_TEST_BLOCKS)
     return Workload(
         train,
-        test.select(range(min(MAX_TEST_BLOCKS, len(test)))),
+        test,
         default_data_collator,
         lambda: AutoModelForCausalLM.from_pretrained(LLAMA),
         None,

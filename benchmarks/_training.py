@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 CALIBRATION_BATCHES = 16
-MAX_TEST_ROWS = 1000
 # The same for every method: a fresh head needs larger steps than a pretrained body.
 HEAD_LEARNING_RATE = 2e-3
 # Added to the seed, so that a second stage sees the rows in another order than the first.
@@ -67,14 +66,14 @@ class Workload:
         return [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
 
 
-def split_rows(data, *, num_rows, scored_on):
+def split_rows(data, *, num_rows, scored_on, max_test_rows=1000):
     """Return rows to train on, and rows to score on: of the test split, or training rows that are not trained on."""
     train, test = data["train"].shuffle(seed=0), data["test"]
     num_rows = min(num_rows, len(train) if scored_on == "test" else len(train) * 4 // 5)
     if scored_on == "held-out":
         test = train.select(range(num_rows, len(train)))
     test = test.shuffle(seed=0)
-    return train.select(range(num_rows)), test.select(range(min(MAX_TEST_ROWS, len(test))))
+    return train.select(range(num_rows)), test.select(range(min(max_test_rows, len(test))))
 
 
 def label_entropy(labels):
