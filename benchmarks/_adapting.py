@@ -61,7 +61,7 @@ def compressed(model, case, workload, decomposition, allocation):
         decomposition=decomposition,
         allocation=allocation,
         rank_multiple=rank_multiple(decomposition),
-        # On for all. The published peers have none, so it is in their favour.
+        # On for all that are calibrated. The published peers have none, so it is in their favour.
         bias_correction=True,
     )
     started = time.perf_counter()

@@ -27,7 +27,7 @@ FULL_SIZE = ("full", "lora", "lora-r72", "dora", "pissa", "rslora")
 # but for a warm-up of what is new in the last one.
 FIRST_STAGE_SHARE = 0.8
 # Learning rates are chosen from a grid by `compare.py learning-rates`, on held-out training rows of some tasks, which
-# gives results/KIND/learning_rates.json.
+# gives results/KIND/learning_rates.json. A grid goes on where a method's best rate is at its end.
 LEARNING_RATE_TASKS = {
     "text": ("trec", "mr"),
     "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5"),
@@ -49,7 +49,8 @@ UNCOMPRESSED = {
 # rows (NOTES.md); for language, where no head is new, not tried the other way.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 PEERS = ("svd+lora", "svd-llm+lora")
-# At the smallest ratio only: what the choice above is worth, and what it does for the best peer.
+# At the smallest ratio only: what the choice above is worth, and what it does for the best peer. Learning rates are
+# chosen for them as for all others.
 FURTHER = {
     "text": ("jactus", "lora+svd-llm+lora"),
     "vision": ("lora+jactus",),
@@ -126,9 +127,14 @@ def first_stage(method: str) -> str | None:
     return first if rest and first in FULL_SIZE else None
 
 
-def grid(kind, method):
-    """Return the learning rates to try."""
-    return LEARNING_RATE_GRID[kind].get(method, LEARNING_RATE_GRID[kind]["default"])
+def grid(kind, method, best=None):
+    """Return the learning rates to try, with one more on each side of the ``best`` of them."""
+    rates = LEARNING_RATE_GRID[kind].get(method, LEARNING_RATE_GRID[kind]["default"])
+    while best is not None and best <= rates[0]:
+        rates = (rates[0] / 2, *rates)
+    while best is not None and best >= rates[-1]:
+        rates = (*rates, 2 * rates[-1])
+    return rates
 
 
 def budgets(kind, ratios=RATIOS, storages=STORAGES):
@@ -144,8 +150,3 @@ def budgets(kind, ratios=RATIOS, storages=STORAGES):
 def is_ours(method):
     """Whether the method is JACTUS, whatever comes before it."""
     return method.rpartition("+")[2] == "jactus"
-
-
-def has_own_grid(kind, method):
-    """Whether learning rates are chosen for the method; other ways to run JACTUS have those of `OURS`."""
-    return not is_ours(method) or method == OURS[kind]

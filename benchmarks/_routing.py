@@ -63,6 +63,7 @@ def compressed(dense, statistics, decomposition, retained_ratio, *, allocation="
         retained_ratio=retained_ratio,
         allocation=allocation,
         storage=storage,
+        rank_multiple=1,  # all of the budget, as routed ranks are given
     )
     config.statistics = statistics
     return compressed_copy(get_peft_model(copy.deepcopy(dense), config)).eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import textwrap
 from pathlib import Path
 
 from _cases import METRIC
@@ -51,10 +52,17 @@ def by_seed(results):
     """Return {label: {seed: {task: score}}}.
 
     Raises:
-        ValueError: If two results differ in other settings only; a table has one of them.
+        ValueError: If two results differ in other settings only, a table has one of them; or if two methods had other
+            rows of a task.
     """
-    table = {}
+    table, rows = {}, {}
     for result in results:
+        found = (result["num_train_rows"], result["num_test_rows"])
+        if rows.setdefault(result["task"], found) != found:
+            raise ValueError(
+                f"{result['label']} on {result['task']} has {found} rows (training, test), another method "
+                f"{rows[result['task']]}; delete the results with old ones and run them again."
+            )
         tasks = table.setdefault(result["label"], {}).setdefault(result["seed"], {})
         if result["task"] in tasks:
             raise ValueError(
@@ -70,9 +78,16 @@ def means_over_tasks(seeds, tasks):
     return {seed: statistics.mean(s.values()) for seed, s in seeds.items() if len(s) == len(tasks)}
 
 
+def mean_of_all_seeds(seeds, tasks, all_seeds):
+    """Return the mean scores of the seeds, none if some are missing: seeds differ by more than methods do."""
+    means = means_over_tasks(seeds, tasks)
+    return list(means.values()) if set(means) == all_seeds else []
+
+
 def markdown(results):
     """Return a row for each method: by task, over all tasks, and that mean less `REFERENCE`'s."""
     tasks = sorted({result["task"] for result in results})
+    all_seeds = {result["seed"] for result in results}
     table = by_seed(results)
     reference = means_over_tasks(table.get(REFERENCE, {}), tasks)
     kept, trained = {}, {}
@@ -91,24 +106,30 @@ def markdown(results):
         whole = means_over_tasks(seeds, tasks)
         differences = [mean - reference[seed] for seed, mean in whole.items() if seed in reference]
         share = f"{100 * statistics.mean(kept[label]):.0f} %"
-        mean = f"**{mean_and_spread(whole.values())}**" if whole else ""
+        means = mean_of_all_seeds(seeds, tasks, all_seeds)
+        mean = f"**{mean_and_spread(means)}**" if means else ""
         difference = mean_and_spread(differences) if differences else ""
         millions = f"{statistics.mean(trained[label]) / 1e6:.2f}"
         rows.append([label, share, millions, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"])
-    explanation = f"Mean and standard deviation over seeds; {score_name(results)}. Trained: millions of parameters."
+    explanation = (
+        f"Mean and standard deviation over seeds of {score_name(results)}. A seed chooses the new head and the order "
+        "of the batches; training and test rows are the same for all. A mean over tasks is there when all seeds are; the "
+        f"difference from {REFERENCE}'s is taken seed by seed. Trained: millions of parameters."
+    )
     return f"{explanation}\n\n{markdown_table(head, rows)}"
 
 
 def plot(results, path):
-    """Draw scores against kept parameters, a line for each method, with the spread over seeds."""
+    """Draw scores against kept parameters, a line for each method that all seeds have, with the spread over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     tasks = {result["task"] for result in results}
+    all_seeds = {result["seed"] for result in results}
     lines = {}
     for label, seeds in by_seed(results).items():
-        means = list(means_over_tasks(seeds, tasks).values())
+        means = mean_of_all_seeds(seeds, tasks, all_seeds)
         if not means:
             continue
         name, _, ratio = label.rpartition(" ")
@@ -118,7 +139,7 @@ def plot(results, path):
         x, y, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(x, y, spreads, marker="o", capsize=3, label=name, color=COLORS.get(name))
     axes.set_xlabel("kept of the targeted parameters, %")
-    axes.set_ylabel(f"{score_name(results)}, mean over tasks")
+    axes.set_ylabel(textwrap.fill(f"{score_name(results)}, mean over tasks", width=40))
     axes.legend()
     figure.savefig(path, dpi=150)
 

@@ -23,7 +23,8 @@ HEAD_LEARNING_RATE = 2e-3
 # Added to the seed, so that a second stage sees the rows in another order than the first.
 LAST_STAGE_SEED = 1000
 METRICS = ("accuracy", "matthews_correlation")
-# A run has learned nothing if in its last tenth the loss is above this share of that of a constant prediction.
+# A run has learned nothing if at its end the loss (of the last tenth of the steps that was logged in full) is above
+# this share of that of a constant prediction.
 LEARNED_NOTHING = 0.97
 
 
@@ -187,6 +188,7 @@ def trained(case, workload, folder):
         "train_steps": sum(stage.steps for stage in stages),
         "train_seconds": sum(stage.seconds for stage in stages),
         "learning_rate_halvings": sum(stage.halvings for stage in stages),
+        "retries": sum(stage.retries for stage in stages),
         "final_training_loss": last.final_loss,
         **{name: scores[f"eval_{name}"] for name in ("loss", *METRICS) if f"eval_{name}" in scores},
     }
@@ -220,7 +222,10 @@ def after_first_stage(workload, *, method, learning_rate, first_epochs, remainin
 
 @dataclass(frozen=True)
 class Stage:
-    """A trained model, its trainer if it is to be kept, figures about it, the last training loss, and what it took."""
+    """A trained model, its trainer if it is to be kept, figures about it, the training loss at the end, what it took.
+
+    Of several tries it is the one that was kept; ``retries`` counts the others.
+    """
 
     model: nn.Module
     trainer: Trainer | None
@@ -229,6 +234,7 @@ class Stage:
     steps: int
     seconds: float
     halvings: int
+    retries: int = 0
 
 
 def train_stage(prepare, workload, folder, *, learning_rate, epochs, seed, start_share=1.0, end_share=0.0):
@@ -258,4 +264,4 @@ def train_stage(prepare, workload, folder, *, learning_rate, epochs, seed, start
         stages.append(Stage(model, trainer, figures, final_loss, trainer.state.global_step, seconds, halvings))
         if workload.constant_loss is None or final_loss < LEARNED_NOTHING * workload.constant_loss:
             break
-    return min(stages, key=lambda stage: stage.final_loss)
+    return replace(min(stages, key=lambda stage: stage.final_loss), retries=len(stages) - 1)

@@ -25,7 +25,6 @@ from _cases import (
     EPOCHS_BY_TASK,
     LEARNING_RATE_ROWS,
     LEARNING_RATE_TASKS,
-    OURS,
     ROWS,
     SEEDS,
     TASKS,
@@ -33,7 +32,6 @@ from _cases import (
     budgets,
     first_stage,
     grid,
-    has_own_grid,
 )
 from _environment import environment, write_result
 from _tables import write_report
@@ -50,7 +48,7 @@ def parse_arguments():
     parser.add_argument("kind", choices=list(TASKS))
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
     parser.add_argument("--tasks", nargs="+", help="default: all")
-    parser.add_argument("--methods", nargs="+", help="labels as in the table, for instance 'jactus pivoted 0.8'")
+    parser.add_argument("--methods", nargs="+", help="labels as in the table, for instance 'svd-llm+lora 0.4'")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--rows", type=int, help="training rows of the table, at most")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th pair of task and seed, from the I-th")
@@ -59,12 +57,15 @@ def parse_arguments():
 
 
 def learning_rate_cases(args, tasks, rates):
-    """Yield the grid of each method; one with a first stage waits until ``rates`` has the rate of that stage."""
+    """Yield the grid of each method, around the rate that it has in ``rates``, the best so far.
+
+    One with a first stage waits until ``rates`` has the rate of that stage.
+    """
     for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
         first = first_stage(method)
-        if not has_own_grid(args.kind, method) or (first is not None and first not in rates):
+        if first is not None and first not in rates:
             continue
-        for task, rate in itertools.product(tasks, grid(args.kind, method)):
+        for task, rate in itertools.product(tasks, grid(args.kind, method, rates.get(method))):
             yield Case(
                 task,
                 method,
@@ -83,18 +84,20 @@ def table_cases(args):
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `compare.py learning-rates {args.kind}` first.")
     rates = json.loads(path.read_text())["learning_rates"]
+    without = sorted({method for method, *_ in budgets(args.kind)} - set(rates))
+    if without:
+        print(f"No learning rate yet, left out: {', '.join(without)}.")
     for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
         for method, ratio, storage in budgets(args.kind):
-            rate = rates.get(method if has_own_grid(args.kind, method) else OURS[args.kind])
-            if rate is None:
-                continue  # the grid is not complete yet
+            if method in without:
+                continue
             yield Case(
                 task,
                 method,
                 ratio,
                 storage,
                 seed,
-                rate,
+                rates[method],
                 args.rows or ROWS[args.kind],
                 EPOCHS_BY_TASK.get(task, EPOCHS),
                 first_learning_rate=rates.get(first_stage(method)),
@@ -123,14 +126,13 @@ def run(cases, args):
         tqdm.write(f"{path.name} {score:.4f} {figures['train_seconds']:.0f} s")
 
 
-def choose_learning_rates(args, rates):
-    """Return the best rate of each method: the mean over tasks of the accuracy (or loss) on held-out training rows.
+def mean_scores(args, rates):
+    """Return {method: {learning rate: mean over tasks}} of the accuracy, or negative loss, on held-out training rows.
 
-    They are written, too, to ``learning_rates.json``. A method whose grid is not complete is left out.
+    A method whose grid (see `learning_rate_cases`) is not complete is left out, with a message.
     """
-    tasks = LEARNING_RATE_TASKS[args.kind]
     scores, incomplete = {}, set()
-    for case in learning_rate_cases(args, tasks, rates):
+    for case in learning_rate_cases(args, LEARNING_RATE_TASKS[args.kind], rates):
         path = case.path(args.out / args.kind)
         if path.exists():
             result = json.loads(path.read_text())
@@ -138,17 +140,26 @@ def choose_learning_rates(args, rates):
             scores.setdefault(case.method, {}).setdefault(case.learning_rate, []).append(score)
         else:
             incomplete.add(case.method)
-    means = {
+    if incomplete:
+        print(f"Grid not complete, left out: {', '.join(sorted(incomplete))}.")
+    return {
         method: {rate: statistics.mean(found) for rate, found in by_rate.items()}
         for method, by_rate in scores.items()
         if method not in incomplete
     }
-    chosen = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
-    result = {"learning_rates": chosen, "mean_score": means, "tasks": tasks}
+
+
+def choose_learning_rates(args):
+    """Run the grids until no method's best rate is at the end of its grid; write and return the best rates."""
+    rates, previous = {}, None
+    while rates != previous:  # methods with a first stage join in the second round
+        previous = rates
+        run(learning_rate_cases(args, args.tasks or LEARNING_RATE_TASKS[args.kind], rates), args)
+        means = mean_scores(args, rates)
+        rates = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
+    result = {"learning_rates": rates, "mean_score": means, "tasks": LEARNING_RATE_TASKS[args.kind]}
     write_result(args.out / args.kind / "learning_rates.json", result | {"environment": environment()})
-    if incomplete:
-        print(f"Not complete, left out: {', '.join(sorted(incomplete))}.")
-    return chosen
+    return rates
 
 
 def main():
@@ -156,13 +167,14 @@ def main():
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
     if args.command == "learning-rates":
-        rates = {}
-        for _ in range(2):  # then what starts with a method that has its rate from the first round
-            run(learning_rate_cases(args, args.tasks or LEARNING_RATE_TASKS[args.kind], rates), args)
-            rates = choose_learning_rates(args, rates)
-        print(json.dumps(rates, indent=1))
+        print(json.dumps(choose_learning_rates(args), indent=1))
     elif args.command == "run":
-        run(table_cases(args), args)
+        cases = list(table_cases(args))
+        labels = dict.fromkeys(case.label for case in cases)
+        unknown = [method for method in args.methods or () if method not in labels]
+        if unknown:
+            raise SystemExit(f"--methods: there is no {', '.join(unknown)}, but {', '.join(labels)}.")
+        run(cases, args)
     else:
         write_report(args.out / args.kind)
 

@@ -34,8 +34,9 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from peft_jactus import JactusConfig, calibrate
-from peft_jactus.allocation import LayerGains, allocate
-from peft_jactus.decomposition import DecompositionOptions, project_weight
+from peft_jactus.allocation import allocate
+from peft_jactus.decomposition import DecompositionOptions
+from peft_jactus.factorization import layer_gains
 
 TASKS = {
     "text": ("trec", "mr"),
@@ -141,18 +142,12 @@ def measure(args, task, seed):
     rows = [{"decomposition": "dense", **scorer.score(model)}]
     for decomposition in tqdm(DECOMPOSITIONS, desc=f"{task} {seed}"):
         options = DecompositionOptions(decomposition=decomposition)
-        projected = {
-            name: project_weight(layer.weight, found[name], options, centred=layer.bias is not None)
-            for name, layer in dense.items()
-        }
-        gains = {
-            name: LayerGains(
-                *dense[name].weight.shape,
-                found[name].num_tokens * p.gains(),
-                found[name].num_tokens * p.total_energy,
+        gains, projected = {}, {}
+        for name, layer in dense.items():
+            statistics_of_layer = found[name] if options.needs_statistics else None
+            gains[name], projected[name] = layer_gains(
+                name, layer.weight, statistics_of_layer, options, centred=layer.bias is not None
             )
-            for name, p in projected.items()
-        }
         for ratio, storage, allocation in itertools.product(RATIOS, STORAGES, ALLOCATIONS):
             allocated = allocate(
                 gains,

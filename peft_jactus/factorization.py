@@ -119,7 +119,7 @@ def plan_ranks(
     mine = [name for name in weights if owners is None or owners[name] == process_index()]
     for name in tqdm(mine, desc="Ranking directions", unit="layer", disable=not progress_bar):
         # One call a layer, so that its weight is let go before the next one is asked for.
-        gains[name], projected = _layer_gains(
+        gains[name], projected = layer_gains(
             name,
             weights[name](),
             None if statistics is None else statistics[name],
@@ -153,9 +153,21 @@ def plan_ranks(
     return RankPlan(allocation, energy_kept, projections)
 
 
-def _layer_gains(
+def layer_gains(
     name: str, weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions, *, centred: bool
 ) -> tuple[LayerGains, ProjectedWeight]:
+    """Return what each rank of a layer gains, in units that compare between layers, and its projected weight.
+
+    Args:
+        name: The layer's, for errors.
+        weight: ``(out, in)``.
+        statistics: The layer's; ``None`` for a data-free decomposition.
+        options: The decomposition.
+        centred: Whether a bias will take up the mean error.
+
+    Raises:
+        ValueError: With the layer's name, if the statistics cannot be used.
+    """
     try:
         projected = project_weight(weight, statistics, options, centred=centred)
     except ValueError as error:

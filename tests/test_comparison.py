@@ -89,7 +89,7 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     out = tmp_path / kind
     out.mkdir()
     names = ["full", "lora", "lora-r72", "dora", "jactus", "lora+jactus", "svd-llm+lora", "lora+svd-llm+lora"]
-    rates = dict.fromkeys(names, 1e-3)
+    rates = dict.fromkeys(names, 1e-3)  # of others there are none yet
     (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
     methods = [method.format(ours=OURS[kind]) for method in METHODS] + FURTHER_METHODS[kind]
@@ -101,12 +101,15 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     steps = [result["train_steps"] for result in results.values()]
     assert min(steps) > 0
     assert max(steps) - min(steps) <= 1  # two stages may share a step
-    assert results[ours]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
+    for method in (ours, "svd-llm+lora 0.6"):
+        assert 0.56 < results[method]["retained_ratio_reached"] <= 0.6  # ranks of layers this small are a coarse grain
     assert results["full"]["trainable_parameters"] > results[ours]["trainable_parameters"]
 
     files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
     run("compare", "run", kind, *options, "--methods", *methods)
     assert json.loads(files[0].read_text())["loss"] == 0.123
+    with pytest.raises(SystemExit, match="there is no pissa, but full"):
+        run("compare", "run", kind, *options, "--methods", "full", "pissa")
     table = run("compare", "report", kind, "--out", tmp_path)
     assert all(f"| {method} |" in table for method in methods)
     assert (tmp_path / f"{kind}.md").read_text() == table
@@ -169,30 +172,68 @@ def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss,
 def test_learning_rates_are_the_best_means_over_tasks_of_complete_grids(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     compare, cases = importlib.import_module("compare"), importlib.import_module("_cases")
-    args = argparse.Namespace(kind="text", out=tmp_path)
-    best = {"trec": 0.9, "mr": 0.6}
+    args = argparse.Namespace(kind="text", out=tmp_path, tasks=None)
+    base = {"trec": 0.9, "mr": 0.6}
+    best = {method: sorted(cases.grid("text", method))[2] for method, *_ in cases.budgets("text")}
+    best |= {"dora": 5e-3, "lora": 6e-5}  # outside the grid: nearest are 4e-3 and 6.25e-5
     missing = "pissa"
-    for rates in ({}, {"lora": 1e-3}):
-        for case in compare.learning_rate_cases(args, cases.LEARNING_RATE_TASKS["text"], rates):
-            third = sorted(cases.grid("text", case.method))[2]
-            accuracy = best[case.task] if case.learning_rate == third else best[case.task] - 0.1
+
+    def run(found, args):
+        for case in found:
+            path = case.path(tmp_path / "text")
+            path.parent.mkdir(exist_ok=True)
             if not (case.method == missing and case.task == "mr"):
-                path = case.path(tmp_path / "text")
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"accuracy": accuracy, "loss": 1.0}))
-    chosen = compare.choose_learning_rates(args, {"lora": 1e-3})
-    methods = {method for method, *_ in cases.budgets("text") if cases.has_own_grid("text", method)}
-    assert set(chosen) == methods - {missing}
-    assert chosen == {method: sorted(cases.grid("text", method))[2] for method in chosen}
-    assert json.loads((tmp_path / "text" / "learning_rates.json").read_text())["learning_rates"] == chosen
+                distance = abs(np.log(case.learning_rate / best[case.method]))
+                path.write_text(json.dumps({"accuracy": base[case.task] - 0.01 * distance, "loss": 1.0}))
+
+    monkeypatch.setattr(compare, "run", run)
+    chosen = compare.choose_learning_rates(args)
+    del best[missing]
+    assert chosen == best | {"dora": 4e-3, "lora": 6.25e-5}
+    written = json.loads((tmp_path / "text" / "learning_rates.json").read_text())
+    assert written["learning_rates"] == chosen
+    for method, rate in chosen.items():
+        tried = sorted(map(float, written["mean_score"][method]))
+        assert tried[0] < rate < tried[-1], method
 
 
-def test_two_results_for_one_cell_of_the_table_are_an_error(monkeypatch):
+@pytest.mark.parametrize("scored_on", ["test", "held-out"])
+def test_no_row_is_both_trained_on_and_scored_on(scored_on, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    split_rows = importlib.import_module("_training").split_rows
+    data = DatasetDict(
+        train=Dataset.from_dict({"row": list(range(100))}), test=Dataset.from_dict({"row": list(range(100, 150))})
+    )
+    train, scored = split_rows(data, num_rows=90, scored_on=scored_on, max_test_rows=15)
+    assert len(train) == {"test": 90, "held-out": 80}[scored_on]
+    assert len(scored) == 15
+    assert not set(train["row"]) & set(scored["row"])
+    assert {row >= 100 for row in scored["row"]} == {scored_on == "test"}
+
+
+def table_result(label, task, seed, accuracy, **fields):
+    sizes = {"num_train_rows": 8, "num_test_rows": 8, "trainable_parameters": 2_000_000}
+    return {"label": label, "task": task, "seed": seed, "accuracy": accuracy, **sizes, **fields}
+
+
+def test_a_table_compares_the_same_seeds_only(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     tables = importlib.import_module("_tables")
-    result = {"label": "lora", "task": "trec", "seed": 0, "accuracy": 0.9, "learning_rate": 1e-3}
+    of_dora = [table_result("dora", task, seed, 0.5 + 0.1 * seed) for task in ("mr", "trec") for seed in (0, 1)]
+    of_lora = [table_result("lora", "mr", 0, 0.6), table_result("lora", "trec", 0, 0.7)]
+    *_, dora, lora = tables.markdown(of_dora + of_lora).splitlines()
+    assert dora == "| dora | 100 % | 2.00 | 55.0 ± 7.1 | 55.0 ± 7.1 | **55.0 ± 7.1** | 0.0 ± 0.0 | 2 of 2 |"
+    assert lora == "| lora | 100 % | 2.00 | 60.0 | 70.0 |  | 15.0 | 1 of 1 |"
+
+
+def test_results_that_do_not_belong_in_one_table_are_an_error(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tables = importlib.import_module("_tables")
+    result = table_result("lora", "trec", 0, 0.9)
     with pytest.raises(ValueError, match="Two results of lora on trec with seed 0"):
-        tables.by_seed([result, result | {"learning_rate": 5e-4}])
+        tables.by_seed([result, result])
+    with pytest.raises(ValueError, match=r"dora on trec has \(8, 4\) rows"):
+        tables.by_seed([result, table_result("dora", "trec", 0, 0.9, num_test_rows=4)])
 
 
 @pytest.mark.parametrize("kind", TASKS)
