@@ -113,8 +113,8 @@ def markdown(results):
         rows.append([label, share, millions, *cells, mean, difference, f"{len(whole)} of {len(seeds)}"])
     explanation = (
         f"Mean and standard deviation over seeds of {score_name(results)}. A seed chooses the new head and the order "
-        "of the batches; training and test rows are the same for all. A mean over tasks is there when all seeds are; the "
-        f"difference from {REFERENCE}'s is taken seed by seed. Trained: millions of parameters."
+        "of the batches; training and test rows are the same for all. A mean over tasks is there when all seeds "
+        f"are; the difference from {REFERENCE}'s is taken seed by seed. Trained: millions of parameters."
     )
     return f"{explanation}\n\n{markdown_table(head, rows)}"
 
