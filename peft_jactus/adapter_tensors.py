@@ -44,10 +44,13 @@ def tensor_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what a checkpoint has to fill: NaN, or features in the order they have."""
-    if not dtype.is_floating_point:
-        return torch.arange(shape[0], device=device, dtype=dtype)
-    return torch.full(shape, torch.nan, device=device, dtype=dtype)
+    """Return what a checkpoint has to fill: NaN, or features that there are not."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else -1, device=device, dtype=dtype)
+
+
+def is_unfilled(tensor: Tensor) -> bool:
+    """Whether any of it still is as `unfilled` made it."""
+    return bool((tensor.isnan() if tensor.is_floating_point() else tensor < 0).any())
 
 
 def tensors_of(factors: LayerFactors) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def allocate(
     remaining = budget - sum(_cost(layers[name], rank, storage) for name, rank in fixed.items())
     ratio = retained_ratio
     if fixed and free:
-        ratio = min(ratio, remaining / sum(layer.num_parameters for layer in free.values()))
+        ratio = min(1.0, remaining / sum(layer.num_parameters for layer in free.values()))
         if ratio <= 0 or remaining < sum(_cost(layer, 1, storage) for layer in free.values()):
             raise ValueError(
                 f"`rank_pattern` spends the whole budget of {budget} parameters (`retained_ratio`="

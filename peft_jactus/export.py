@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import math
 import shutil
 import tempfile
 import warnings
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from peft_jactus.allocation import Storage, stays_dense
+from peft_jactus.allocation import Storage, stays_dense, stored_parameters
 from peft_jactus.compression_config import DENSE, LayerForm
 from peft_jactus.config import JactusConfig
+from peft_jactus.copying import cast_, forget_adapters_, structural_copy, untie_, unwrap_trained_modules_
 from peft_jactus.layer import JactusLayer, make_dense_layer
 from peft_jactus.linalg import NumericalWarning, to_decomposition_dtype
 from peft_jactus.loading import attach_compression
@@ -33,7 +32,7 @@ from peft_jactus.summary import plot_ranks, rank_summary
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -201,10 +200,11 @@ def compressed_copy(
     if storage not in FORMS:
         raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
     copied = structural_copy(base)
-    _forget_adapters(copied)
+    forget_adapters_(copied)
     dtype = copied.dtype if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
-    _untie(copied, layers)
+    untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
+    _warn_of_other_storage(layers, config, adapter_name, storage)
     forms, conv1d_layers = {}, []
     for name, layer in tqdm(layers.items(), desc="Folding", unit="layer", disable=not progress_bar):
         deployed = _deployed_layer(name, layer, adapter_name, storage, dtype)
@@ -215,8 +215,7 @@ def compressed_copy(
             conv1d_layers += [name] if layer.is_conv1d else []
         else:
             forms[name] = LayerForm(DENSE, min(layer.in_features, layer.out_features), kept)
-    _unwrap_trained_modules(copied)
-    _cast(copied, dtype)
+    cast_(copied, dtype)
     attach_compression(
         copied,
         forms,
@@ -256,24 +255,6 @@ def _adapted(model: nn.Module) -> tuple[PreTrainedModel, JactusConfig, str]:
     return base, config, active[0]
 
 
-def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy with modules and hooks of its own that shares all tensors."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for layer in model.modules():
-        if isinstance(layer, JactusLayer):  # what a merge has put aside is in no list of parameters
-            shared |= {id(tensor): tensor for pair in layer._unmerged for tensor in pair if tensor is not None}
-    return copy.deepcopy(model, shared)
-
-
-def _forget_adapters(model: PreTrainedModel) -> None:
-    """Let go of what PEFT and accelerate have noted about layers that are going to be replaced."""
-    remove_hook_from_module(model, recurse=True)
-    if model._hf_peft_config_loaded:
-        model._hf_peft_config_loaded = False
-        vars(model).pop("_weight_conversions", None)  # renames what `load_adapter` has read, not the base model
-    vars(model).pop("peft_config", None)
-
-
 def _deployed_layer(
     name: str, layer: JactusLayer, adapter_name: str, storage: Storage, dtype: torch.dtype
 ) -> nn.Module:
@@ -285,21 +266,44 @@ def _deployed_layer(
             raise ValueError(f"{name}: `{tensor_name}` is not finite. The training diverged, or nothing was loaded.")
     factors, bias = layer.get_factors(adapter_name), tensors.get("jactus_bias")
     left, core, right = map(to_decomposition_dtype, (factors.left.dense(), factors.core, factors.right.dense()))
-    if stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
-        weight = (left @ core @ right.mT).to(tensors["jactus_left"].device, dtype)
-        return make_dense_layer(weight, None if bias is None else bias.to(dtype), is_conv1d=layer.is_conv1d)
-    deployed = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
-    if isinstance(deployed, PivotedLinear):
-        deployed = _factored_if_more_accurate(name, deployed, (left, core, right, bias), dtype)
-    deployed = deployed.to(tensors["jactus_left"].device)
-    arrange_parts_(deployed)
-    return deployed
+    device = tensors["jactus_left"].device
+    if not stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
+        deployed: FactorizedLinear | None = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
+        if isinstance(deployed, PivotedLinear):
+            deployed = _accurate(name, deployed, (left, core, right, bias), dtype)
+        if deployed is not None:
+            deployed = deployed.to(device)
+            arrange_parts_(deployed)
+            return deployed
+    weight = (left @ core @ right.mT).to(device, dtype)
+    return make_dense_layer(weight, None if bias is None else bias.to(dtype), is_conv1d=layer.is_conv1d)
 
 
-def _factored_if_more_accurate(
+def _warn_of_other_storage(
+    layers: Mapping[str, JactusLayer], config: JactusConfig, adapter_name: str, storage: Storage
+) -> None:
+    """Say so if ranks that were chosen for another form take more than the budget in this one."""
+    stored = dense = 0
+    for layer in layers.values():
+        shape = (layer.out_features, layer.in_features)
+        stored += stored_parameters(layer.r[adapter_name], *shape, storage)
+        dense += math.prod(shape)
+    if storage != config.storage and stored > config.retained_ratio * dense:
+        warnings.warn(
+            f"The ranks were chosen for `storage`={config.storage!r}, to keep {config.retained_ratio:.0%}; stored "
+            f"{storage}, the targeted layers keep {stored / dense:.0%}, and those that would grow stay dense. "
+            f"Compress with `JactusConfig(storage={storage!r})` to meet the budget.",
+            stacklevel=4,
+        )
+
+
+def _accurate(
     name: str, pivoted: PivotedLinear, factors: tuple[Tensor, Tensor, Tensor, Tensor | None], dtype: torch.dtype
-) -> FactorizedLinear:
-    """Return ``pivoted``, or factors where its rounding error is larger than that of bfloat16 factors."""
+) -> FactorizedLinear | None:
+    """Return ``pivoted``, or factors if its rounding error is larger than that of bfloat16 factors.
+
+    ``None`` is for a layer whose factors would be larger than its dense weight.
+    """
     left, core, right, _ = factors
     weight = left @ core @ right.mT
     norm = float(torch.linalg.norm(weight))
@@ -310,69 +314,17 @@ def _factored_if_more_accurate(
     pivoted_error = error(pivoted)
     if pivoted_error <= _BFLOAT16_FACTORS_ERROR * norm:
         return pivoted
+    reason = f"{name}: stored pivoted in {dtype}, its weight would be off by {pivoted_error / norm:.1e}; it is stored"
+    if stays_dense(pivoted.rank, pivoted.out_features, pivoted.in_features, "factored"):
+        warnings.warn(f"{reason} as one dense weight.", NumericalWarning, stacklevel=5)
+        return None
     factored = LowRankLinear.from_factors(*factors, dtype=dtype)
     factored_error = error(factored)
     if factored_error >= pivoted_error:
         return pivoted
     warnings.warn(
-        f"{name}: stored pivoted in {dtype}, its weight would be off by {pivoted_error / norm:.1e}; it is stored "
-        f"factored, which takes {pivoted.rank**2:,} parameters more (error {factored_error / norm:.1e}).",
+        f"{reason} factored, which takes {pivoted.rank**2:,} parameters more (error {factored_error / norm:.1e}).",
         NumericalWarning,
         stacklevel=5,
     )
     return factored
-
-
-def _untie(model: PreTrainedModel, layers: Collection[str]) -> None:
-    """Make a model no longer tie the weights of these layers, which have become their own.
-
-    Raises:
-        ValueError: If it ties others, too: its config has one switch for all.
-    """
-    tied = model.all_tied_weights_keys
-    own = [key for pair in tied.items() for key in pair if key.rpartition(".")[0] in layers]
-    if not own:
-        return
-    others = {key: source for key, source in tied.items() if key not in own}
-    if others:
-        raise ValueError(
-            f"{own[0]} is tied to other weights, and so are others in this model, {others}, which a checkpoint cannot "
-            "tell apart. Add the layer to `exclude_modules`, or load the model with `tie_word_embeddings=False`."
-        )
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
-def _unwrap_trained_modules(model: PreTrainedModel) -> None:
-    """Put what `modules_to_save` trained in the place of its wrappers."""
-    modules = dict(model.named_modules())
-    for name, wrapper in modules.items():
-        if isinstance(wrapper, AuxiliaryTrainingWrapper):
-            trained = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            model.set_submodule(name, trained)
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give what is saved outside of deployed layers another dtype, without touching tensors that are shared."""
-    casts: dict[Tensor, Tensor] = {}  # tied tensors stay tied
-
-    def cast_to_dtype(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dtype == dtype:
-            return tensor
-        if tensor not in casts:
-            casts[tensor] = tensor.detach().to(dtype)
-        return casts[tensor]
-
-    deployed = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear))
-    for name, module in model.named_modules():
-        if f"{name}.".startswith(deployed):
-            continue
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            value = cast_to_dtype(parameter)
-            if value is not parameter:
-                module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if key not in module._non_persistent_buffers_set:
-                module._buffers[key] = cast_to_dtype(buffer)

@@ -12,7 +12,15 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_jactus.adapter_tensors import TENSOR_NAMES, factors_of, tensor_dtype, tensor_shapes, tensors_of, unfilled
+from peft_jactus.adapter_tensors import (
+    TENSOR_NAMES,
+    factors_of,
+    is_unfilled,
+    tensor_dtype,
+    tensor_shapes,
+    tensors_of,
+    unfilled,
+)
 from peft_jactus.core_product import core_product
 from peft_jactus.interpolation import InterpolativeBasis
 from peft_jactus.linalg import output_dtype
@@ -106,14 +114,7 @@ class JactusLayer(BaseTunerLayer):
 
     # -- creating an adapter ------------------------------------------------------------------------------
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        r: int,
-        *,
-        factors: LayerFactors | None,
-        inference_mode: bool = False,
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, *, factors: LayerFactors | None) -> None:
         """Add or replace an adapter.
 
         Args:
@@ -121,7 +122,6 @@ class JactusLayer(BaseTunerLayer):
             r: The rank, at least 1.
             factors: Initial values. ``None`` allocates NaN for a checkpoint to fill: a tensor that it does not fill
                 raises at the first forward pass.
-            inference_mode: Freeze the core, too.
 
         Raises:
             ValueError: If the rank is below 1.
@@ -139,7 +139,7 @@ class JactusLayer(BaseTunerLayer):
         if factors is None:
             self._unfilled.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def resize_adapter(self, adapter_name: str, r: int) -> None:
         """Allocate the adapter for another rank; a checkpoint is about to fill it."""
@@ -309,7 +309,7 @@ class JactusLayer(BaseTunerLayer):
 
     def _check_filled(self, adapter_name: str) -> None:
         for name, tensor in self.adapter_tensors(adapter_name).items():
-            if tensor.isnan().any():
+            if is_unfilled(tensor):
                 raise RuntimeError(
                     f"{self.module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
                     "checkpoint lacks it or is damaged; save it again, or compress the model anew."

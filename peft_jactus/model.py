@@ -108,6 +108,11 @@ class JactusModel(BaseTuner):
         freed = [layer.module_name for layer in self._layers() if layer.base_weights_freed]
         if freed and not config.from_checkpoint:
             raise_base_weights_freed("compute a further adapter")
+        if any(layer.merged for layer in self._layers()) and not config.from_checkpoint:
+            raise ValueError(
+                "An adapter is merged into the dense weights, which a further one would be computed from. Call "
+                "`unmerge_adapter` first."
+            )
         if left_out := sorted(set(freed) - set(config.layer_ranks)):
             raise_base_weights_freed(f"load an adapter that leaves {left_out} as they were")
 
@@ -121,7 +126,7 @@ class JactusModel(BaseTuner):
         options = peft_config.factorization_options()
         statistics = peft_config.statistics
         if not options.decomposition.needs_statistics:
-            statistics = None
+            statistics = peft_config.statistics = None
         elif statistics is None:
             raise ValueError(
                 "This JactusConfig has no calibration statistics. Call `peft_jactus.calibrate(model, config, "

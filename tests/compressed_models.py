@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from peft_jactus import JactusConfig, calibrate
 
@@ -136,10 +136,17 @@ def jactus_config(model, **fields):
     return JactusConfig(**{"target_modules": "all-linear", "retained_ratio": 0.6, **task, **fields})
 
 
+def calibrated(model, **fields):
+    """Return a config with the statistics of ``model``, which may have adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = jactus_config(base, **fields)
+    calibrate(model, config, batches_for(base), progress_bar=False)
+    return config
+
+
 def compressed(model, *, adapter_name="default", **fields):
     """Calibrate and wrap ``model``; return the PeftModel in evaluation mode."""
-    config = jactus_config(model, **fields)
-    calibrate(model, config, batches_for(model), progress_bar=False)
+    config = calibrated(model, **fields)
     return get_peft_model(model, config, adapter_name=adapter_name).eval()
 
 

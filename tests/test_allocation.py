@@ -244,7 +244,7 @@ def test_fixed_ranks_are_kept_and_paid_from_the_budget(strategy, fixed):
     if strategy == "global":  # what the fixed rank leaves, the others use up to one rank
         assert allocation.budget - allocation.num_stored < 32
     else:
-        assert allocation.ranks["a"] == allocation.ranks["c"] == min(4, (384 - 32 * fixed) // 64)
+        assert allocation.ranks["a"] == allocation.ranks["c"] == (384 - 32 * fixed) // 64
 
 
 @pytest.mark.parametrize("strategy", ["global", "uniform"])

@@ -128,6 +128,22 @@ def test_a_module_that_no_token_reached(name):
         run_forked(["used", name])
 
 
+def test_a_module_whose_input_is_zero():
+    with pytest.raises(ValueError, match=r"^second: its inputs are zero everywhere.*`exclude_modules`"):
+        run(Starved(), [{"x": randn(0, 5, 4)}], targets=["first", "second"], loss_fn=lambda model, b: model(b["x"]))
+
+
+class Starved(nn.Module):
+    """No value reaches `second`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return (self.first(x) + self.second(torch.zeros_like(x))).square().sum()
+
+
 def test_a_module_whose_gradient_is_zero():
     with pytest.raises(ValueError, match=r"^masked: its gradient is zero everywhere.*`head_warmup_steps`"):
         run_forked(["used", "masked"])
@@ -195,6 +211,14 @@ def test_a_layer_that_was_compressed_without_its_dense_weight(limit):
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(ValueError, match=f"^{QUERY}: its dense weight was freed.*`keep_base_weights=True`"):
         run(model, targets=["query"], max_statistics_memory=limit)
+
+
+def test_a_layer_that_an_adapter_is_merged_into():
+    settings = JactusConfig(target_modules=["query"], decomposition="svd", keep_base_weights=True)
+    model = get_peft_model(tiny_bert(), settings)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=f"^{QUERY}: an adapter is merged.*`unmerge_adapter`"):
+        run(model, targets=["query"])
 
 
 def test_excluded_modules_may_be_anything():

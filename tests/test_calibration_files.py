@@ -54,12 +54,14 @@ def refuse_to_run(*_):
     pytest.fail("the model was run")
 
 
-def test_a_complete_file_is_used_without_running_the_model(path):
+def test_a_complete_file_is_used_without_running_the_model(path, caplog):
     task = TASKS["bert"]
     expected = run(tiny_bert(), eight_batches(task), statistics_file=path)
     model = tiny_bert()
     model.register_forward_pre_hook(refuse_to_run)
+    assert caplog.text == ""
     assert_same(run(model, eight_batches(task), statistics_file=path), expected)
+    assert "complete statistics, of 8 batches. Delete it if" in caplog.text
 
 
 def test_the_file_holds_what_is_returned(path):

@@ -35,6 +35,9 @@ from tests.compressed_models import (
 )
 from tests.tiny_tokenizer import tiny_tokenizer
 
+# One adapter is exported in both forms.
+pytestmark = pytest.mark.filterwarnings("ignore:The ranks were chosen for `storage`='pivoted'")
+
 BUILDERS = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2}
 AUTO_CLASSES = {
     "bert": AutoModelForSequenceClassification,

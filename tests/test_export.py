@@ -260,6 +260,21 @@ def test_a_head_that_was_compressed_is_no_longer_tied(tmp_path, build, head, fie
     assert_same_tensors(tensors_in(tmp_path / "again"), tensors_in(tmp_path / "compressed"))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_what_was_trained_whole_is_no_longer_tied(tmp_path, name):
+    model = trained(tiny_llama_with_tied_embeddings, modules_to_save=[name])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    export(model, tmp_path / "compressed")
+    loaded = load(tiny_llama, tmp_path / "compressed")
+    assert not loaded.config.tie_word_embeddings
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= tensors_in(tmp_path / "compressed").keys()
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=FLOAT32_ERROR)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 def test_a_head_in_a_model_that_ties_more_is_refused(tmp_path):
     model = trained(tiny_t5, target_modules=["q", "lm_head"])
@@ -273,6 +288,22 @@ def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
     assert {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"} <= tensors.keys()
     assert not torch.equal(tensors["classifier.weight"], tiny_bert().classifier.weight)
     assert not [name for name in tensors if "modules_to_save" in name or "original_module" in name]
+
+
+# -- what is stored how -----------------------------------------------------------------------------------
+
+
+def test_a_layer_whose_pivoted_parts_are_not_accurate_is_stored_as_what_is_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_jactus.export._BFLOAT16_FACTORS_ERROR", 0.0)
+    model = trained(tiny_llama, storage="pivoted", retained_ratio=0.8)
+    with pytest.warns(NumericalWarning, match="it is stored as one dense weight"):
+        export(model, tmp_path / "compressed", dtype=torch.bfloat16)
+    for name, form in layers_of(tmp_path / "compressed").items():
+        layer = model.get_base_model().get_submodule(name)
+        out_features, in_features = layer.out_features, layer.in_features
+        if form["storage"] == "factored":
+            assert form["rank"] * (out_features + in_features) < out_features * in_features
+    assert rank_summary(load(tiny_llama, tmp_path / "compressed")).retained_ratio <= 1.0
 
 
 # -- on disk ----------------------------------------------------------------------------------------------
@@ -724,9 +755,11 @@ def test_the_active_one_of_several_adapters_is_exported(tmp_path):
         assert_exports(model, tmp_path / name, expected[name], tiny_llama)
 
 
-def test_storage_may_differ_from_that_of_the_budget(tmp_path):
+def test_storage_may_differ_from_that_of_the_budget_with_a_warning_if_that_takes_more(tmp_path):
     model = trained(storage="pivoted")
-    folder = export(model, tmp_path / "factored", storage="factored")
+    message = r"`storage`='pivoted', to keep 60%; stored factored, .* keep 67%.*JactusConfig\(storage='factored'\)"
+    with pytest.warns(UserWarning, match=message):
+        folder = export(model, tmp_path / "factored", storage="factored")
     assert_exports(model, tmp_path / "pivoted", logits_of(load(tiny_bert, folder)), storage="pivoted")
     assert {form["storage"] for form in layers_of(folder).values()} <= {"factored", "dense"}
     kinds = {type(module) for module in load(tiny_bert, folder).modules()}
@@ -742,6 +775,7 @@ def test_storage_may_differ_from_that_of_the_budget(tmp_path):
     [({}, True), ({"dtype": torch.bfloat16}, False), ({"storage": "factored"}, False)],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The ranks were chosen for `storage`='pivoted'")
 def test_exporting_leaves_the_model_alone(tmp_path, build, options, keep_base_weights):
     model = trained(build, keep_base_weights=keep_base_weights)
     logits, state = logits_of(model), state_of(model)

@@ -33,6 +33,13 @@ def test_warm_up_changes_the_head_and_nothing_else(settings):
     assert changed(model, before) == head
 
 
+def test_a_part_of_the_head_may_be_named_by_its_path():
+    model = tiny_bert()
+    before = copied_state(model)
+    run(model, [collate(classified_texts())], settings=JactusConfig(modules_to_save=["pooler.dense"]))
+    assert changed(model, before) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
 def test_warm_up_lowers_the_loss():
     batch = collate(classified_texts())
     model = tiny_bert()

@@ -17,6 +17,7 @@ from peft_jactus.layer import JactusLayer
 from tests.compressed_models import (
     VOCABULARY,
     batches_for,
+    calibrated,
     compressed,
     jactus_config,
     logits_of,
@@ -180,6 +181,33 @@ def test_two_computed_adapters_switch():
     assert torch.equal(logits_of(model), first)
     model.delete_adapter("second")
     assert torch.equal(logits_of(model), first)
+
+
+def test_a_further_adapter_is_computed_from_the_dense_model():
+    expected = calibrated(tiny_bert()).statistics
+    model = compressed(tiny_bert(), retained_ratio=0.2, keep_base_weights=True)
+    config = calibrated(model, retained_ratio=0.5)
+    for name, layer in config.statistics.items():
+        torch.testing.assert_close(layer.input.covariance, expected[name].input.covariance)
+        torch.testing.assert_close(layer.gradient.covariance, expected[name].gradient.covariance)
+    before = logits_of(model)  # the first adapter is back
+
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the dense weights.*`unmerge_adapter` first"):
+        model.add_adapter("second", config)
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), before)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(logits_of(model), logits_of(compressed(tiny_bert(), retained_ratio=0.5)))
+
+
+def test_statistics_do_not_change_a_decomposition_that_needs_none():
+    expected = compressed(tiny_bert(), decomposition="svd")
+    config = jactus_config(tiny_bert(), decomposition="svd")
+    config.statistics = calibrated(tiny_bert()).statistics
+    assert torch.equal(logits_of(get_peft_model(tiny_bert(), config)), logits_of(expected))
 
 
 def test_training_moves_cores_only_and_lowers_the_loss():

@@ -164,6 +164,11 @@ class StatisticsCollector:
                     f"{name}: its inputs or gradients are not finite. Check the calibration data, or load the model "
                     "in bf16 or fp32."
                 )
+            if not layer.input.quartic_sum > 0:
+                raise ValueError(
+                    f"{name}: its inputs are zero everywhere. Check the calibration data, or add the name to "
+                    "`exclude_modules`."
+                )
             if not layer.gradient.quartic_sum > 0:
                 raise ValueError(
                     f"{name}: its gradient is zero everywhere. If the head starts at zero, pass `head_warmup_steps`; "

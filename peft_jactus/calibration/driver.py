@@ -146,7 +146,12 @@ def calibrate(
             warm_up_head(model, config, batches, run.compute_loss, warmup, progress_bar=progress_bar)
     start = None if saved is None else saved.statistics
     if saved is not None and saved.complete:
-        logger.info("Using the statistics of %s.", path)
+        logger.warning(
+            "No batch is read: %s holds complete statistics, of %d batches. Delete it if the model's weights or the "
+            "data have changed since.",
+            path,
+            saved.statistics.num_batches,
+        )
         config.statistics = saved.statistics
     elif limit is None or len(groups) == 1:
         config.statistics = run.collect(targets, batches, path, start)
@@ -253,6 +258,8 @@ def _check_weights(targets: Mapping[str, nn.Module]) -> None:
                 f"{name}: its dense weight was freed when the model was compressed, and there is nothing to calibrate "
                 "for. Calibrate the dense model, or compress it with `keep_base_weights=True`."
             )
+        if getattr(module, "merged", False):
+            raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
 
 
 @dataclass(frozen=True)

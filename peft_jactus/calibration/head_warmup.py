@@ -47,7 +47,11 @@ def warm_up_head(
         ValueError: If no head is found.
     """
     names = head_names(config)
-    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if any(name == head or name.endswith(f".{head}") for head in names)
+    ]
     parameters = [parameter for head in heads for parameter in head.parameters()]
     if not parameters:
         raise ValueError(

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peft_jactus.layer import JactusLayer
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
-    """Freeze ``model``, set its mode, and let it keep no cache; restore all at the end."""
+    """Freeze ``model``, set its mode, let it compute with dense weights and keep no cache; restore all at the end."""
     modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with contextlib.ExitStack() as stack:
@@ -29,6 +31,7 @@ def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[
         model.train(train_mode)
         for parameter in trainable:
             parameter.requires_grad_(False)
+        _use_dense_weights(modes, stack)
         _disable_caches(modes, stack)
         if not train_mode:
             _checkpoint_blocks(modes, stack)
@@ -38,6 +41,14 @@ def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[
             handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
             stack.callback(handle.remove)
         yield
+
+
+def _use_dense_weights(modules: Iterable[nn.Module], stack: contextlib.ExitStack) -> None:
+    """Until ``stack`` closes, put aside adapters that are there: a further one approximates the dense weights."""
+    for module in modules:
+        if isinstance(module, JactusLayer) and not module.base_weights_freed:
+            stack.callback(setattr, module, "_disable_adapters", module.disable_adapters)
+            module._disable_adapters = True
 
 
 def _disable_caches(modules: Iterable[nn.Module], stack: contextlib.ExitStack) -> None:

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from peft_jactus.checkpoint_names import checkpoint_names
 from peft_jactus.compression_config import LayerForm
+from peft_jactus.copying import structural_copy
 from peft_jactus.decomposition import DecompositionOptions, project_weight
-from peft_jactus.export import structural_copy
 from peft_jactus.layer import JactusLayer
 from peft_jactus.loading import JactusQuantizer
 from peft_jactus.low_rank import FactorizedLinear, LowRankLinear, arrange_parts_
