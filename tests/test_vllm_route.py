@@ -78,9 +78,9 @@ def exported(tmp_path_factory):
         key = (family, storage, dtype, *fields.items())
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{family}_{storage}")
-            model = compressed(FAMILIES[family](dtype=dtype), **fields)
+            model = compressed(FAMILIES[family](dtype=dtype), storage=storage, **fields)
             perturb_cores_(model)
-            export_compressed(model, folder / "compressed", storage=storage, progress_bar=False)
+            export_compressed(model, folder / "compressed", progress_bar=False)
             made[key] = folder / "compressed", export_remote_code(folder / "compressed", folder / "remote")
         return made[key]
 
