@@ -123,7 +123,7 @@ def plot(results, path):
     """Draw scores against kept parameters, a line for each method that all seeds have, with the spread over seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
     tasks = {result["task"] for result in results}
     all_seeds = {result["seed"] for result in results}
@@ -140,7 +140,7 @@ def plot(results, path):
         axes.errorbar(x, y, spreads, marker="o", capsize=3, label=name, color=COLORS.get(name))
     axes.set_xlabel("kept of the targeted parameters, %")
     axes.set_ylabel(textwrap.fill(f"{score_name(results)}, mean over tasks", width=40))
-    axes.legend()
+    figure.legend(loc="outside right upper")  # lines may be anywhere within
     figure.savefig(path, dpi=150)
 
 
