@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import tempfile
 import warnings
@@ -19,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from peft_jactus.allocation import Storage, stays_dense, stored_parameters
+from peft_jactus.allocation import Storage, stays_dense
 from peft_jactus.compression_config import DENSE, LayerForm
 from peft_jactus.config import JactusConfig
 from peft_jactus.copying import cast_, forget_adapters_, structural_copy, untie_, unwrap_trained_modules_
@@ -204,7 +203,6 @@ def compressed_copy(
     dtype = copied.dtype if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
-    _warn_of_other_storage(layers, config, adapter_name, storage)
     forms, conv1d_layers = {}, []
     for name, layer in tqdm(layers.items(), desc="Folding", unit="layer", disable=not progress_bar):
         deployed = _deployed_layer(name, layer, adapter_name, storage, dtype)
@@ -223,6 +221,14 @@ def compressed_copy(
         retained_ratio=config.retained_ratio,
         base_model=_model_name(config.base_model_name_or_path or base.config.name_or_path),
     )
+    kept = rank_summary(copied).retained_ratio
+    if storage != config.storage and kept > config.retained_ratio:
+        warnings.warn(
+            f"The ranks were chosen for `storage`={config.storage!r}, to keep {config.retained_ratio:.0%}; stored "
+            f"{storage}, the targeted layers keep {kept:.0%}, and those that would grow stay dense. Compress with "
+            f"`JactusConfig(storage={storage!r})` to meet the budget.",
+            stacklevel=3,
+        )
     return copied
 
 
@@ -270,7 +276,7 @@ def _deployed_layer(
     if not stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
         deployed: FactorizedLinear | None = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
         if isinstance(deployed, PivotedLinear):
-            deployed = _accurate(name, deployed, (left, core, right, bias), dtype)
+            deployed = _pivoted_if_accurate(name, deployed, (left, core, right, bias), dtype)
         if deployed is not None:
             deployed = deployed.to(device)
             arrange_parts_(deployed)
@@ -279,25 +285,7 @@ def _deployed_layer(
     return make_dense_layer(weight, None if bias is None else bias.to(dtype), is_conv1d=layer.is_conv1d)
 
 
-def _warn_of_other_storage(
-    layers: Mapping[str, JactusLayer], config: JactusConfig, adapter_name: str, storage: Storage
-) -> None:
-    """Say so if ranks that were chosen for another form take more than the budget in this one."""
-    stored = dense = 0
-    for layer in layers.values():
-        shape = (layer.out_features, layer.in_features)
-        stored += stored_parameters(layer.r[adapter_name], *shape, storage)
-        dense += math.prod(shape)
-    if storage != config.storage and stored > config.retained_ratio * dense:
-        warnings.warn(
-            f"The ranks were chosen for `storage`={config.storage!r}, to keep {config.retained_ratio:.0%}; stored "
-            f"{storage}, the targeted layers keep {stored / dense:.0%}, and those that would grow stay dense. "
-            f"Compress with `JactusConfig(storage={storage!r})` to meet the budget.",
-            stacklevel=4,
-        )
-
-
-def _accurate(
+def _pivoted_if_accurate(
     name: str, pivoted: PivotedLinear, factors: tuple[Tensor, Tensor, Tensor, Tensor | None], dtype: torch.dtype
 ) -> FactorizedLinear | None:
     """Return ``pivoted``, or factors if its rounding error is larger than that of bfloat16 factors.

@@ -121,12 +121,15 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, JactusQuantizer):
         return _summary_of_compressed(model, quantizer)
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, JactusConfig):
-        raise ValueError(  # noqa: TRY004  # a name, no type
-            f"`model` has no JACTUS adapter named {adapter_name!r}, and is no compressed model. Its adapters are "
-            f"{list(getattr(model, 'peft_config', {}))}; pass the name of one as `adapter_name`."
+    configs = {
+        name: config for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, JactusConfig)
+    }
+    if adapter_name not in configs:
+        raise ValueError(
+            f"`model` has no JACTUS adapter named {adapter_name!r}, and is no compressed model. Its JACTUS adapters "
+            f"are {list(configs)}; pass the name of one as `adapter_name`."
         )
+    config = configs[adapter_name]
     rows = []
     for module_name, layer in model.named_modules():
         name = module_name.removeprefix("base_model.model.")

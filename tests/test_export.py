@@ -303,7 +303,6 @@ def test_a_layer_whose_pivoted_parts_are_not_accurate_is_stored_as_what_is_small
         out_features, in_features = layer.out_features, layer.in_features
         if form["storage"] == "factored":
             assert form["rank"] * (out_features + in_features) < out_features * in_features
-    assert rank_summary(load(tiny_llama, tmp_path / "compressed")).retained_ratio <= 1.0
 
 
 # -- on disk ----------------------------------------------------------------------------------------------
