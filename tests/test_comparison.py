@@ -101,8 +101,8 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     steps = [result["train_steps"] for result in results.values()]
     assert min(steps) > 0
     assert max(steps) - min(steps) <= 1  # two stages may share a step
-    for method in (ours, "svd-llm+lora 0.6"):
-        assert 0.56 < results[method]["retained_ratio_reached"] <= 0.6  # ranks of layers this small are a coarse grain
+    assert results[ours]["retained_ratio_reached"] == pytest.approx(0.6, abs=0.02)
+    assert 0.56 < results["svd-llm+lora 0.6"]["retained_ratio_reached"] <= 0.6  # the next rank is above
     assert results["full"]["trainable_parameters"] > results[ours]["trainable_parameters"]
 
     files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
