@@ -29,11 +29,9 @@ def adapt(model, case, workload):
     stages = case.last_stages
     if stages in FULL_SIZE:
         return full_size(model, stages, workload), {}
-    if stages == "jactus":
-        return compressed(model, case, workload, "jactus", "global")
     decomposition, _, on_top = stages.partition("+")
-    model, figures = compressed(model, case, workload, decomposition, "uniform")
-    return with_lora(compressed_copy(model), on_top, workload), figures
+    model, figures = compressed(model, case, workload, decomposition)
+    return with_lora(compressed_copy(model), on_top, workload) if on_top else model, figures
 
 
 def with_lora(model, name, workload):
@@ -51,7 +49,8 @@ def rank_multiple(decomposition):
     return JactusConfig().rank_multiple if decomposition == "jactus" else 1
 
 
-def compressed(model, case, workload, decomposition, allocation):
+def compressed(model, case, workload, decomposition):
+    """Return the model compressed, JACTUS with its own allocation, a peer with uniform ranks; and figures about it."""
     config = JactusConfig(
         task_type=workload.task_type,
         target_modules="all-linear",
@@ -59,7 +58,7 @@ def compressed(model, case, workload, decomposition, allocation):
         retained_ratio=case.retained_ratio,
         storage=case.storage,
         decomposition=decomposition,
-        allocation=allocation,
+        allocation=JactusConfig().allocation if decomposition == "jactus" else "uniform",
         rank_multiple=rank_multiple(decomposition),
         # On for all that are calibrated. The published peers have none, so it is in their favour.
         bias_correction=True,

@@ -20,7 +20,7 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 
 # Ways to train that keep every parameter. A method is one of them, or stages with "+" between them:
 #   jactus            compress the pretrained model, then train the cores
-#   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors
+#   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors; so does jactus+lora
 #   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
 FULL_SIZE = ("full", "lora", "lora-r72", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
@@ -49,11 +49,11 @@ UNCOMPRESSED = {
 # rows (NOTES.md); for language, where no head is new, not tried the other way.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 PEERS = ("svd+lora", "svd-llm+lora")
-# At the smallest ratio only: what the choice above is worth, and what it does for the best peer. Learning rates are
-# chosen for them as for all others.
+# At the smallest ratio only: what the choice above is worth, and what it does for the best peer; on images, too, what
+# the peers' way to train does for JACTUS's factors. Learning rates are chosen for them as for all others.
 FURTHER = {
     "text": ("jactus", "lora+svd-llm+lora"),
-    "vision": ("lora+jactus",),
+    "vision": ("lora+jactus", "jactus+lora"),
     "language": ("lora+jactus",),
 }
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
