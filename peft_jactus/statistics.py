@@ -213,16 +213,7 @@ class _StatisticsParts(Mapping[str, LayerStatistics]):
     """The layers of several files that an index names."""
 
     def __init__(self, index: Path) -> None:
-        try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-            file_names = list(content["files"])
-            self.memory_limit: int | None = content.get("memory_limit")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}). Delete it and calibrate again.") from error
-        paths = [index.parent / Path(name).name for name in file_names]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names {missing}, which are not there. Delete it and calibrate again.")
+        paths, self.memory_limit = _read_index(index)
         files = [_StatisticsFile(path) for path in paths]
         self._files = {name: file for file in files for name in file}
         self.num_batches = files[0].num_batches if files else 0
@@ -235,6 +226,28 @@ class _StatisticsParts(Mapping[str, LayerStatistics]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _read_index(index: Path) -> tuple[list[Path], int | None]:
+    """Return the files that an index names, and for which memory limit they were made."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        file_names = list(content["files"])
+        memory_limit: int | None = content.get("memory_limit")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}). Delete it and calibrate again.") from error
+    paths = [index.parent / Path(name).name for name in file_names]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {missing}, which are not there. Delete it and calibrate again.")
+    return paths, memory_limit
+
+
+def files_at(path: Path) -> list[Path]:
+    """Return the safetensors files that together are the statistics at ``path``; none if there are none."""
+    if index_path(path).is_file():
+        return _read_index(index_path(path))[0]
+    return [path] if path.is_file() else []
 
 
 def index_path(path: Path) -> Path:

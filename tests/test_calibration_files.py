@@ -122,6 +122,40 @@ def test_a_file_of_other_layers_or_shapes_is_refused_and_named(path):
         run(tiny_bert(hidden_size=16), batches, statistics_file=path, targets=["query", "key"])
 
 
+@pytest.mark.parametrize("limit", [None, 4_000])
+@pytest.mark.parametrize("num_forwards", [2, 5, 100])
+def test_a_file_of_other_weights_is_refused_whatever_it_holds(path, num_forwards, limit):
+    """Some batches, or all of some groups, or everything; with a limit the layer that changes is of a later group."""
+    batches, forwards = eight_batches(TASKS["bert"])[:3], []
+
+    def fail_in_time(*_):
+        forwards.append(1)
+        if len(forwards) > num_forwards:
+            raise PowerCutError
+
+    options = {"statistics_file": path, "save_every": 1, "max_statistics_memory": limit}
+    model = tiny_bert()
+    handle = model.register_forward_pre_hook(fail_in_time)
+    with contextlib.suppress(PowerCutError):
+        run(model, batches, **options)
+    handle.remove()
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    assert before
+    torch.nn.init.ones_(model.bert.pooler.dense.weight)
+    model.register_forward_pre_hook(refuse_to_run)
+    with pytest.raises(ValueError, match=r"`statistics_file` .*pooler.dense with other weights.* Delete it"):
+        run(model, batches, **options)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+def test_statistics_that_a_user_saved_are_taken_for_any_weights(path):
+    batches = eight_batches(TASKS["bert"])[:3]
+    run(tiny_bert(), batches).save(path)
+    model = tiny_bert()
+    torch.nn.init.ones_(model.bert.pooler.dense.weight)
+    assert run(model, batches, statistics_file=path).num_batches == 3
+
+
 @pytest.mark.parametrize("num_batches", [2, 3])
 def test_a_file_without_fisher_information_is_refused_for_fwsvd_with_what_to_do(path, num_batches):
     batches = eight_batches(TASKS["bert"])[:3]

@@ -5,7 +5,8 @@ summed over (`summed_loss`), how the model is left as it was (`restoring`), what
 which layers at a time (`grouping`).
 """
 
-from peft_jactus.calibration.driver import calibrate, check_statistics
+from peft_jactus.calibration.driver import calibrate
 from peft_jactus.calibration.grouping import memory_limit
+from peft_jactus.calibration.store import check_statistics
 
 __all__ = ["calibrate", "check_statistics", "memory_limit"]

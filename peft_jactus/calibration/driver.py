@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 import tempfile
@@ -19,17 +20,11 @@ from peft_jactus.calibration.collector import StatisticsCollector
 from peft_jactus.calibration.grouping import memory_limit, split_into_groups
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.restoring import prepared_for_calibration, random_state_kept
+from peft_jactus.calibration.store import StatisticsStore
 from peft_jactus.calibration.summed_loss import SummedLoss
-from peft_jactus.distributed import from_all, num_processes, process_index
-from peft_jactus.statistics import (
-    CalibrationStatistics,
-    index_path,
-    open_statistics,
-    part_path,
-    read_metadata,
-    save_index,
-)
-from peft_jactus.targeting import dense_weight, targeted_modules
+from peft_jactus.distributed import from_all, process_index
+from peft_jactus.statistics import CalibrationStatistics, open_statistics, save_index
+from peft_jactus.targeting import targeted_modules
 
 if TYPE_CHECKING:
     import os
@@ -40,8 +35,6 @@ if TYPE_CHECKING:
     from peft_jactus.config import JactusConfig
 
 logger = logging.getLogger(__name__)
-
-_COMPLETE = "complete"  # key of a statistics file's header
 
 
 def calibrate(
@@ -86,9 +79,9 @@ def calibrate(
         head_warmup_lr: Learning rate of the warm-up.
         train_mode: Keep dropout on. Default: evaluation mode.
         statistics_file: Save statistics here every ``save_every`` batches and at the end. If the file is there
-            already, for the same layers: a complete one is used as it is, an interrupted one is continued,
-            skipping the batches it has seen (which must come in the same order). A memory limit may be set, or
-            changed, in between.
+            already, for the same layers and weights: a complete one is used as it is, an interrupted one is
+            continued, skipping the batches it has seen (which must come in the same order). A memory limit may be
+            set, or changed, in between.
         save_every: Batches between two saves.
         max_statistics_memory: Bytes, or a size such as ``"8GiB"``: hold the statistics of no more layers than fit, and
             pass over the batches (which are kept) once for each group of layers. Each group goes to a file beside
@@ -102,7 +95,7 @@ def calibrate(
 
     Raises:
         ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted
-            module with no gradient, a statistics file of other layers, a memory limit below one layer's. A
+            module with no gradient, a statistics file of other layers or weights, a memory limit below one layer's. A
             `TypeError` names a module that cannot be factorized, or a batch that is no mapping; a `RuntimeError` a
             targeted module that no token reached.
 
@@ -138,8 +131,8 @@ def calibrate(
         row_fisher=row_fisher,
         progress_bar=progress_bar,
     )
-    path = None if statistics_file is None else Path(statistics_file)
-    saved = _read_statistics_file(path, targets, row_fisher=row_fisher, lazily=limit is not None)
+    store = None if statistics_file is None else StatisticsStore(Path(statistics_file), targets, row_fisher=row_fisher)
+    saved = None if store is None else store.read(lazily=limit is not None)
     if head_warmup_steps > 0:
         warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
         with random_state_kept():
@@ -147,16 +140,15 @@ def calibrate(
     start = None if saved is None else saved.statistics
     if saved is not None and saved.complete:
         logger.warning(
-            "No batch is read: %s holds complete statistics, of %d batches. Delete it if the model's weights or the "
-            "data have changed since.",
-            path,
+            "No batch is read: %s holds complete statistics, of %d batches. Delete it if the data have changed since.",
+            statistics_file,
             saved.statistics.num_batches,
         )
         config.statistics = saved.statistics
     elif limit is None or len(groups) == 1:
-        config.statistics = run.collect(targets, batches, path, start)
+        config.statistics = run.collect(targets, batches, store, start)
     else:
-        config.statistics = run.collect_groups(groups, batches, path, start, limit)
+        config.statistics = run.collect_groups(groups, batches, store, start, limit)
     config.statistics.memory_limit = limit
     return config.statistics
 
@@ -177,7 +169,7 @@ class _Pass:
         self,
         groups: list[dict[str, nn.Module]],
         batches: Iterable[Batch],
-        path: Path | None,
+        store: StatisticsStore | None,
         start: CalibrationStatistics | None,
         limit: int,
     ) -> CalibrationStatistics:
@@ -187,21 +179,22 @@ class _Pass:
         for, in bytes.
         """
         folder = None
-        if path is None:
+        if store is None:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
             path = Path(from_all(folder.name)[0]) / "statistics.safetensors"
-        parts = [part_path(path, number, len(groups)) for number in range(1, len(groups) + 1)]
+            store = StatisticsStore(path, collections.ChainMap(*groups), row_fisher=self.row_fisher)
         batches = list(itertools.islice(batches, self.max_batches))
+        parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
-            saved = _read_statistics_file(part, group, row_fisher=self.row_fisher, lazily=True)
+            saved = part.read(lazily=True)
             if saved is None or not saved.complete:
                 begun = start if saved is None else saved.statistics
                 self.collect(group, batches, part, begun, description=f"Calibrating {number}/{len(groups)}")
         if process_index() == 0:
-            save_index(path, parts, limit)
+            save_index(store.path, [part.path for part in parts], limit)
         from_all(None)  # wait for it
-        _remove_own_part(path)
-        statistics = open_statistics(path)
+        store.remove_own_part()
+        statistics = open_statistics(store.path)
         if folder is not None:
             weakref.finalize(statistics, folder.cleanup)
         return statistics
@@ -210,12 +203,12 @@ class _Pass:
         self,
         targets: dict[str, nn.Module],
         batches: Iterable[Batch],
-        path: Path | None,
+        store: StatisticsStore | None,
         start: CalibrationStatistics | None,
         *,
         description: str = "Calibrating",
     ) -> CalibrationStatistics:
-        """Return the statistics of ``targets``; save them to ``path`` if there is one.
+        """Return the statistics of ``targets``; save them to ``store`` if there is one.
 
         ``start`` holds those of the first batches; it may read them from the file that is about to be replaced.
         """
@@ -234,14 +227,11 @@ class _Pass:
             for batch in itertools.islice(batches, collector.num_batches, self.max_batches):
                 collector.collect(batch, self.compute_loss)
                 bar.update()
-                if path is not None and collector.num_batches % self.save_every == 0:
-                    collector.statistics().save(_own_path(path), metadata={_COMPLETE: "false"})
+                if store is not None and collector.num_batches % self.save_every == 0:
+                    store.save_part(collector.statistics())
         statistics = collector.checked_statistics()
-        if path is not None:
-            if process_index() == 0:
-                statistics.save(path, metadata={_COMPLETE: "true"})
-            from_all(None)  # wait for it
-            _remove_own_part(path)
+        if store is not None:
+            store.save(statistics)
         return statistics
 
 
@@ -260,71 +250,3 @@ def _check_weights(targets: Mapping[str, nn.Module]) -> None:
             )
         if getattr(module, "merged", False):
             raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
-
-
-@dataclass(frozen=True)
-class _SavedStatistics:
-    statistics: CalibrationStatistics
-    complete: bool
-
-
-def _own_path(path: Path) -> Path:
-    """Return where this process keeps its own part of what will be at ``path``."""
-    if num_processes() == 1:
-        return path
-    return path.with_name(f"{path.stem}.process-{process_index()}-of-{num_processes()}{path.suffix}")
-
-
-def _remove_own_part(path: Path) -> None:
-    """Remove what this process has of its own, once it is part of what is at ``path``."""
-    if _own_path(path) != path:
-        _own_path(path).unlink(missing_ok=True)
-
-
-def _read_statistics_file(
-    path: Path | None, targets: Mapping[str, nn.Module], *, row_fisher: bool, lazily: bool
-) -> _SavedStatistics | None:
-    """Return the complete statistics, if every process finds them; else what this process has of its own part."""
-    if path is None:
-        return None
-    saved = _read_if_there(path, targets, row_fisher=row_fisher, lazily=lazily)
-    if num_processes() == 1 or all(from_all(saved is not None and saved.complete)):
-        return saved
-    return _read_if_there(_own_path(path), targets, row_fisher=row_fisher, lazily=lazily)
-
-
-def _read_if_there(
-    path: Path, targets: Mapping[str, nn.Module], *, row_fisher: bool, lazily: bool
-) -> _SavedStatistics | None:
-    """Return what is at ``path``; if ``lazily``, each layer is read when it is asked for."""
-    in_parts = index_path(path).exists()
-    if not in_parts and not path.exists():
-        return None
-    statistics = open_statistics(path) if lazily else CalibrationStatistics.load(path)
-    check_statistics(statistics, targets, row_fisher=row_fisher, source=f"`statistics_file` {path}")
-    return _SavedStatistics(statistics, complete=in_parts or read_metadata(path).get(_COMPLETE) == "true")
-
-
-def check_statistics(
-    statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, row_fisher: bool, source: str
-) -> None:
-    """Check that ``statistics`` cover ``targets`` with the right shapes.
-
-    Raises:
-        ValueError: If they do not, or lack the Fisher information of rows although ``row_fisher``; names the module.
-    """
-    for name, module in targets.items():
-        layer = statistics.get(name)
-        if layer is None:
-            raise ValueError(
-                f"{source} has no statistics of {name}. Calibrate with the config and model that you compress."
-            )
-        expected = tuple(dense_weight(module).shape)
-        found = (layer.gradient.dim, layer.input.dim)
-        if expected != found:
-            raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")
-        if row_fisher and layer.row_fisher is None:
-            raise ValueError(
-                f"{source} has no Fisher information of {name}: it was calibrated for a decomposition other than "
-                '"fwsvd". Calibrate for "fwsvd" to another `statistics_file`; one that is there is used as it is.'
-            )
