@@ -148,5 +148,5 @@ def budgets(kind, ratios=RATIOS, storages=STORAGES):
 
 
 def is_ours(method):
-    """Whether the method is JACTUS, whatever comes before it."""
-    return method.rpartition("+")[2] == "jactus"
+    """Whether the method compresses with JACTUS, whatever comes before or after it."""
+    return "jactus" in method.split("+")

@@ -17,7 +17,7 @@ COLORS = {
     "lora+jactus factored": "tab:cyan",
     "jactus pivoted": "navy",
     "jactus factored": "steelblue",
-    "jactus+lora": "teal",
+    "jactus+lora pivoted": "teal",
     "svd+lora": "tab:green",
     "svd-llm+lora": "tab:red",
     "lora+svd-llm+lora": "tab:orange",

@@ -19,7 +19,11 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
-FURTHER_METHODS = {"text": ["lora-r72", "lora+svd-llm+lora 0.4"], "vision": ["jactus+lora 0.4"], "language": []}
+FURTHER_METHODS = {
+    "text": ["lora-r72", "lora+svd-llm+lora 0.4"],
+    "vision": ["jactus+lora pivoted 0.4"],
+    "language": [],
+}
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
 MODEL_NAMES = {"text": "MINILM", "vision": "VIT", "language": "LLAMA"}
