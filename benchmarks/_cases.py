@@ -22,6 +22,7 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 #   jactus            compress the pretrained model, then train the cores
 #   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors; so does jactus+lora
 #   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
+#   full+jactus       the same with all weights in the first part
 FULL_SIZE = ("full", "lora", "lora-r72", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
@@ -49,12 +50,13 @@ UNCOMPRESSED = {
 # rows (NOTES.md); for language, where no head is new, not tried the other way.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "jactus"}
 PEERS = ("svd+lora", "svd-llm+lora")
-# At the smallest ratio only: what the choice above is worth, and what it does for the best peer, or what the peers'
-# way to train does for JACTUS's factors. Learning rates are chosen for them as for all others.
+# At the smallest ratio only: what the choice above is worth, and what it does for the best peer; what comes of all
+# weights in the first stage; or what the peers' way to train does for JACTUS's factors. Learning rates are chosen for
+# them as for all others.
 FURTHER = {
-    "text": ("jactus", "lora+svd-llm+lora"),
+    "text": ("jactus", "full+jactus", "lora+svd-llm+lora"),
     "vision": ("lora+jactus", "jactus+lora"),
-    "language": ("lora+jactus", "jactus+lora"),
+    "language": ("lora+jactus", "full+jactus", "jactus+lora"),
 }
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
 METRIC = {"cola": "matthews_correlation"}

@@ -18,6 +18,7 @@ COLORS = {
     "jactus pivoted": "navy",
     "jactus factored": "steelblue",
     "jactus+lora pivoted": "teal",
+    "full+jactus pivoted": "slateblue",
     "svd+lora": "tab:green",
     "svd-llm+lora": "tab:red",
     "lora+svd-llm+lora": "tab:orange",
