@@ -1,8 +1,8 @@
 """From a model and a few batches to `CalibrationStatistics`.
 
 A subpackage because each concern has rules of its own: which positions count (`position_masks`), what the loss is
-summed over (`summed_loss`), how the model is left as it was (`restoring`), what hooks collect (`collector`), and of
-which layers at a time (`grouping`).
+summed over (`summed_loss`), how the model is left as it was (`restoring`), what hooks collect (`collector`), of
+which layers at a time (`grouping`), and where the sums lie meanwhile (`store`).
 """
 
 from peft_jactus.calibration.driver import calibrate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
 import tempfile
@@ -182,7 +181,7 @@ class _Pass:
         if store is None:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
             path = Path(from_all(folder.name)[0]) / "statistics.safetensors"
-            store = StatisticsStore(path, collections.ChainMap(*groups), row_fisher=self.row_fisher)
+            store = StatisticsStore(path, {}, row_fisher=self.row_fisher)  # read in this run only: no digests
         batches = list(itertools.islice(batches, self.max_batches))
         parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):

@@ -62,7 +62,9 @@ class StatisticsStore:
         self.path = path
         self._targets = targets
         self._row_fisher = row_fisher
-        self._digests = digests or {name: _weight_digest(module) for name, module in targets.items()}
+        if digests is None:
+            digests = {name: _weight_digest(module) for name, module in targets.items()}
+        self._digests = digests
 
     def part(self, targets: Mapping[str, nn.Module], number: int, count: int) -> StatisticsStore:
         """Return the store of a group of the layers, ``number`` of ``count``, counted from 1."""
@@ -112,12 +114,13 @@ class StatisticsStore:
         return {_COMPLETE: json.dumps(complete), _WEIGHTS: json.dumps(self._digests)}
 
     def _read(self, path: Path, *, lazily: bool) -> SavedStatistics | None:
-        if not files_at(path):
+        files = files_at(path)
+        if not files:
             return None
         statistics = open_statistics(path) if lazily else CalibrationStatistics.load(path)
         source = f"`statistics_file` {path}"
         check_statistics(statistics, self._targets, row_fisher=self._row_fisher, source=source)
-        headers = [read_metadata(file) for file in files_at(path)]
+        headers = [read_metadata(file) for file in files]
         for header in headers:  # a file that a user saved has no digests
             self._check_weights(json.loads(header.get(_WEIGHTS, "{}")), source)
         complete = index_path(path).exists() or headers[0].get(_COMPLETE) == json.dumps(True)
