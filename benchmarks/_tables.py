@@ -19,6 +19,8 @@ COLORS = {
     "jactus factored": "steelblue",
     "jactus+lora pivoted": "teal",
     "full+jactus pivoted": "slateblue",
+    "full+jactus factored": "plum",
+    "full+svd-llm+lora": "gold",
     "svd+lora": "tab:green",
     "svd-llm+lora": "tab:red",
     "lora+svd-llm+lora": "tab:orange",

@@ -194,12 +194,12 @@ def trained(case, workload, folder):
     }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def after_first_stage(workload, *, method, learning_rate, first_epochs, remaining, seed):
     """Train the full-size stage; return it with the plain model that has all that it learned.
 
     Its schedule is that of the other methods, cut off where that share of the epochs is ``remaining``. Several
-    compressions of one task and seed start with it, so that the last one is kept; change only a copy of it.
+    compressions of one task and seed start with it, so that the last ones are kept; change only a copy of them.
     """
 
     def prepare():
