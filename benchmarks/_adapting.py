@@ -4,6 +4,7 @@ import time
 
 from _cases import FULL_SIZE
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.export import compressed_copy
@@ -11,6 +12,7 @@ from peft_jactus.export import compressed_copy
 RANK = 16
 LORA = {
     "lora": {"lora_alpha": 2 * RANK},
+    "lora-embeddings": {"lora_alpha": 2 * RANK},
     "lora-r72": {"r": 72, "lora_alpha": 144},
     "dora": {"lora_alpha": 2 * RANK, "use_dora": True},
     # As its authors do: no scaling, so that the adapter starts as the leading directions of the weight.
@@ -20,7 +22,7 @@ LORA = {
 
 
 def full_size(model, method, workload):
-    """Return the model ready for a stage that keeps every parameter; a fresh head trains whole in each."""
+    """Return the model ready for one of `FULL_SIZE`, which keep every parameter; a fresh head trains whole in each."""
     return model.requires_grad_(True) if method == "full" else with_lora(model, method, workload)
 
 
@@ -31,7 +33,7 @@ def adapt(model, case, workload):
         return full_size(model, stages, workload), {}
     decomposition, _, on_top = stages.partition("+")
     model, figures = compressed(model, case, workload, decomposition)
-    return with_lora(compressed_copy(model), on_top, workload) if on_top else model, figures
+    return full_size(compressed_copy(model), on_top, workload) if on_top else model, figures
 
 
 def with_lora(model, name, workload):
@@ -41,7 +43,12 @@ def with_lora(model, name, workload):
         modules_to_save=workload.modules_to_save,
         **{"r": RANK, **LORA[name]},
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    if name == "lora-embeddings":
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
+                module.requires_grad_(True)
+    return model
 
 
 def rank_multiple(decomposition):

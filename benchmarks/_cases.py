@@ -21,9 +21,12 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 # Ways to train that keep every parameter. A method is one of them, or stages with "+" between them:
 #   jactus            compress the pretrained model, then train the cores
 #   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors; so does jactus+lora
+#   jactus+full       compress, then train all that is left: what is deployed, embeddings and norms, too; so does
+#                     svd-llm+full
 #   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
 #   full+jactus       the same with all weights in the first part; so does full+svd-llm+lora
-FULL_SIZE = ("full", "lora", "lora-r72", "dora", "pissa", "rslora")
+# (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does.)
+FULL_SIZE = ("full", "lora", "lora-embeddings", "lora-r72", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
 FIRST_STAGE_SHARE = 0.8
@@ -44,20 +47,20 @@ LEARNING_RATE_GRID = {
 UNCOMPRESSED = {
     "text": ("full", "lora", "lora-r72", "dora", "pissa"),
     "vision": ("full", "lora", "dora", "pissa"),
-    "language": ("full", "lora", "dora", "pissa"),
+    "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
 # How JACTUS is run, by kind: what was best on held-out training rows (NOTES.md); on texts of the ways that need no
 # more memory than LoRA.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
-# Other ways at every ratio, in the first storage: with full fine-tuning first; or as much memory as LoRA.
-OURS_TOO = {"text": ("full+jactus",), "vision": (), "language": ("jactus+lora",)}
+# Other ways at every ratio, in the first storage.
+OURS_TOO = {"text": ("full+jactus",), "vision": (), "language": ()}
 PEERS = ("svd+lora", "svd-llm+lora")
 # At the smallest ratio only: what the choice above is worth, and what a first stage does for the best peer. Learning
 # rates are chosen for them as for all others.
 FURTHER = {
     "text": ("jactus", "lora+svd-llm+lora", "full+svd-llm+lora"),
     "vision": ("lora+jactus", "jactus+lora"),
-    "language": ("jactus", "lora+jactus", "full+svd-llm+lora"),
+    "language": ("jactus", "jactus+lora", "jactus+full", "lora+jactus", "full+svd-llm+lora", "svd-llm+full"),
 }
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
 METRIC = {"cola": "matthews_correlation"}
@@ -132,7 +135,8 @@ def first_stage(method: str) -> str | None:
 
 def grid(kind, method, best=None):
     """Return the learning rates to try, with one more on each side of the ``best`` of them."""
-    rates = LEARNING_RATE_GRID[kind].get(method, LEARNING_RATE_GRID[kind]["default"])
+    last = method.rpartition("+")[2]
+    rates = LEARNING_RATE_GRID[kind].get(last, LEARNING_RATE_GRID[kind]["default"])
     while best is not None and best <= rates[0]:
         rates = (rates[0] / 2, *rates)
     while best is not None and best >= rates[-1]:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 CALIBRATION_BATCHES = 16
-# The same for every method: a fresh head needs larger steps than a pretrained body.
+# The same for every method: a fresh head needs larger steps than a pretrained body, embeddings smaller ones than an
+# adapter.
 HEAD_LEARNING_RATE = 2e-3
 # Added to the seed, so that a second stage sees the rows in another order than the first.
 LAST_STAGE_SEED = 1000
@@ -135,10 +136,15 @@ def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, start_
 
 
 def make_optimizer(model, head, learning_rate, share):
-    """Return AdamW at a share of two peak learning rates, the head's and that of all else that trains."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    heads = [parameter for name, parameter in trainable if head is not None and head in name.split(".")]
-    body = [parameter for name, parameter in trainable if head is None or head not in name.split(".")]
+    """Return AdamW at a share of two peak learning rates: the head's, and that of all else that trains.
+
+    What trains whole beside an adapter has the head's, too.
+    """
+    adapter = model.base_model.prefix if isinstance(model, PeftModel) else ""
+    heads, body = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (heads if head in name.split(".") or adapter not in name else body).append(parameter)
     groups = [{"params": heads, "lr": HEAD_LEARNING_RATE * share}, {"params": body, "lr": learning_rate * share}]
     # The schedule multiplies all rates by its own one over the default one.
     return torch.optim.AdamW(

@@ -22,7 +22,7 @@ METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {
     "text": ["lora-r72", "lora+svd-llm+lora 0.4"],
     "vision": ["jactus+lora pivoted 0.4"],
-    "language": ["full+svd-llm+lora 0.4"],
+    "language": ["full+svd-llm+lora 0.4", "jactus+full pivoted 0.4", "lora-embeddings"],
 }
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
@@ -92,8 +92,8 @@ def run(model_dirs, monkeypatch, capsys):
 def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(kind, run, data_dir, tmp_path):
     out = tmp_path / kind
     out.mkdir()
-    names = ["full", "lora", "lora-r72", "dora", "jactus", "jactus+lora", "lora+jactus", "full+jactus"]
-    names += ["svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
+    names = ["full", "lora", "lora-embeddings", "lora-r72", "dora", "jactus", "jactus+lora", "jactus+full"]
+    names += ["lora+jactus", "full+jactus", "svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
     rates = dict.fromkeys(names, 1e-3)  # of others there are none yet
     (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
