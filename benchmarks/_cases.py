@@ -55,8 +55,8 @@ OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
 # Other ways at every ratio, in the first storage.
 OURS_TOO = {"text": ("full+jactus",), "vision": (), "language": ()}
 PEERS = ("svd+lora", "svd-llm+lora")
-# At the smallest ratio only: what the choice above is worth, and what a first stage does for the best peer. Learning
-# rates are chosen for them as for all others.
+# At the smallest ratio only: what the choice above is worth, what a first stage does for the best peer; on language,
+# what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
     "text": ("jactus", "lora+svd-llm+lora", "full+svd-llm+lora"),
     "vision": ("lora+jactus", "jactus+lora"),

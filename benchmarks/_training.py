@@ -140,7 +140,7 @@ def make_optimizer(model, head, learning_rate, share):
 
     What trains whole beside an adapter has the head's, too.
     """
-    adapter = model.base_model.prefix if isinstance(model, PeftModel) else ""
+    adapter = model.base_model.prefix if isinstance(model, PeftModel) else ""  # which is in every name
     heads, body = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

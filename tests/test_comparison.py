@@ -156,6 +156,27 @@ def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(m
     assert rates(last) == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
+def test_what_trains_whole_beside_an_adapter_has_the_learning_rate_of_a_head(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    adapting, training = importlib.import_module("_adapting"), importlib.import_module("_training")
+    workload = workload_of_two_layers(training)
+
+    def rates(method):
+        model = adapting.with_lora(tiny_llama(), method, workload)
+        groups = training.make_optimizer(model, None, 1e-3, 1.0).param_groups
+        rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        return {name: rate_of[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+    adapters, all_of_them = rates("lora"), rates("lora-embeddings")
+    assert adapters
+    assert set(adapters.values()) == {1e-3}
+    whole = {name: rate for name, rate in all_of_them.items() if name not in adapters}
+    assert {name: all_of_them[name] for name in adapters} == adapters
+    assert set(whole.values()) == {training.HEAD_LEARNING_RATE}
+    assert any("embed_tokens" in name for name in whole)
+    assert any("layernorm" in name for name in whole)
+
+
 @pytest.mark.parametrize(("constant_loss", "rates"), [(1e9, [1e-3]), (1e-9, [1e-3, 5e-4])])
 def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss, rates, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
