@@ -13,7 +13,6 @@ RANK = 16
 LORA = {
     "lora": {"lora_alpha": 2 * RANK},
     "lora-embeddings": {"lora_alpha": 2 * RANK},
-    "lora-r72": {"r": 72, "lora_alpha": 144},
     "dora": {"lora_alpha": 2 * RANK, "use_dora": True},
     # As its authors do: no scaling, so that the adapter starts as the leading directions of the weight.
     "pissa": {"lora_alpha": RANK, "init_lora_weights": "pissa"},
@@ -41,7 +40,8 @@ def with_lora(model, name, workload):
         task_type=workload.task_type,
         target_modules="all-linear",
         modules_to_save=workload.modules_to_save,
-        **{"r": RANK, **LORA[name]},
+        r=RANK,
+        **LORA[name],
     )
     model = get_peft_model(model, config)
     if name == "lora-embeddings":

@@ -26,7 +26,7 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 #   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
 #   full+jactus       the same with all weights in the first part; so does full+svd-llm+lora
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does.)
-FULL_SIZE = ("full", "lora", "lora-embeddings", "lora-r72", "dora", "pissa", "rslora")
+FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
 FIRST_STAGE_SHARE = 0.8
@@ -43,22 +43,20 @@ LEARNING_RATE_GRID = {
     "vision": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
 }
-# Rows without compression. On texts LoRA of rank 72, too, which trains as many parameters as JACTUS at 0.8 does.
+# Rows without compression.
 UNCOMPRESSED = {
-    "text": ("full", "lora", "lora-r72", "dora", "pissa"),
+    "text": ("full", "lora", "dora", "pissa"),
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
 # How JACTUS is run, by kind: what was best on held-out training rows (NOTES.md); on texts of the ways that need no
 # more memory than LoRA.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
-# Other ways at every ratio, in the first storage.
-OURS_TOO = {"text": ("full+jactus",), "vision": (), "language": ()}
 PEERS = ("svd+lora", "svd-llm+lora")
 # At the smallest ratio only: what the choice above is worth, what a first stage does for the best peer; on language,
 # what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
-    "text": ("jactus", "lora+svd-llm+lora", "full+svd-llm+lora"),
+    "text": ("jactus", "full+jactus", "lora+svd-llm+lora"),
     "vision": ("lora+jactus", "jactus+lora"),
     "language": ("jactus", "jactus+lora", "jactus+full", "lora+jactus", "full+svd-llm+lora", "svd-llm+full"),
 }
@@ -149,7 +147,6 @@ def budgets(kind, ratios=RATIOS, storages=STORAGES):
     rows = [(method, 1.0, "factored") for method in UNCOMPRESSED[kind]]
     for ratio in ratios:
         rows += [(OURS[kind], ratio, storage) for storage in storages]
-        rows += [(method, ratio, storages[0]) for method in OURS_TOO[kind]]
         rows += [(method, ratio, "factored") for method in PEERS]
     further = [(method, storages[0] if is_ours(method) else "factored") for method in FURTHER[kind]]
     return rows + [(method, min(ratios), storage) for method, storage in further]

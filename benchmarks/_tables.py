@@ -29,7 +29,6 @@ COLORS = {
     "full": "black",
     "lora": "tab:purple",
     "lora-embeddings": "indigo",
-    "lora-r72": "violet",
     "dora": "tab:brown",
     "pissa": "tab:pink",
 }

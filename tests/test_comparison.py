@@ -20,7 +20,7 @@ from tests.tiny_tokenizer import tiny_tokenizer
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {
-    "text": ["lora-r72", "lora+svd-llm+lora 0.4"],
+    "text": ["lora+svd-llm+lora 0.4"],
     "vision": ["jactus+lora pivoted 0.4"],
     "language": ["full+svd-llm+lora 0.4", "jactus+full pivoted 0.4", "lora-embeddings"],
 }
@@ -92,7 +92,7 @@ def run(model_dirs, monkeypatch, capsys):
 def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(kind, run, data_dir, tmp_path):
     out = tmp_path / kind
     out.mkdir()
-    names = ["full", "lora", "lora-embeddings", "lora-r72", "dora", "jactus", "jactus+lora", "jactus+full"]
+    names = ["full", "lora", "lora-embeddings", "dora", "jactus", "jactus+lora", "jactus+full"]
     names += ["lora+jactus", "full+jactus", "svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
     rates = dict.fromkeys(names, 1e-3)  # of others there are none yet
     (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
