@@ -1,4 +1,5 @@
-# Each target sets up .venv first, if pyproject.toml changed since. `make PYTHON=python3.12 test` picks the interpreter.
+# Each target sets up .venv first, if pyproject.toml changed since. For another interpreter delete
+# .venv first: `make PYTHON=python3.12 test`.
 export PYTHON ?= python3
 
 .PHONY: quickstart check lint types test

@@ -111,8 +111,8 @@ class Allocation:
 
     Attributes:
         ranks: Rank of each layer.
-        num_stored: Parameters that the targeted layers store. At most ``budget``, unless one rank for each
-            layer costs more already.
+        num_stored: Parameters that the targeted layers store. At most ``budget``, unless rank one of a layer is
+            more than its share already.
         budget: The parameter budget that was asked for.
     """
 

@@ -306,6 +306,14 @@ class JactusConfig(PeftConfig):
                 f"this is {__version__}, which reads format {ADAPTER_FORMAT}. Load it with the version that wrote it."
             )
 
+    def check_not_calibrated(self) -> None:
+        """Raise `ValueError` if statistics, from which nothing would be computed, are in a saved adapter's config."""
+        if self.from_checkpoint and self.statistics is not None:
+            raise ValueError(
+                "This config is a saved adapter's, so that values come from its file, but it has calibration "
+                "statistics. Set `config.init_weights = True` to compute new values from them."
+            )
+
     def factorization_options(self) -> FactorizationOptions:
         """Return the settings of the numerical part."""
         # A random start (PEFT's tests) is data-free whatever the decomposition.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -30,7 +31,6 @@ from peft_jactus.model_card import write_model_card
 from peft_jactus.summary import plot_ranks, rank_summary
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
@@ -123,6 +123,12 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise ValueError(f"`save_directory` {target} is a file; give a directory.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"`save_directory` {target} is not empty. Give another one, or `overwrite=True`.")
+    # What `appearing_whole` does at the very end.
+    if target.is_mount():
+        raise ValueError(f"`save_directory` {target} is a mount point, which cannot be renamed; give a folder in it.")
+    parent = next(folder for folder in target.resolve().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"`save_directory` {target} cannot be made: {parent} is not writable. Give another one.")
 
 
 @contextmanager

@@ -145,7 +145,8 @@ def plan_ranks(
     if allocation.num_stored > allocation.budget and not fixed_ranks:
         share = allocation.num_stored / sum(layer.num_parameters for layer in gains.values())
         warnings.warn(
-            f"`retained_ratio`={options.retained_ratio:g} is out of reach: rank one in each layer is {share:.3g}.",
+            f"`retained_ratio`={options.retained_ratio:g} is out of reach: {share:.3g} are kept, since no layer gets "
+            "less than rank one.",
             NumericalWarning,
             stacklevel=2,
         )

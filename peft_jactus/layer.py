@@ -210,6 +210,8 @@ class JactusLayer(BaseTunerLayer):
 
     def get_factors(self, adapter_name: str) -> LayerFactors:
         """Return the adapter's factors, in float32 at least."""
+        if adapter_name in self._unfilled:
+            self._check_filled(adapter_name)
         return factors_of(self.adapter_tensors(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

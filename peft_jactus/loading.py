@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -239,6 +240,7 @@ class JactusQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put plain layers into ``model``; ``dtype`` is for the interface: weights get that of their layer."""
         del dtype
+        check_no_adapter(model, would_lose_it="dense layers")
         layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)]
         for name, layer in layers:
             if layer.weight.device.type == "meta":
@@ -320,6 +322,16 @@ def attach_compression(
         is_quantized=False,
         save_pretrained=_SavePretrained(model),
     )
+
+
+def check_no_adapter(model: nn.Module, *, would_lose_it: str) -> None:
+    """Raise `ValueError` if an adapter is on a layer: the layers named in the message read base weights only."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ValueError(
+            f"`model` has an adapter, which {would_lose_it} would lose, on {adapted[:5]}. Merge it first "
+            "(`merge_and_unload`)."
+        )
 
 
 def _set_attributes(model: PreTrainedModel, **values: object) -> None:

@@ -120,6 +120,7 @@ class JactusModel(BaseTuner):
         """Decide the ranks of all layers, before the first one is replaced."""
         assert isinstance(peft_config, JactusConfig)
         if peft_config.from_checkpoint:
+            peft_config.check_not_calibrated()
             return
         resolve_all_linear_(peft_config, model)
         targets = targeted_modules(model, peft_config)
@@ -306,10 +307,10 @@ class JactusModel(BaseTuner):
                 f"has: {unmatched}. Load the adapter with the config it was saved with, onto the base model it was "
                 "made for."
             )
+        ranks = {name: _checked_rank(name, layer, found[name], config) for name, layer in layers.items()}
         for name, layer in layers.items():
-            rank = _checked_rank(name, layer, found[name], config)
-            layer.resize_adapter(adapter_name, rank)
-            config.layer_ranks[name] = rank
+            layer.resize_adapter(adapter_name, ranks[name])
+        config.layer_ranks.update(ranks)
         return state_dict
 
     # -- what needs the dense weights ---------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -74,5 +75,10 @@ def _kept(summary: RankSummary) -> str:
 
 def _table(metrics: Mapping[str, float]) -> str:
     lines = ["| metric | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    lines += [f"| {name} | {_formatted(value)} |" for name, value in metrics.items()]
     return "\n".join(lines)
+
+
+def _formatted(value: Any) -> str:
+    """Return a figure to four digits, anything else that an evaluation returns as it is."""
+    return f"{value:.4g}" if isinstance(value, Real) else str(value)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -271,11 +271,22 @@ def test_statistics_of_a_bfloat16_model_are_kept_in_float32():
             assert_moments_close(one, other.covariance, other.mean, rtol=BFLOAT16, what=f"{name} {side}")
 
 
+class Stream(IterableDataset):
+    """Has no length; a DataLoader over it has one that cannot be asked for."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
 def test_batches_may_come_from_a_list_a_generator_or_a_data_loader():
     examples = classified_texts()
     expected = run(tiny_bert(), examples)
     loader = DataLoader(examples, batch_size=2, collate_fn=collate)
-    for batches in ((example for example in examples), loader):
+    stream = DataLoader(Stream(examples), batch_size=2, collate_fn=collate)
+    for batches in ((example for example in examples), loader, stream):
         assert_same_statistics(run(tiny_bert(), batches), expected)
 
 

@@ -238,7 +238,7 @@ def test_no_targets_for_a_model_that_peft_does_not_know():
         run(model, [{"x": randn(0, 5, 4)}], targets=None)
 
 
-def test_errors_come_before_the_first_batch_is_read():
+def test_errors_come_before_the_first_batch_is_read(tmp_path):
     def batches():
         pytest.fail("a batch was read")
         yield
@@ -246,3 +246,5 @@ def test_errors_come_before_the_first_batch_is_read():
     for targets in (["no_such_layer"], ["word_embeddings"]):
         with pytest.raises((ValueError, TypeError)):
             run(tiny_bert(), batches(), targets=targets)
+    with pytest.raises(ValueError, match=r"`statistics_file` .* is a directory; give a file in it"):
+        run(tiny_bert(), batches(), statistics_file=tmp_path)

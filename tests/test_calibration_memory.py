@@ -188,6 +188,27 @@ def test_an_interrupted_run_goes_on_in_the_group_it_was_in(tmp_path):
     run(model, batches_of(task), **options)
 
 
+def test_an_interrupted_run_goes_on_with_another_limit_that_makes_as_many_groups(tmp_path):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    _, expected = run(task.model(), batches_of(task))
+    model, forwards = task.model(), []
+
+    def fail_in_the_last_group(*_):
+        forwards.append(1)
+        if len(forwards) > 12:
+            raise PowerCutError
+
+    model.register_forward_pre_hook(fail_in_the_last_group)
+    with pytest.raises(PowerCutError):
+        run(model, batches_of(task), statistics_file=path, max_statistics_memory=4_600)  # 3, 2, 3, 3, 2 layers
+    _, resumed = run(
+        task.model(), batches_of(task), statistics_file=path, max_statistics_memory=5_200
+    )  # 4, 2, 4, 2, 1
+    assert len(list(tmp_path.glob("statistics-*-of-00005.safetensors"))) == 5
+    assert list(resumed) == list(expected)
+    assert_same_statistics(resumed, expected, rtol=ROUNDING)
+
+
 def interrupted(batches):
     yield from batches[:2]
     raise PowerCutError

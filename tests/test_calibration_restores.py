@@ -138,7 +138,8 @@ def test_random_generators_come_back_as_they_were(calibrated):
     assert random_states() == before
 
 
-def test_random_numbers_drawn_by_the_batches_are_given_back(model):
+@pytest.mark.parametrize("limit", [None, 4_000], ids=["one pass", "groups"])
+def test_random_numbers_drawn_by_the_batches_are_given_back(model, limit):
     def drawing():
         for batch in classified_texts():
             states.append(random_states())
@@ -147,7 +148,7 @@ def test_random_numbers_drawn_by_the_batches_are_given_back(model):
 
     states = []
     before = random_states()
-    run(model, drawing())
+    run(model, drawing(), max_statistics_memory=limit)
     assert all(one != other for one, other in zip(states[0], states[-1], strict=True))
     assert random_states() == before
 

@@ -328,6 +328,20 @@ def test_export_checks_before_it_loads(home, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["export", "out"]], ids=lambda command: command[0])
+def test_damaged_and_unknown_adapters_are_refused(home, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    command, *target = command
+    for name in ("torn", "unknown"):
+        shutil.copytree(home / "llama-adapter", tmp_path / name)
+    weights, config = tmp_path / "torn" / places.ADAPTER_WEIGHTS, tmp_path / "unknown" / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config.write_text(config.read_text().replace("JACTUS", "NEWEST"))
+    assert f"{places.ADAPTER_WEIGHTS} cannot be read as safetensors" in refusal(command, "torn", *target)
+    assert "a 'NEWEST' adapter, which this version of PEFT does not know" in refusal(command, "unknown", *target)
+    assert not (tmp_path / "out").exists()
+
+
 def test_overwrite_replaces_what_was_there(home, tmp_path):
     (tmp_path / "notes.txt").touch()
     run("export", home / "llama-adapter", tmp_path, "--overwrite")

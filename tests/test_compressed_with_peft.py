@@ -133,6 +133,19 @@ def test_merged_lora_is_saved_as_a_compressed_checkpoint_of_the_same_size(tmp_pa
     assert torch.equal(logits_of(again), logits_of(merged))
 
 
+@pytest.mark.parametrize("storage", PARTS)
+def test_dense_layers_are_not_made_from_under_lora_which_they_would_lose(tmp_path, storage):
+    lora = with_lora(load(tiny_bert, exported(tmp_path / "compressed", tiny_bert, storage)), "all-linear")
+    train(lora)
+    expected = logits_of(lora)
+    with pytest.raises(ValueError, match=r"has an adapter, which dense layers would lose.*`merge_and_unload`"):
+        lora.dequantize()
+    assert torch.equal(logits_of(lora), expected)
+    dense = lora.merge_and_unload().dequantize()
+    assert not [module for module in dense.modules() if isinstance(module, FactorizedLinear)]
+    assert relative_error(logits_of(dense), expected) <= FLOAT32_ERROR
+
+
 def test_lora_trains_on_a_bfloat16_checkpoint(tmp_path):
     base = load(tiny_llama, exported(tmp_path / "compressed", tiny_llama, "pivoted", dtype=torch.bfloat16))
     model = with_lora(base, "all-linear")

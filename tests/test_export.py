@@ -900,6 +900,17 @@ def test_a_directory_that_holds_something_is_refused_and_kept(tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("notes.txt", "mine")]
 
 
+def test_a_place_that_a_finished_checkpoint_cannot_be_moved_to_is_refused(tmp_path, monkeypatch):
+    model, unwritable = trained(), tmp_path / "unwritable"
+    unwritable.mkdir()
+    with pytest.raises(ValueError, match="/proc is a mount point, which cannot be renamed; give a folder in it"):
+        export(model, "/proc", overwrite=True)
+    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder) != unwritable)  # root may write anywhere
+    for target in (unwritable / "compressed", unwritable / "a" / "b"):
+        with pytest.raises(ValueError, match="unwritable is not writable"):
+            export(model, target)
+
+
 def test_an_empty_directory_and_missing_parents_are_used(tmp_path):
     (tmp_path / "empty").mkdir()
     model = trained()
@@ -1049,7 +1060,11 @@ def test_the_model_card_says_where_it_comes_from_what_was_kept_and_how_to_load_i
     dense.config.name_or_path = dense.name_or_path = "somebody/some-bert"
     model = trained(dense)
     folder = export(
-        model, tmp_path / "compressed", plot=True, metrics={"accuracy": 0.91234}, datasets="somebody/questions"
+        model,
+        tmp_path / "compressed",
+        plot=True,
+        metrics={"accuracy": 0.91234, "best_class": "Ångström", "by_class": [0.5, 1.0]},
+        datasets="somebody/questions",
     )
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     data = yaml.safe_load(front)
@@ -1059,6 +1074,8 @@ def test_the_model_card_says_where_it_comes_from_what_was_kept_and_how_to_load_i
     assert "peft-jactus" in data["tags"]
     assert str(rank_summary(model)) in text
     assert "| accuracy | 0.9123 |" in text
+    assert "| best_class | Ångström |" in text
+    assert "| by_class | [0.5, 1.0] |" in text
     assert "![Ranks by block](ranks.png)" in text
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
 

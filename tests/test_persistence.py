@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 import peft_jactus
 from peft_jactus import CalibrationStatistics
+from peft_jactus.export import compressed_copy
 from tests.compressed_models import (
     batches_for,
     compressed,
@@ -180,7 +181,7 @@ def test_missing_or_misshapen_tensors_are_errors(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("name", ["jactus_right", "jactus_left_order"])
-def test_a_tensor_that_transformers_does_not_fill_raises_at_the_first_forward_pass(tmp_path, name):
+def test_a_tensor_that_transformers_does_not_fill_raises_where_it_is_needed(tmp_path, name):
     saved_adapter(tmp_path, tiny_llama)
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     missing = next(key for key in tensors if key.endswith(name))
@@ -190,6 +191,21 @@ def test_a_tensor_that_transformers_does_not_fill_raises_at_the_first_forward_pa
     base.load_adapter(str(tmp_path / "adapter"))
     with pytest.raises(RuntimeError, match=f"`{name}` of adapter 'default' was never filled"):
         logits_of(base)
+    with pytest.raises((RuntimeError, ValueError), match=f"`{name}`"):
+        compressed_copy(base)
+
+
+def test_a_state_dict_that_is_refused_leaves_the_adapter_as_it_was():
+    model = compressed(tiny_llama())
+    expected = logits_of(model)
+    others = get_peft_model_state_dict(compressed(tiny_llama(), retained_ratio=0.4))
+    last = [key for key in others if key.endswith("jactus_core")][-1]
+    others[last] = others[last][:-1]
+    ranks = dict(model.peft_config["default"].layer_ranks)
+    with pytest.raises(ValueError, match="`jactus_left` must have shape"):
+        set_peft_model_state_dict(model, others)
+    assert model.peft_config["default"].layer_ranks == ranks
+    assert torch.equal(logits_of(model), expected)
 
 
 def test_truncated_weights_and_torn_config_are_errors(tmp_path):

@@ -17,10 +17,10 @@ from transformers import (
 
 from peft_jactus import DamagedCheckpointError, loading_options
 from peft_jactus.cli.inspection import inspect_folder
-from peft_jactus.parse import RankRouter, RouterConfig, add_router
+from peft_jactus.parse import RankRouter, RouterConfig, add_router, building
 from peft_jactus.remote_code import export_remote_code
 from peft_jactus.routing import router_of
-from tests.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from tests.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.routed_models import routed, static
 from tests.test_routed_models import inputs_of, run
 
@@ -156,7 +156,26 @@ def test_vllm_export_refuses_a_router(saved, tmp_path_factory):
         export_remote_code(folder, tmp_path_factory.mktemp("remote") / "out")
 
 
-def test_what_add_router_cannot_use():
+def test_transformers_does_not_compile_a_routed_model(saved):
+    model, folder = saved
+    for routed_model in (add_router(static(tiny_llama()), RouterConfig(active_ratio=0.5, expert_size=2)), model):
+        assert not routed_model.hf_quantizer.is_compileable
+    assert not AutoModelForCausalLM.from_pretrained(folder).hf_quantizer.is_compileable
+    assert static(tiny_llama()).hf_quantizer.is_compileable
+
+
+def test_saving_forgets_prompts_whose_factors_it_lays_out_anew(saved):
+    model, _ = saved
+    inputs = inputs_of(model)
+    expected = run(model, **inputs)
+    assert model.rank_router.cache_info().entries
+    model.state_dict()
+    assert model.rank_router.cache_info().entries == 0
+    torch.testing.assert_close(run(model, **inputs), expected)
+
+
+def test_what_add_router_cannot_use(monkeypatch):
+    monkeypatch.setattr(building, "structural_copy", lambda model: pytest.fail("work has begun"))
     dense = tiny_llama()
     config = RouterConfig(active_ratio=0.5, expert_size=2)
     with pytest.raises(ValueError, match="has no factorised layers"):
@@ -171,10 +190,15 @@ def test_what_add_router_cannot_use():
         add_router(model, config, decomposition="svd-llm")
     with pytest.raises(ValueError, match="are offloaded"):
         add_router(copy.deepcopy(model).to("meta"), config)
-    with pytest.raises(ValueError, match="has a router already"):
-        add_router(add_router(model, config, progress_bar=False), config)
+    with pytest.raises(ValueError, match=r"`decomposition` must be one of .*got 'svd_llm'"):
+        add_router(model, config, decomposition="svd_llm")
     with pytest.raises(ValueError, match="is less than one expert in each layer"):
         add_router(model, RouterConfig(active_ratio=0.01), progress_bar=False)
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration cannot be routed"):
+        add_router(static(tiny_t5()), config)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has a router already"):
+        add_router(add_router(model, config, progress_bar=False), config)
     assert not any(isinstance(module, RankRouter) for module in model.modules())
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_jactus import NumericalWarning
 from peft_jactus.routing import RankRouter, remove_router
-from tests.compressed_models import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.compressed_models import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 from tests.routed_models import cache_of, padded, prompts, routed, static, with_cache
 
 MODELS = [tiny_llama, tiny_gpt2, tiny_bert, tiny_vit]
@@ -392,6 +392,9 @@ def test_many_patterns_run_as_gates_once_that_reads_less():
     assert len(calls) == 1  # gathered factors
 
 
-def test_encoder_decoders_are_refused():
-    with pytest.raises(TypeError, match="T5ForConditionalGeneration cannot be routed"):
-        routed(tiny_t5())
+def test_autocast_does_not_round_scores():
+    router = routed(tiny_llama()).rank_router
+    pooled = torch.randn(4, router.input_mean.numel(), generator=torch.Generator().manual_seed(0))
+    expected = router(pooled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(pooled), expected)

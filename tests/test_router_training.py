@@ -208,10 +208,20 @@ def test_encoders_train_too(make, tmp_path):
         for batch in batches_for(dense)
         for row in range(4)
     ]
-    trainer = RouterTrainer(model, dense, arguments(tmp_path), train_dataset=rows, eval_dataset=rows)
+    options = {"train_dataset": rows, "eval_dataset": rows, "prompt_tokens": (2, 40)}  # or patches
+    trainer = RouterTrainer(model, dense, arguments(tmp_path), **options)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < start
+
+
+def test_initialisation_forgets_what_was_chosen_before():
+    model = untrained(tiny_llama())
+    ids = corpus()["input_ids"][:2]
+    run(model, input_ids=ids)
+    assert model.rank_router.cache_info().entries
+    initialize_router_(model, [{"input_ids": ids}], progress_bar=False)
+    assert model.rank_router.cache_info().entries == 0
 
 
 def test_what_a_trainer_cannot_use(tmp_path):
@@ -226,6 +236,10 @@ def test_what_a_trainer_cannot_use(tmp_path):
         RouterTrainer(model, dense, args, train_dataset=corpus().select([]))
     with pytest.raises(ValueError, match="`active_ratios` must be two positive numbers"):
         RouterTrainer(model, dense, args, train_dataset=corpus(), active_ratios=(0.8, 0.4))
+    with pytest.raises(ValueError, match=r"`active_ratio` must be in \(0, 1\]; got 80"):
+        RouterTrainer(model, dense, args, train_dataset=corpus(), active_ratios=(0.4, 80))
+    with pytest.raises(ValueError, match=r"`prompt_tokens` must be integers; got \(1\.5, 3\)"):
+        RouterTrainer(model, dense, args, train_dataset=corpus(), prompt_tokens=(1.5, 3))
     with pytest.raises(ValueError, match="`temperature` must be positive; got 0"):
         RouterTrainer(model, dense, args, train_dataset=corpus(), temperature=0)
     with pytest.raises(ValueError, match="is less than one expert in each layer"):
@@ -235,6 +249,14 @@ def test_what_a_trainer_cannot_use(tmp_path):
     with pytest.raises(TypeError, match="returns no `logits` to compare"):
         # A base model has no predictions.
         initialize_router_(headless, [{"input_ids": corpus()["input_ids"][:2]}], progress_bar=False)
+    ids = corpus()["input_ids"][:2]
+    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    with pytest.raises(ValueError, match="No expert changes a prediction on `batches`"):
+        initialize_router_(model, [padding], progress_bar=False)
+    regression = untrained(tiny_bert())
+    regression.classifier = torch.nn.Linear(regression.config.hidden_size, 1)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification returns one number.* cannot be for a reg"):
+        initialize_router_(regression, [{"input_ids": ids}], progress_bar=False)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True

@@ -346,8 +346,21 @@ def test_all_linear_leaves_the_head_that_peft_trains_whole(model_class, task_typ
 
 
 def test_a_budget_that_is_out_of_reach_is_said():
-    with pytest.warns(NumericalWarning, match="`retained_ratio`=0.001 is out of reach: rank one in each layer is"):
-        compressed(tiny_bert(), retained_ratio=0.001)
+    with pytest.warns(NumericalWarning, match=r"`retained_ratio`=0.001 is out of reach: 0.0\d+ are kept"):
+        model = compressed(tiny_bert(), retained_ratio=0.001)
+    assert {layer.r["default"] for layer in jactus_layers(model).values()} == {1}
+
+
+def test_the_config_of_a_saved_adapter_computes_nothing_unless_asked_to(tmp_path):
+    compressed(tiny_bert()).save_pretrained(tmp_path)
+    config, model = JactusConfig.from_pretrained(tmp_path), tiny_bert()
+    expected = logits_of(compressed(tiny_bert()))
+    calibrate(model, config, batches_for(model), progress_bar=False)
+    with pytest.raises(ValueError, match=r"Set `config\.init_weights = True` to compute new values"):
+        get_peft_model(model, config)
+    assert not jactus_layers(model)
+    config.init_weights, config.inference_mode = True, False
+    assert torch.equal(logits_of(get_peft_model(model, config)), expected)
 
 
 def test_statistics_of_another_model_are_refused_before_anything_changes():

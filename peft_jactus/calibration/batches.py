@@ -30,6 +30,9 @@ def to_model_device(batch: Batch, model: nn.Module) -> Batch:
 
 def num_batches(batches: Iterable[Batch], max_batches: int | None) -> int | None:
     """Return how many batches will be drawn, if that can be known."""
-    length = len(batches) if isinstance(batches, Sized) else None
+    try:
+        length = len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader over a stream
+        length = None
     known = [number for number in (length, max_batches) if number is not None]
     return min(known) if known else None

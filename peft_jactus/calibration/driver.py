@@ -182,7 +182,8 @@ class _Pass:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
             path = Path(from_all(folder.name)[0]) / "statistics.safetensors"
             store = StatisticsStore(path, {}, row_fisher=self.row_fisher)  # read in this run only: no digests
-        batches = list(itertools.islice(batches, self.max_batches))
+        with random_state_kept():
+            batches = list(itertools.islice(batches, self.max_batches))
         parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
             saved = part.read(lazily=True)

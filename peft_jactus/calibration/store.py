@@ -59,7 +59,10 @@ class StatisticsStore:
         row_fisher: bool,
         digests: Mapping[str, str] | None = None,
     ) -> None:
+        if path.is_dir():
+            raise ValueError(f"`statistics_file` {path} is a directory; give a file in it.")
         self.path = path
+        self._is_part = False
         self._targets = targets
         self._row_fisher = row_fisher
         if digests is None:
@@ -70,7 +73,9 @@ class StatisticsStore:
         """Return the store of a group of the layers, ``number`` of ``count``, counted from 1."""
         path = part_path(self.path, number, count)
         # A change of one layer changes what others see, so each part has all digests.
-        return StatisticsStore(path, targets, row_fisher=self._row_fisher, digests=self._digests)
+        store = StatisticsStore(path, targets, row_fisher=self._row_fisher, digests=self._digests)
+        store._is_part = True
+        return store
 
     def read(self, *, lazily: bool) -> SavedStatistics | None:
         """Return the complete statistics, if every process finds them; else what this process has of its own part.
@@ -118,6 +123,8 @@ class StatisticsStore:
         if not files:
             return None
         statistics = open_statistics(path) if lazily else CalibrationStatistics.load(path)
+        if self._is_part and set(statistics) != set(self._targets):
+            return None  # of groups for another memory limit
         source = f"`statistics_file` {path}"
         check_statistics(statistics, self._targets, row_fisher=self._row_fisher, source=source)
         headers = [read_metadata(file) for file in files]

@@ -7,11 +7,16 @@ from typing import Annotated, Any
 import transformers
 import typer
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoConfig
 
 from peft_jactus.cli.options import DtypeOption, OverwriteOption, StorageOption, to_dtype
-from peft_jactus.cli.places import find_processor, load_adapter_config, local_folder, model_class
+from peft_jactus.cli.places import (
+    find_processor,
+    load_adapter_config,
+    local_folder,
+    model_class,
+    read_adapter_shapes,
+)
 from peft_jactus.config import JactusConfig
 from peft_jactus.export import check_target, export_compressed
 
@@ -72,9 +77,8 @@ def _base_class(config: JactusConfig, base_config: Any) -> Any:
 
 def _num_labels(folder: Path) -> int | None:
     """Return how many classes a head that was saved with the adapter has."""
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as reader:
-        heads = [name for name in reader.keys() if _HEAD_WEIGHT.fullmatch(name)]  # noqa: SIM118  # not a mapping
-        return reader.get_slice(heads[0]).get_shape()[0] if heads else None
+    heads = [shape for name, shape in read_adapter_shapes(folder).items() if _HEAD_WEIGHT.fullmatch(name)]
+    return heads[0][0] if heads else None
 
 
 def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:

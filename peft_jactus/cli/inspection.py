@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from peft_jactus.cli.places import load_adapter_config, local_folder
+from peft_jactus.cli.places import load_adapter_config, local_folder, read_adapter_shapes
 from peft_jactus.compression_config import CompressionConfig
 from peft_jactus.integrity import CheckpointFiles
 from peft_jactus.summary import RankSummary, plot_ranks, summary_of_adapter, summary_of_checkpoint
-
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _inspect_adapter(folder: Path) -> Inspection:
     config = load_adapter_config(folder)
-    try:
-        with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as reader:
-            names = reader.keys()  # not a mapping
-            shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / _ADAPTER_WEIGHTS} cannot be read as safetensors: {error}.") from error
+    shapes = read_adapter_shapes(folder)
     facts = {
         "kind": "adapter",
         "base model": config.base_model_name_or_path or "unknown",

@@ -6,10 +6,14 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import has_file
 
 from peft_jactus.config import JactusConfig
+
+# Name that PEFT gives the file.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def local_folder(directory_or_name: str) -> Path:
@@ -67,7 +71,21 @@ def find_processor(*places: str) -> Any | None:
 
 def load_adapter_config(folder: Path) -> JactusConfig:
     """Return the config of an adapter in a directory; a `ValueError` says if it is another tuner's."""
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        raise ValueError(f"{folder} holds a {error} adapter, which this version of PEFT does not know.") from error
     if not isinstance(config, JactusConfig):
         raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a JACTUS one.")  # noqa: TRY004  # a file
     return config
+
+
+def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors; a `ValueError` says if they cannot be read."""
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as reader:
+            names = reader.keys()  # not a mapping
+            return {name: tuple(reader.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}. Save or download it again.") from error

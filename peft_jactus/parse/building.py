@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
 from peft_jactus.checkpoint_names import checkpoint_names
 from peft_jactus.compression_config import LayerForm
 from peft_jactus.copying import structural_copy
-from peft_jactus.decomposition import DecompositionOptions, project_weight
+from peft_jactus.decomposition import Decomposition, DecompositionOptions, project_weight
 from peft_jactus.layer import JactusLayer
-from peft_jactus.loading import JactusQuantizer
+from peft_jactus.loading import JactusQuantizer, check_no_adapter
 from peft_jactus.low_rank import FactorizedLinear, LowRankLinear, arrange_parts_
-from peft_jactus.routing import install_router, router_of
+from peft_jactus.routing import check_routable, install_router, router_of
+from peft_jactus.routing.selection import ExpertTable, LayerShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peft_jactus.decomposition import Decomposition
     from peft_jactus.moments import LayerStatistics
     from peft_jactus.routing import RouterConfig
     from peft_jactus.statistics import CalibrationStatistics
@@ -56,10 +55,14 @@ def add_router(
 
     Raises:
         ValueError: If ``model`` has no factorised layers, has a router or an adapter on it already, or is
-            offloaded; or if ``statistics`` miss a layer or are needed and missing.
+            offloaded; if the budget is less than one expert in each layer; or if ``decomposition`` is none, or
+            ``statistics`` miss a layer or are needed and missing. A `TypeError` says if it is an encoder-decoder.
     """
     layers = _factorized_layers(model)
+    check_routable(model)
     decomposition = decomposition or ("svd" if statistics is None else "kfac")
+    if decomposition not in get_args(Decomposition):
+        raise ValueError(f"`decomposition` must be one of {get_args(Decomposition)}; got {decomposition!r}.")
     options = DecompositionOptions(decomposition="kfac" if decomposition == "jactus" else decomposition)
     missing = [name for name in layers if statistics is None or name not in statistics]
     if options.needs_statistics and missing:
@@ -69,6 +72,8 @@ def add_router(
         )
     names = checkpoint_names(model, layers)
     ordered = sorted(layers, key=names.__getitem__)  # as a loader finds them again
+    shapes = [LayerShape(layers[name].out_features, layers[name].in_features, layers[name].rank) for name in ordered]
+    ExpertTable(shapes, config.expert_size).budgets(config.active_ratio, config.allocation)  # raises if too small
     routed = structural_copy(model)
     quantizer = routed.hf_quantizer
     assert isinstance(quantizer, JactusQuantizer)
@@ -78,6 +83,7 @@ def add_router(
         form = quantizer.module_forms[name]
         quantizer.module_forms[name] = LayerForm(LowRankLinear.storage, form.rank, form.energy_kept)
     install_router(routed, ordered, config)
+    quantizer.quantization_config.router = config
     return routed
 
 
@@ -91,9 +97,7 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
             "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "
             "`from_pretrained`; or `peft_jactus.export.compressed_copy(model)`."
         )
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if adapted:
-        raise ValueError(f"`model` has an adapter, which routed layers would lose, on {adapted[:5]}. Merge it first.")
+    check_no_adapter(model, would_lose_it="routed layers")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     if not layers:
         raise ValueError(

@@ -28,12 +28,18 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     Raises:
         TypeError: If the model returns none.
+        ValueError: If there is one class, as for a regression: nothing to be likely or not.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits: Tensor | None = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise TypeError(
             f"{type(model).__name__} returns no `logits` to compare. Load the model with a head (`AutoModelFor...`)."
+        )
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"{type(model).__name__} returns one number, not one for each of several classes or tokens; a router is "
+            "trained on how likely they are, and cannot be for a regression."
         )
     return logits
 

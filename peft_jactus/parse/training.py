@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ class RouterTrainer(Trainer):
         **trainer_options: ``eval_dataset``, ``data_collator``, ``callbacks`` and other arguments of the Trainer.
 
     Raises:
-        ValueError: If the model has no router, the corpus is empty, or a range is not one.
+        ValueError: If the model has no router or checkpoints its activations, the corpus is empty, or a range is
+            not one of such values.
     """
 
     def __init__(
@@ -85,13 +87,16 @@ class RouterTrainer(Trainer):
             raise ValueError("`model` has no router; use `add_router`.")
         if isinstance(train_dataset, Sized) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
-        if model.is_gradient_checkpointing:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError("`model` uses gradient checkpointing, which routing does not survive; disable it.")
         self.router: RankRouter = router
         self.active_ratios = _checked_range("active_ratios", active_ratios or (router.active_ratio,) * 2)
         for ratio in self.active_ratios:
+            replace(router.router_config, active_ratio=ratio)  # raises if it is above one
             router.budgets(ratio)
         self.prompt_tokens = None if prompt_tokens is None else _checked_range("prompt_tokens", prompt_tokens)
+        if any(type(length) is not int for length in self.prompt_tokens or ()):
+            raise ValueError(f"`prompt_tokens` must be integers; got {prompt_tokens!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive; got {temperature}.")
         self.temperature = temperature
@@ -118,7 +123,8 @@ class RouterTrainer(Trainer):
         del num_items_in_batch
         with torch.no_grad():
             expected = logits_of(self.teacher, inputs)
-            pooled = pool_embeddings(embeddings_of(self.routed, inputs), self._prompt_mask(inputs))
+            embeddings = embeddings_of(self.routed, inputs)
+            pooled = pool_embeddings(embeddings, self._prompt_mask(inputs, embeddings))
         low, high = self.active_ratios
         ratio = low + (high - low) * (float(torch.rand(())) if model.training else 0.5)
         budgets = self.router.budgets(ratio)
@@ -129,11 +135,11 @@ class RouterTrainer(Trainer):
         loss = divergence(expected, logits)[counted_positions(inputs, logits)].mean()
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _prompt_mask(self, inputs: Batch) -> Tensor | None:
+    def _prompt_mask(self, inputs: Batch, embeddings: Tensor) -> Tensor | None:
         mask = inputs.get("attention_mask")
         if self.prompt_tokens is None:
             return mask
-        mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.int64) if mask is None else mask
         low, high = self.prompt_tokens
         lengths = torch.randint(low, high + 1, (len(mask), 1), device=mask.device)
         return mask * (mask.cumsum(1) <= lengths)
@@ -206,6 +212,8 @@ def initialize_router_(
         raise ValueError("`batches` is empty; a router needs at least one.")
     inputs, worth = torch.cat(pooled), torch.cat(importance).double()
     average = worth.mean(0)
+    if not average.any():
+        raise ValueError("No expert changes a prediction on `batches`, as if all were padding; give other ones.")
     average = average + _IMPORTANCE_FLOOR * average.mean()
     scores = (average / router.table.costs.to(average)).log()
     router.bias.copy_(scores - scores.mean())
@@ -216,6 +224,7 @@ def initialize_router_(
         if router.router_config.router_kind == "linear":
             slopes = ridge_regression(router.features(inputs).double(), worth / average - 1)
             router.weight.copy_(slopes.mT)
+    router.clear_cache()  # of what it chose before
 
 
 def ridge_regression(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,15 @@ A subpackage because each part is a matter of its own: which experts to take (`s
 """
 
 from peft_jactus.routing.config import RouterConfig
-from peft_jactus.routing.installation import ROUTER_NAME, install_router, remove_router, router_of
+from peft_jactus.routing.installation import ROUTER_NAME, check_routable, install_router, remove_router, router_of
 from peft_jactus.routing.router import RankRouter
 
-__all__ = ["ROUTER_NAME", "RankRouter", "RouterConfig", "install_router", "remove_router", "router_of"]
+__all__ = [
+    "ROUTER_NAME",
+    "RankRouter",
+    "RouterConfig",
+    "check_routable",
+    "install_router",
+    "remove_router",
+    "router_of",
+]

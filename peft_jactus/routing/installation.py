@@ -29,17 +29,11 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
         config: Of the router.
 
     Returns:
-        The router, which is ``model.rank_router``: untrained, all scores zero.
-
-    Raises:
-        TypeError: If the model is not one that can be routed.
+        The router, which is ``model.rank_router``: untrained, all scores zero. A `TypeError` says if the model is not
+        one that can be routed.
     """
+    check_routable(model)
     embeddings = model.get_input_embeddings()
-    if model.config.is_encoder_decoder or embeddings is None:
-        raise TypeError(
-            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start "
-            "with; not the two together."
-        )
     state = RoutingState()
     layers = []
     for position, name in enumerate(names):
@@ -53,6 +47,15 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
     router.attach(model)
     router.train(model.training)
     return router
+
+
+def check_routable(model: PreTrainedModel) -> None:
+    """Raise `TypeError` if a model is not one that can be routed."""
+    if model.config.is_encoder_decoder or model.get_input_embeddings() is None:
+        raise TypeError(
+            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start "
+            "with; not the two together."
+        )
 
 
 def remove_router(model: nn.Module) -> None:

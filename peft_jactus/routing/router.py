@@ -123,11 +123,12 @@ class RankRouter(nn.Module):
         Returns:
             ``(batch, experts)``, float32: the log of the worth of a parameter, on no particular scale.
         """
-        features = self.features(pooled)
-        if self.router_config.router_kind == "mlp":
-            hidden = functional.linear(features, self.hidden_weight.float(), self.hidden_bias.float())
-            features = functional.relu(hidden) / math.sqrt(hidden.shape[1])
-        return functional.linear(features, self.weight.float(), self.bias.float())
+        with torch.autocast(pooled.device.type, enabled=False):
+            features = self.features(pooled)
+            if self.router_config.router_kind == "mlp":
+                hidden = functional.linear(features, self.hidden_weight.float(), self.hidden_bias.float())
+                features = functional.relu(hidden) / math.sqrt(hidden.shape[1])
+            return functional.linear(features, self.weight.float(), self.bias.float())
 
     @property
     def active_ratio(self) -> float:
@@ -178,7 +179,7 @@ class RankRouter(nn.Module):
         for layer in self.layers:
             layer.forget_product()
 
-    # Whatever changes weights passes through one of these.
+    # Whatever changes weights, or where the layers have them, passes through one of these.
 
     def train(self, mode: bool = True) -> RankRouter:
         """Set the mode; training changes weights."""
@@ -194,6 +195,10 @@ class RankRouter(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.clear_cache()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()  # layers lay out their factors anew, and patterns would keep the old ones
+        super()._save_to_state_dict(*args, **kwargs)
 
     # -- running the model with given experts -------------------------------------------------------------
 

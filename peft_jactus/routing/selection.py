@@ -2,10 +2,8 @@
 
 A factorised weight is a sum of rank-one terms; consecutive terms make a *rank expert*. A score says how much a
 parameter of an expert is worth for one prompt, as a logarithm, so the best choice under a budget takes experts in the
-order of their
-scores: the greedy solution of the fractional knapsack, optimal up to the last item. With ``"uniform"`` each layer has
-    a
-budget of its own, with ``"global"`` all share one.
+order of their scores: the greedy solution of the fractional knapsack, optimal up to the last item. With ``"uniform"``
+each layer has a budget of its own, with ``"global"`` all share one.
 
 No layer costs more than its dense weight: if all of its experts run, their product can run in their place. Where a
 layer has so many that this matters, the last ones are one item, which costs what is missing to the dense weight.
