@@ -93,7 +93,7 @@ def classification_metrics(prediction):
     }
 
 
-def training_arguments(folder, *, epochs, seed, batch_size, **further):
+def training_arguments(folder, *, epochs, seed, batch_size, save_strategy="no", **further):
     """Return what every method trains with: a linear schedule with warm-up, no weight decay, no checkpoints."""
     return TrainingArguments(
         output_dir=folder,
@@ -102,7 +102,7 @@ def training_arguments(folder, *, epochs, seed, batch_size, **further):
         per_device_eval_batch_size=128,
         warmup_steps=0.06,
         weight_decay=0.0,
-        save_strategy="no",
+        save_strategy=save_strategy,
         logging_steps=0.1,
         report_to=[],
         seed=seed,

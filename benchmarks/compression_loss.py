@@ -3,8 +3,9 @@
     python benchmarks/compression_loss.py run text --tasks trec mr --seeds 0 1 2
     python benchmarks/compression_loss.py report text     # compression_loss-text.md and .png
 
-The kinds are text, vision and language. A classifier is fine-tuned on its task first: with a fresh head, far from a
-minimum, truncation moves the loss to first order, and says little about the metric. A language model is compressed as
+The kinds are text, vision and language. A classifier is fine-tuned on its task first, to the epoch that has the least
+loss on held-out training rows: far from a minimum, with a fresh head or when it has become too sure of itself,
+truncation moves the loss to first order, and says little about the metric. A language model is compressed as
 it was pretrained, calibrated on training rows of the text that it is scored on; its seed chooses these rows, and no
 more. One calibration serves all decompositions. JACTUS is as it is by default; the peers are as published, so
 without its correction of the bias, and with ranks of any number. A result that is there is not computed again.
@@ -18,6 +19,7 @@ import json
 import os
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +51,12 @@ ALLOCATIONS = ("global", "uniform")
 ROWS = 2000
 LEARNING_RATE = 2e-4
 EPOCHS = 3
+KEEP_BEST_EPOCH = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+}
 # Rows to score on: the logits of the dense model are kept.
 MAX_TEST_ROWS = {"text": 1000, "vision": 1000, "language": 100}
 BATCH_SIZE = 50
@@ -96,10 +104,11 @@ class Scorer:
 
 
 def pretrained(workload, seed):
-    """Return the model to compress; one with a fresh head is trained whole first."""
+    """Return the model to compress; one with a fresh head is trained whole first, and chosen on the rows to score."""
     set_seed(seed)
     model = workload.make_model()
     if workload.head is not None:
+        workload = replace(workload, training_arguments=workload.training_arguments | KEEP_BEST_EPOCH)
         with tempfile.TemporaryDirectory() as folder:
             make_trainer(model, workload, folder, learning_rate=LEARNING_RATE, epochs=EPOCHS, seed=seed).train()
     return model.eval()
@@ -108,7 +117,12 @@ def pretrained(workload, seed):
 def calibrated(args, task, seed):
     """Return a model, its statistics, and what scores it."""
     module = importlib.import_module(f"_{args.kind}")
-    workload = module.load_workload(args.data_dir, task, num_rows=args.rows, scored_on="test")
+
+    def load_workload(scored_on):
+        return module.load_workload(args.data_dir, task, num_rows=args.rows, scored_on=scored_on)
+
+    scored = load_workload("test")
+    workload = scored if scored.head is None else load_workload("held-out")
     model = pretrained(workload, seed)
     # Asks for all statistics that any of the decompositions needs.
     config = JactusConfig(
@@ -118,8 +132,8 @@ def calibrated(args, task, seed):
         decomposition="fwsvd",
     )
     found = calibrate(model, config, workload.calibration_batches(), progress_bar=False)
-    rows = Subset(workload.test, range(min(MAX_TEST_ROWS[args.kind], len(workload.test))))
-    return model, found, Scorer(model, rows, workload.collator)
+    rows = Subset(scored.test, range(min(MAX_TEST_ROWS[args.kind], len(scored.test))))
+    return model, found, Scorer(model, rows, scored.collator)
 
 
 @torch.no_grad()
