@@ -18,7 +18,7 @@ COLORS = {
     "jactus pivoted": "navy",
     "jactus factored": "steelblue",
     "jactus+lora pivoted": "teal",
-    "jactus+full pivoted": "darkcyan",
+    "jactus+full pivoted": "olive",
     "full+jactus pivoted": "slateblue",
     "full+jactus factored": "plum",
     "full+svd-llm+lora": "gold",
