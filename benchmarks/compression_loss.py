@@ -58,7 +58,7 @@ KEEP_BEST_EPOCH = {
     "load_best_model_at_end": True,
 }
 # Rows to score on: the logits of the dense model are kept.
-MAX_TEST_ROWS = {"text": 1000, "vision": 1000, "language": 100}
+MAX_TEST_ROWS = {"text": 1000, "vision": 4000, "language": 100}
 BATCH_SIZE = 50
 # How a decomposition is used: JACTUS by its defaults, a peer as published.
 AS_USED = {name: ("pivoted", "global") if name == "jactus" else ("factored", "uniform") for name in DECOMPOSITIONS}
