@@ -104,7 +104,10 @@ class Scorer:
 
 
 def pretrained(workload, seed):
-    """Return the model to compress; one with a fresh head is trained whole first, and chosen on the rows to score."""
+    """Return the model to compress; one with a fresh head is trained whole first.
+
+    Of its epochs it is the one with the least loss on ``workload.test``.
+    """
     set_seed(seed)
     model = workload.make_model()
     if workload.head is not None:
