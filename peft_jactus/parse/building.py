@@ -72,8 +72,8 @@ def add_router(
         )
     names = checkpoint_names(model, layers)
     ordered = sorted(layers, key=names.__getitem__)  # as a loader finds them again
-    shapes = [LayerShape(layers[name].out_features, layers[name].in_features, layers[name].rank) for name in ordered]
-    ExpertTable(shapes, config.expert_size).budgets(config.active_ratio, config.allocation)  # raises if too small
+    table = ExpertTable([LayerShape.of(layers[name]) for name in ordered], config.expert_size)
+    table.budgets(config.active_ratio, config.allocation)  # raises if the ratio is too small
     routed = structural_copy(model)
     quantizer = routed.hf_quantizer
     assert isinstance(quantizer, JactusQuantizer)

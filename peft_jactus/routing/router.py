@@ -82,8 +82,7 @@ class RankRouter(nn.Module):
         self.router_config = config
         # In a tuple: they are not the router's own modules.
         self.layers = tuple(layers)
-        shapes = [LayerShape(layer.out_features, layer.in_features, layer.rank) for layer in self.layers]
-        self.table = ExpertTable(shapes, config.expert_size)
+        self.table = ExpertTable([LayerShape.of(layer) for layer in self.layers], config.expert_size)
         self._state = self.layers[0].state
         self._budgets = self.table.budgets(config.active_ratio, config.allocation)
         num_bytes = config.cache_bytes

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from peft_jactus.low_rank import FactorizedLinear
+
 ExpertAllocation = Literal["global", "uniform"]
 
 # Halvings of the interval that holds a threshold; 40 leave 1e-12 of it.
@@ -45,6 +47,11 @@ class LayerShape:
     out_features: int
     in_features: int
     rank: int
+
+    @classmethod
+    def of(cls, layer: FactorizedLinear) -> LayerShape:
+        """Return the shape of a layer."""
+        return cls(layer.out_features, layer.in_features, layer.rank)
 
 
 class ExpertTable:
