@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.main import get_command
@@ -334,10 +335,10 @@ def test_damaged_and_unknown_adapters_are_refused(home, tmp_path, monkeypatch, c
     command, *target = command
     for name in ("torn", "unknown"):
         shutil.copytree(home / "llama-adapter", tmp_path / name)
-    weights, config = tmp_path / "torn" / places.ADAPTER_WEIGHTS, tmp_path / "unknown" / "adapter_config.json"
+    weights, config = tmp_path / "torn" / SAFETENSORS_WEIGHTS_NAME, tmp_path / "unknown" / "adapter_config.json"
     weights.write_bytes(weights.read_bytes()[:-100])
     config.write_text(config.read_text().replace("JACTUS", "NEWEST"))
-    assert f"{places.ADAPTER_WEIGHTS} cannot be read as safetensors" in refusal(command, "torn", *target)
+    assert f"{SAFETENSORS_WEIGHTS_NAME} cannot be read as safetensors" in refusal(command, "torn", *target)
     assert "a 'NEWEST' adapter, which this version of PEFT does not know" in refusal(command, "unknown", *target)
     assert not (tmp_path / "out").exists()
 

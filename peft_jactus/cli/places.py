@@ -6,14 +6,12 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import has_file
 
 from peft_jactus.config import JactusConfig
-
-# Name that PEFT gives the file.
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def local_folder(directory_or_name: str) -> Path:
@@ -82,7 +80,7 @@ def load_adapter_config(folder: Path) -> JactusConfig:
 
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an adapter's tensors; a `ValueError` says if they cannot be read."""
-    path = folder / ADAPTER_WEIGHTS
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as reader:
             names = reader.keys()  # not a mapping
