@@ -49,14 +49,14 @@ UNCOMPRESSED = {
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
-# How JACTUS is run, by kind: what was best on held-out training rows (NOTES.md); on texts of the ways that need no
-# more memory than LoRA.
-OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
+# How JACTUS is run, by kind: what was best on held-out training rows (NOTES.md); on texts also the best of the ways
+# that need no more memory than LoRA.
+OURS = {"text": ("lora+jactus", "full+jactus"), "vision": ("jactus",), "language": ("full+jactus",)}
 PEERS = ("svd+lora", "svd-llm+lora")
 # At the smallest ratio only: what the choice above is worth, what a first stage does for the best peer; on language,
 # what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
-    "text": ("jactus", "full+jactus", "lora+svd-llm+lora"),
+    "text": ("jactus", "lora+svd-llm+lora", "full+svd-llm+lora"),
     "vision": ("lora+jactus", "jactus+lora"),
     "language": ("jactus", "jactus+lora", "jactus+full", "lora+jactus", "full+svd-llm+lora", "svd-llm+full"),
 }
@@ -146,7 +146,7 @@ def budgets(kind, ratios=RATIOS, storages=STORAGES):
     """Return (method, ratio, storage) of every row of a table."""
     rows = [(method, 1.0, "factored") for method in UNCOMPRESSED[kind]]
     for ratio in ratios:
-        rows += [(OURS[kind], ratio, storage) for storage in storages]
+        rows += [(method, ratio, storage) for method in OURS[kind] for storage in storages]
         rows += [(method, ratio, "factored") for method in PEERS]
     further = [(method, storages[0] if is_ours(method) else "factored") for method in FURTHER[kind]]
     return rows + [(method, min(ratios), storage) for method, storage in further]
