@@ -49,9 +49,10 @@ UNCOMPRESSED = {
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
-# How JACTUS is run, by kind: what was best on held-out training rows (NOTES.md); on texts also the best of the ways
-# that need no more memory than LoRA.
-OURS = {"text": ("lora+jactus", "full+jactus"), "vision": ("jactus",), "language": ("full+jactus",)}
+# How JACTUS is run in both storages, by kind: what was best on held-out training rows (NOTES.md); on texts of the ways
+# that need no more memory than LoRA, and the best of the others in the default storage.
+OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
+OURS_WITH_MORE_MEMORY = {"text": ("full+jactus",), "vision": (), "language": ()}
 PEERS = ("svd+lora", "svd-llm+lora")
 # At the smallest ratio only: what the choice above is worth, what a first stage does for the best peer; on language,
 # what other last stages do, too. Learning rates are chosen for them as for all others.
@@ -146,7 +147,8 @@ def budgets(kind, ratios=RATIOS, storages=STORAGES):
     """Return (method, ratio, storage) of every row of a table."""
     rows = [(method, 1.0, "factored") for method in UNCOMPRESSED[kind]]
     for ratio in ratios:
-        rows += [(method, ratio, storage) for method in OURS[kind] for storage in storages]
+        rows += [(OURS[kind], ratio, storage) for storage in storages]
+        rows += [(method, ratio, storages[0]) for method in OURS_WITH_MORE_MEMORY[kind]]
         rows += [(method, ratio, "factored") for method in PEERS]
     further = [(method, storages[0] if is_ours(method) else "factored") for method in FURTHER[kind]]
     return rows + [(method, min(ratios), storage) for method, storage in further]
