@@ -49,9 +49,10 @@ UNCOMPRESSED = {
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
-# How JACTUS is run in both storages, by kind: what was best on held-out training rows (NOTES.md); on texts of the ways
-# that need no more memory than LoRA, and the best of the others in the default storage.
+# How JACTUS is run in both storages, by kind: what was best on held-out training rows (NOTES.md); on texts of the
+# ways that need no more memory than LoRA.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
+# At every ratio, too, in the default storage.
 OURS_WITH_MORE_MEMORY = {"text": ("full+jactus",), "vision": (), "language": ()}
 PEERS = ("svd+lora", "svd-llm+lora")
 # At the smallest ratio only: what the choice above is worth, what a first stage does for the best peer; on language,
