@@ -6,15 +6,15 @@ Importing this package registers the tuner type ``JACTUS`` with PEFT.
 from peft_jactus._registration import register as _register
 from peft_jactus._version import __version__ as __version__
 from peft_jactus.calibration import calibrate
-from peft_jactus.config import JactusConfig
-from peft_jactus.export import export_compressed
-from peft_jactus.integrity import DamagedCheckpointError
-from peft_jactus.linalg import NumericalWarning
-from peft_jactus.loading import loading_options
-from peft_jactus.low_rank import LowRankLinear, PivotedLinear
-from peft_jactus.model import JactusModel
-from peft_jactus.statistics import CalibrationStatistics
-from peft_jactus.summary import RankSummary, plot_ranks, rank_summary
+from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.deployment.export import export_compressed
+from peft_jactus.deployment.integrity import DamagedCheckpointError
+from peft_jactus.numerics.linalg import NumericalWarning
+from peft_jactus.deployment.quantizer import loading_options
+from peft_jactus.deployment.layers import LowRankLinear, PivotedLinear
+from peft_jactus.tuner.model import JactusModel
+from peft_jactus.calibration.statistics import CalibrationStatistics
+from peft_jactus.deployment.ranks import RankSummary, plot_ranks, rank_summary
 
 __all__ = [
     "CalibrationStatistics",

@@ -14,11 +14,11 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from peft_jactus._peft_type import NAME, jactus_peft_type
-from peft_jactus.compression_config import QUANT_METHOD, CompressionConfig
-from peft_jactus.config import JactusConfig
-from peft_jactus.loading import JactusQuantizer
-from peft_jactus.model import JactusModel
+from peft_jactus.tuner.peft_type import NAME, jactus_peft_type
+from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig
+from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.deployment.quantizer import JactusQuantizer
+from peft_jactus.tuner.model import JactusModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_jactus import JactusConfig, calibrate
-from peft_jactus.distributed import from_all, num_processes
-from peft_jactus.layer import JactusLayer
+from peft_jactus._processes import from_all, num_processes
+from peft_jactus.tuner.layer import JactusLayer
 from tests.compressed_models import batches_for, tiny_bert, tiny_llama
 
 LEARNING_RATE = 1e-2

@@ -6,7 +6,7 @@ import inspect
 import torch
 from transformers import Cache
 
-from peft_jactus.export import compressed_copy
+from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.parse import RouterConfig, add_router
 from tests.compressed_models import VOCABULARY, compressed
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_jactus.moments import LayerStatistics, SecondMoment
+from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
 
 MAX_CONDITION_EXPONENT = 8
 

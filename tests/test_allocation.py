@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from peft_jactus.allocation import LayerGains, allocate, stays_dense, stored_parameters, uniform_rank
+from peft_jactus.numerics.allocation import LayerGains, allocate, stays_dense, stored_parameters, uniform_rank
 from tests import oracles
 from tests.strategies import spectra
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_jactus import benchmarking
-from peft_jactus.benchmarking import Case, compare, decode_case, forward_case, num_bytes, num_parameters
+from peft_jactus.cli import stopwatch
+from peft_jactus.cli.stopwatch import Case, compare, decode_case, forward_case, num_bytes, num_parameters
 from tests.compressed_models import compressed, tiny_llama
 
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(benchmarking.time, "thread_time", clock)
+    monkeypatch.setattr(stopwatch.time, "thread_time", clock)
     return clock
 
 

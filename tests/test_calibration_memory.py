@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
-from peft_jactus.factorization import plan_ranks
+from peft_jactus.numerics.factorization import plan_ranks
 from tests.comparisons import assert_same_statistics
 from tests.strategies import randn
 from tests.tiny_models import TASKS, collate, tiny_bert
@@ -119,7 +119,7 @@ def test_the_limit_holds_for_what_compression_keeps_as_well(tmp_path, monkeypatc
         kept.append(sum(projection.num_bytes for projection in plan.projections.values()))
         return plan
 
-    monkeypatch.setattr("peft_jactus.model.plan_ranks", watched_plan)
+    monkeypatch.setattr("peft_jactus.tuner.model.plan_ranks", watched_plan)
     path = tmp_path / "statistics.safetensors"
     for limit in (None, LIMIT):
         model = tiny_bert()

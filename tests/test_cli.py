@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 import peft_jactus
 from peft_jactus import JactusConfig, calibrate, export_compressed, loading_options, rank_summary
-from peft_jactus.adapter_tensors import tensor_shapes
+from peft_jactus.tuner.adapter_format import tensor_shapes
 from peft_jactus.cli import app, compressing, exporting, places
-from peft_jactus.cli.calibration_data import DataOptions, make_batches
-from peft_jactus.summary import summary_of_adapter
+from peft_jactus.cli.data import DataOptions, make_batches
+from peft_jactus.deployment.ranks import summary_of_adapter
 from tests.compressed_models import (
     VOCABULARY,
     compressed,

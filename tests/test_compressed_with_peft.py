@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_jactus import loading_options, rank_summary
-from peft_jactus.low_rank import FactorizedLinear
+from peft_jactus.deployment.layers import FactorizedLinear
 from tests.compressed_models import (
     batches_for,
     compressed,

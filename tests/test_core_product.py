@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_jactus import interpolation
-from peft_jactus.core_product import STEP_NORM, core_product, step
-from peft_jactus.interpolation import InterpolativeBasis, interpolative_basis
+from peft_jactus.numerics import interpolation
+from peft_jactus.numerics.core_product import STEP_NORM, core_product, step
+from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
 from tests.strategies import randn, random_orthonormal, seeds
 
 ROUNDING = 1e-12

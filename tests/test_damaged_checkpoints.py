@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_jactus import DamagedCheckpointError, export_compressed, loading_options
-from peft_jactus.compression_config import QUANT_METHOD, CompressionConfig
+from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig
 from tests.compressed_models import compressed, logits_of
 from tests.damages import DAMAGES
 from tests.damages.checkpoints import (

@@ -3,14 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_jactus.decomposition import (
+from peft_jactus.numerics.approximation import (
     DecompositionOptions,
     project,
     project_weight,
 )
-from peft_jactus.linalg import Subspace
-from peft_jactus.moments import LayerStatistics
-from peft_jactus.weighting import regularized_covariance
+from peft_jactus.numerics.linalg import Subspace
+from peft_jactus.numerics.moments import LayerStatistics
+from peft_jactus.numerics.metrics import regularized_covariance
 from tests import oracles
 from tests.strategies import (
     covariances,

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from peft_jactus import CalibrationStatistics
-from peft_jactus import model as model_module
-from peft_jactus.distributed import share_out
-from peft_jactus.statistics import read_metadata
+from peft_jactus.tuner import model as model_module
+from peft_jactus._processes import share_out
+from peft_jactus.calibration.statistics import read_metadata
 from tests.distributed_worker import compressed, factors_of, losses_of_training
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def test_ddp_is_told_to_leave_bases_alone_only_if_all_processes_have_the_same(el
 
 
 def test_layers_are_shared_out_evenly(monkeypatch):
-    monkeypatch.setattr("peft_jactus.distributed.num_processes", lambda: 3)
+    monkeypatch.setattr("peft_jactus._processes.num_processes", lambda: 3)
     costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 2.0, "f": 1.0}
     owners = share_out(costs)
     assert list(owners) == list(costs)

@@ -30,9 +30,9 @@ from peft_jactus import (
     loading_options,
     rank_summary,
 )
-from peft_jactus.export import compressed_copy
-from peft_jactus.layer import JactusLayer
-from peft_jactus.low_rank import FORMS, FactorizedLinear
+from peft_jactus.deployment.export import compressed_copy
+from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.deployment.layers import FORMS, FactorizedLinear
 from tests.compressed_models import (
     VOCABULARY,
     batches_for,
@@ -75,7 +75,7 @@ def export(model, folder, *, plot=False, **options):
     """Export without the plot, which takes longer than all the rest of so small a model."""
     with contextlib.ExitStack() as stack:
         if not plot:
-            stack.enter_context(mock.patch("peft_jactus.export.plot_ranks", side_effect=ImportError))
+            stack.enter_context(mock.patch("peft_jactus.deployment.export.plot_ranks", side_effect=ImportError))
         return export_compressed(model, folder, progress_bar=False, **options)
 
 
@@ -294,7 +294,7 @@ def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
 
 
 def test_a_layer_whose_pivoted_parts_are_not_accurate_is_stored_as_what_is_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_jactus.export._BFLOAT16_FACTORS_ERROR", 0.0)
+    monkeypatch.setattr("peft_jactus.deployment.export._BFLOAT16_FACTORS_ERROR", 0.0)
     model = trained(tiny_llama, storage="pivoted", retained_ratio=0.8)
     with pytest.warns(NumericalWarning, match="it is stored as one dense weight"):
         export(model, tmp_path / "compressed", dtype=torch.bfloat16)
@@ -936,9 +936,9 @@ CRASH_SITES = [
     "transformers.modeling_utils.PreTrainedModel.save_pretrained",
     "transformers.configuration_utils.PreTrainedConfig.save_pretrained",
     "transformers.modeling_utils.safe_save_file",
-    "peft_jactus.export.rank_summary",
-    "peft_jactus.export.plot_ranks",
-    "peft_jactus.export.write_model_card",
+    "peft_jactus.deployment.export.rank_summary",
+    "peft_jactus.deployment.export.plot_ranks",
+    "peft_jactus.deployment.export.write_model_card",
     "pathlib.Path.rename",
 ]
 
@@ -1143,7 +1143,7 @@ def test_hub_arguments_reach_the_hub(tmp_path, monkeypatch):
             }
             calls.append(("upload_folder", options))
 
-    monkeypatch.setattr("peft_jactus.export.HfApi", FakeApi)
+    monkeypatch.setattr("peft_jactus.deployment.export.HfApi", FakeApi)
     folder = export(trained(), tmp_path / "small-bert", push_to_hub=True, token="secret", private=True)
     (_, api), (_, name, repo), (_, upload) = calls
     assert api == {"token": "secret"}

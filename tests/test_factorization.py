@@ -3,11 +3,11 @@ import weakref
 import pytest
 import torch
 
-from peft_jactus.allocation import stored_parameters
-from peft_jactus.decomposition import DecompositionOptions, project_weight
-from peft_jactus.factorization import FactorizationOptions, factorize, plan_ranks
-from peft_jactus.linalg import NumericalWarning
-from peft_jactus.moments import LayerStatistics
+from peft_jactus.numerics.allocation import stored_parameters
+from peft_jactus.numerics.approximation import DecompositionOptions, project_weight
+from peft_jactus.numerics.factorization import FactorizationOptions, factorize, plan_ranks
+from peft_jactus.numerics.linalg import NumericalWarning
+from peft_jactus.numerics.moments import LayerStatistics
 from tests import oracles
 from tests.strategies import moment_from, randn
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_jactus import DamagedCheckpointError
-from peft_jactus.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
+from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
 
 DTYPES = (
     torch.float64,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from peft_jactus.linalg import (
+from peft_jactus.numerics.linalg import (
     NumericalWarning,
     Subspace,
     cholesky_root,
@@ -273,7 +273,7 @@ def test_cholesky_root_says_how_much_jitter_it_added(scale):
     torch.testing.assert_close(K @ K.mT, slightly_indefinite, rtol=1e-6, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore::peft_jactus.linalg.NumericalWarning")  # attempts before it gives up
+@pytest.mark.filterwarnings("ignore::peft_jactus.numerics.linalg.NumericalWarning")  # attempts before it gives up
 @pytest.mark.parametrize("diagonal", [[1.0, -1.0], [1.0, -0.1], [0.0, 0.0], [1.0, math.nan]], ids=str)
 def test_cholesky_root_refuses_what_jitter_cannot_repair(diagonal):
     with pytest.raises(ValueError, match=r"positive definite.*mean diagonal.*`damping`"):

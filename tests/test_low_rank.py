@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from peft_jactus import LowRankLinear, PivotedLinear
-from peft_jactus.allocation import stays_dense, stored_parameters
-from peft_jactus.interpolation import interpolate_rows
-from peft_jactus.low_rank import (
+from peft_jactus.numerics.allocation import stays_dense, stored_parameters
+from peft_jactus.numerics.interpolation import interpolate_rows
+from peft_jactus.deployment.layers import (
     FORMS,
     ColumnPivotedLinear,
     FactorizedLinear,
@@ -425,7 +425,7 @@ def test_exports_with_a_dynamic_batch(kind, dtype):
 
 def test_all_forms_are_tested():
     def leaves(kind):
-        forms = [form for form in kind.__subclasses__() if form.__module__ == "peft_jactus.low_rank"]
+        forms = [form for form in kind.__subclasses__() if form.__module__ == "peft_jactus.deployment.layers"]
         return set().union(*map(leaves, forms)) if forms else {kind}
 
     assert leaves(FactorizedLinear) == set(KINDS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_jactus.export import compressed_copy
+from peft_jactus.deployment.export import compressed_copy
 from tests.compressed_models import compressed, tiny_bert, tiny_llama
 
 for package in ("onnx", "onnxscript"):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate, rank_summary
-from peft_jactus.decomposition import DecompositionOptions, project_weight
-from peft_jactus.moments import LayerStatistics
+from peft_jactus.numerics.approximation import DecompositionOptions, project_weight
+from peft_jactus.numerics.moments import LayerStatistics
 from tests.compressed_models import batches_for, logits_of, tiny_bert, tiny_gpt2, tiny_llama
 from tests.strategies import moment_from, randn, seeds
 

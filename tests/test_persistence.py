@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Tr
 
 import peft_jactus
 from peft_jactus import CalibrationStatistics
-from peft_jactus.export import compressed_copy
+from peft_jactus.deployment.export import compressed_copy
 from tests.compressed_models import (
     batches_for,
     compressed,
@@ -70,7 +70,7 @@ LOAD_IN_FRESH_PROCESS = """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
     import peft_jactus
-    from peft_jactus import decomposition
+    from peft_jactus.numerics import approximation
     from tests.compressed_models import logits_of
 
     def forbidden(*args, **kwargs):

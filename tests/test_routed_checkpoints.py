@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from peft_jactus import DamagedCheckpointError, loading_options
-from peft_jactus.cli.inspection import inspect_folder
+from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.parse import RankRouter, RouterConfig, add_router, building
-from peft_jactus.remote_code import export_remote_code
+from peft_jactus.deployment.remote_code import export_remote_code
 from peft_jactus.routing import router_of
 from tests.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.routed_models import routed, static

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoModel, TrainingArguments
 
 from peft_jactus import calibrate
-from peft_jactus.export import compressed_copy
+from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.parse import RouterConfig, RouterTrainer, add_router, expert_importance, initialize_router_
 from peft_jactus.parse.training import divergence, ridge_regression
 from tests.compressed_models import (

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_jactus import loading_options
-from peft_jactus.low_rank import FORMS
+from peft_jactus.deployment.layers import FORMS
 from tests.compressed_models import batches_for, compressed, logits_of, tiny_bert, tiny_llama, tiny_t5, tiny_vit
 from tests.routed_models import routed
 from tests.test_export import BUILDERS, export, layers_of, load, tensors_in

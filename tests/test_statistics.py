@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peft_jactus import statistics as statistics_module
-from peft_jactus.moments import LayerStatistics, SecondMoment
-from peft_jactus.statistics import CalibrationStatistics, read_metadata
-from peft_jactus.weighting import regularized_covariance
+from peft_jactus.calibration import statistics as statistics_module
+from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
+from peft_jactus.calibration.statistics import CalibrationStatistics, read_metadata
+from peft_jactus.numerics.metrics import regularized_covariance
 from tests import oracles
 from tests.strategies import dims, moment_from, randn, seeds
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus import JactusConfig, NumericalWarning, calibrate, plot_ranks, rank_summary
-from peft_jactus.layer import JactusLayer
+from peft_jactus.tuner.layer import JactusLayer
 from tests.compressed_models import (
     VOCABULARY,
     batches_for,

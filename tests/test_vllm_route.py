@@ -27,8 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peft_jactus
 from peft_jactus import export_compressed, loading_options
-from peft_jactus.low_rank import FactorizedLinear
-from peft_jactus.remote_code import export_remote_code
+from peft_jactus.deployment.layers import FactorizedLinear
+from peft_jactus.deployment.remote_code import export_remote_code
 from tests.compressed_models import compressed, logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(2, 14)
@@ -381,6 +381,6 @@ def test_a_damaged_checkpoint_is_not_exported(exported, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[next(name for name in tensors if name.endswith("down.weight"))]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(peft_jactus.integrity.DamagedCheckpointError):
+    with pytest.raises(peft_jactus.deployment.integrity.DamagedCheckpointError):
         export_remote_code(tmp_path, tmp_path / "remote")
     assert not (tmp_path / "remote").exists()

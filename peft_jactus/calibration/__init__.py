@@ -5,8 +5,8 @@ summed over (`summed_loss`), how the model is left as it was (`restoring`), what
 which layers at a time (`grouping`), and where the sums lie meanwhile (`store`).
 """
 
-from peft_jactus.calibration.driver import calibrate
-from peft_jactus.calibration.grouping import memory_limit
-from peft_jactus.calibration.store import check_statistics
+from peft_jactus.calibration.passes import calibrate
+from peft_jactus.calibration.memory_groups import memory_limit
+from peft_jactus.calibration.resume import check_statistics
 
 __all__ = ["calibrate", "check_statistics", "memory_limit"]

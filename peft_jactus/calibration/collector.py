@@ -17,10 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
-from peft_jactus.distributed import summed
-from peft_jactus.moments import LayerStatistics, SecondMoment
-from peft_jactus.statistics import CalibrationStatistics
-from peft_jactus.targeting import dense_weight, loaded
+from peft_jactus._processes import summed
+from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
+from peft_jactus.calibration.statistics import CalibrationStatistics
+from peft_jactus.tuner.targeting import dense_weight, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

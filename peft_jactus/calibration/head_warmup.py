@@ -10,9 +10,9 @@ import torch
 from tqdm.auto import tqdm
 
 from peft_jactus.calibration.batches import to_model_device
-from peft_jactus.calibration.restoring import prepared_for_calibration
-from peft_jactus.distributed import broadcast_
-from peft_jactus.targeting import head_names
+from peft_jactus.calibration.model_state import prepared_for_calibration
+from peft_jactus._processes import broadcast_
+from peft_jactus.tuner.targeting import head_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from peft_jactus.calibration.batches import Batch
     from peft_jactus.calibration.summed_loss import SummedLoss
-    from peft_jactus.config import JactusConfig
+    from peft_jactus.tuner.config import JactusConfig
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from peft_jactus._version import __version__
-from peft_jactus.cli.compressing import compress
-from peft_jactus.cli.exporting import export
-from peft_jactus.cli.inspection import inspect
-from peft_jactus.cli.timing import bench
+from peft_jactus.cli.compress import compress
+from peft_jactus.cli.export import export
+from peft_jactus.cli.inspect import inspect
+from peft_jactus.cli.bench import bench
 
 __all__ = ["app"]
 

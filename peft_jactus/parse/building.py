@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from tqdm.auto import tqdm
 
-from peft_jactus.checkpoint_names import checkpoint_names
-from peft_jactus.compression_config import LayerForm
-from peft_jactus.copying import structural_copy
-from peft_jactus.decomposition import Decomposition, DecompositionOptions, project_weight
-from peft_jactus.layer import JactusLayer
-from peft_jactus.loading import JactusQuantizer, check_no_adapter
-from peft_jactus.low_rank import FactorizedLinear, LowRankLinear, arrange_parts_
+from peft_jactus.deployment.names import checkpoint_names
+from peft_jactus.deployment.config import LayerForm
+from peft_jactus.deployment.copying import structural_copy
+from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions, project_weight
+from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.deployment.quantizer import JactusQuantizer, check_no_adapter
+from peft_jactus.deployment.layers import FactorizedLinear, LowRankLinear, arrange_parts_
 from peft_jactus.routing import check_routable, install_router, router_of
 from peft_jactus.routing.selection import ExpertTable, LayerShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peft_jactus.moments import LayerStatistics
+    from peft_jactus.numerics.moments import LayerStatistics
     from peft_jactus.routing import RouterConfig
-    from peft_jactus.statistics import CalibrationStatistics
+    from peft_jactus.calibration.statistics import CalibrationStatistics
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
     if any(isinstance(module, JactusLayer) for module in model.modules()):
         raise ValueError(
             "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "
-            "`from_pretrained`; or `peft_jactus.export.compressed_copy(model)`."
+            "`from_pretrained`; or `peft_jactus.deployment.export.compressed_copy(model)`."
         )
     check_no_adapter(model, would_lose_it="routed layers")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}

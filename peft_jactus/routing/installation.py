@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peft_jactus.low_rank import LowRankLinear
+from peft_jactus.deployment.layers import LowRankLinear
 from peft_jactus.routing.layer import RoutedLinear, RoutingState
 from peft_jactus.routing.router import RankRouter
 

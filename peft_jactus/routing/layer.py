@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peft_jactus.low_rank import LowRankLinear
+from peft_jactus.deployment.layers import LowRankLinear
 
 if TYPE_CHECKING:
     from torch import Tensor

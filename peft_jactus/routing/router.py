@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache
 
-from peft_jactus.linalg import NumericalWarning
+from peft_jactus.numerics.linalg import NumericalWarning
 from peft_jactus.routing.cache import CacheInfo, PatternCache
 from peft_jactus.routing.layer import RoutedCall
 from peft_jactus.routing.patterns import ExpertPattern, GateBatch, PatternBatch

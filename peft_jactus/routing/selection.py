@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from peft_jactus.low_rank import FactorizedLinear
+    from peft_jactus.deployment.layers import FactorizedLinear
 
 ExpertAllocation = Literal["global", "uniform"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_jactus.integrity import digest_metadata
-from peft_jactus.low_rank import FORMS
+from peft_jactus.deployment.integrity import digest_metadata
+from peft_jactus.deployment.layers import FORMS
 from tests.compressed_models import tiny_bert, tiny_llama
 
 BUILD = {"bert": tiny_bert, "llama": tiny_llama}

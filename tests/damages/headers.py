@@ -7,7 +7,7 @@ import random
 import re
 import struct
 
-from peft_jactus.integrity import METADATA_KEY, NOT_COMPUTED
+from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED
 from tests.damages.checkpoints import A_PART, SHARDS, WEIGHTS, Damage, edit_header, join, split, tensors_of, write
 
 UNREADABLE = f"/{WEIGHTS} cannot be read"

@@ -1,0 +1,252 @@
+"""`calibrate`: run a few batches through the model and collect the statistics of its targeted layers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from peft_jactus.calibration.batches import num_batches
+from peft_jactus.calibration.collector import StatisticsCollector
+from peft_jactus.calibration.memory_groups import memory_limit, split_into_groups
+from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
+from peft_jactus.calibration.model_state import prepared_for_calibration, random_state_kept
+from peft_jactus.calibration.resume import StatisticsStore
+from peft_jactus.calibration.summed_loss import SummedLoss
+from peft_jactus._processes import from_all, process_index
+from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics, save_index
+from peft_jactus.tuner.targeting import targeted_modules
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+
+    from peft_jactus.calibration.batches import Batch, LossFn
+    from peft_jactus.tuner.config import JactusConfig
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: nn.Module,
+    config: JactusConfig,
+    batches: Iterable[Batch],
+    *,
+    max_batches: int | None = None,
+    loss_fn: LossFn | None = None,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    head_warmup_steps: int = 0,
+    head_warmup_lr: float = 1e-3,
+    train_mode: bool = False,
+    statistics_file: str | os.PathLike[str] | None = None,
+    save_every: int = 16,
+    max_statistics_memory: int | str | None = None,
+    progress_bar: bool = True,
+) -> CalibrationStatistics:
+    """Collect the statistics that `peft.get_peft_model` needs to compress ``model``, and attach them to ``config``.
+
+    In several processes (``accelerate launch``, ``torchrun``), give each its share of the batches; all get the
+    statistics of all batches. On several machines ``statistics_file`` has to be on storage that they share.
+
+    The model comes back as it was: no hook, no gradient, the same training mode, ``requires_grad`` and random
+    state; only a head warm-up, if asked for, changes weights. A backward pass costs about one
+    forward pass, since no weight needs a gradient. A model that checkpoints its activations
+    (`model.activation_checkpointing_enable()`, formerly ``gradient_checkpointing_enable``) does so here as well.
+
+    Args:
+        model: Any module; a transformers model returns its own loss when ``batches`` hold labels.
+        config: Says which modules to look at. ``config.statistics`` is set to the result.
+        batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions
+            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted.
+        max_batches: Stop after so many. Default: all.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar tensor, for models that don't return one.
+        loss_reduction: Whether the loss is the mean over examples (over tokens that have a label, if labels are
+            sequences), as transformers' models return it, or their sum. Statistics are those of the sum, so that
+            they do not depend on how examples are batched.
+        head_warmup_steps: Train a freshly initialised head for so many steps first (AdamW on the head alone), so that
+            gradients mean something. The head is ``config.modules_to_save``, or the classifier that PEFT trains for
+            the task type. It keeps what it learns.
+        head_warmup_lr: Learning rate of the warm-up.
+        train_mode: Keep dropout on. Default: evaluation mode.
+        statistics_file: Save statistics here every ``save_every`` batches and at the end. If the file is there
+            already, for the same layers and weights: a complete one is used as it is, an interrupted one is
+            continued, skipping the batches it has seen (which must come in the same order). A memory limit may be
+            set, or changed, in between.
+        save_every: Batches between two saves.
+        max_statistics_memory: Bytes, or a size such as ``"8GiB"``: hold the statistics of no more layers than fit, and
+            pass over the batches (which are kept) once for each group of layers. Each group goes to a file beside
+            ``statistics_file``, by default in a temporary folder, from which `get_peft_model` reads a layer at a
+            time. So the memory for statistics does not grow with the depth of the model; that for activations, of
+            the backward pass, hardly does if the model checkpoints (above). Default: no limit, one pass.
+        progress_bar: Show a bar over the batches.
+
+    Returns:
+        The statistics by full module name; also in ``config.statistics``. `get_peft_model` releases that reference.
+
+    Raises:
+        ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted
+            module with no gradient, a statistics file of other layers or weights, a memory limit below one layer's. A
+            `TypeError` names a module that cannot be factorized, or a batch that is no mapping; a `RuntimeError` a
+            targeted module that no token reached.
+
+    Example:
+        >>> import torch
+        >>> from peft_jactus import JactusConfig, calibrate
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> config = JactusConfig(target_modules=["0"])
+        >>> loss_fn = lambda model, batch: model(batch["x"]).square().sum(1).mean()
+        >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
+        CalibrationStatistics(1 layers, 1 batches)
+    """
+    _check_counts(1, max_batches=max_batches, save_every=save_every)
+    _check_counts(0, head_warmup_steps=head_warmup_steps)
+    if head_warmup_steps > 0 and isinstance(batches, Iterator):
+        raise ValueError(
+            "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
+            "DataLoader or a list."
+        )
+    if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
+        model = model.get_base_model()
+    targets = targeted_modules(model, config)
+    _check_weights(targets)
+    row_fisher = config.factorization_options().decomposition.needs_row_fisher
+    limit = memory_limit(max_statistics_memory)
+    groups = split_into_groups(targets, limit, row_fisher=row_fisher)
+    run = _Pass(
+        model=model,
+        compute_loss=SummedLoss(loss_fn, loss_reduction),
+        max_batches=max_batches,
+        train_mode=train_mode,
+        save_every=save_every,
+        row_fisher=row_fisher,
+        progress_bar=progress_bar,
+    )
+    store = None if statistics_file is None else StatisticsStore(Path(statistics_file), targets, row_fisher=row_fisher)
+    saved = None if store is None else store.read(lazily=limit is not None)
+    if head_warmup_steps > 0:
+        warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
+        with random_state_kept():
+            warm_up_head(model, config, batches, run.compute_loss, warmup, progress_bar=progress_bar)
+    start = None if saved is None else saved.statistics
+    if saved is not None and saved.complete:
+        logger.warning(
+            "No batch is read: %s holds complete statistics, of %d batches. Delete it if the data have changed since.",
+            statistics_file,
+            saved.statistics.num_batches,
+        )
+        config.statistics = saved.statistics
+    elif limit is None or len(groups) == 1:
+        config.statistics = run.collect(targets, batches, store, start)
+    else:
+        config.statistics = run.collect_groups(groups, batches, store, start, limit)
+    config.statistics.memory_limit = limit
+    return config.statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """How to run the batches through the model."""
+
+    model: nn.Module
+    compute_loss: SummedLoss
+    max_batches: int | None
+    train_mode: bool
+    save_every: int
+    row_fisher: bool
+    progress_bar: bool
+
+    def collect_groups(
+        self,
+        groups: list[dict[str, nn.Module]],
+        batches: Iterable[Batch],
+        store: StatisticsStore | None,
+        start: CalibrationStatistics | None,
+        limit: int,
+    ) -> CalibrationStatistics:
+        """Return the statistics of all groups, which are in files; a pass over the batches for each.
+
+        ``start`` holds those of the first batches, of a run without groups. ``limit`` is what the groups were made
+        for, in bytes.
+        """
+        folder = None
+        if store is None:
+            folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
+            path = Path(from_all(folder.name)[0]) / "statistics.safetensors"
+            store = StatisticsStore(path, {}, row_fisher=self.row_fisher)  # read in this run only: no digests
+        with random_state_kept():
+            batches = list(itertools.islice(batches, self.max_batches))
+        parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
+        for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
+            saved = part.read(lazily=True)
+            if saved is None or not saved.complete:
+                begun = start if saved is None else saved.statistics
+                self.collect(group, batches, part, begun, description=f"Calibrating {number}/{len(groups)}")
+        if process_index() == 0:
+            save_index(store.path, [part.path for part in parts], limit)
+        from_all(None)  # wait for it
+        store.remove_own_part()
+        statistics = open_statistics(store.path)
+        if folder is not None:
+            weakref.finalize(statistics, folder.cleanup)
+        return statistics
+
+    def collect(
+        self,
+        targets: dict[str, nn.Module],
+        batches: Iterable[Batch],
+        store: StatisticsStore | None,
+        start: CalibrationStatistics | None,
+        *,
+        description: str = "Calibrating",
+    ) -> CalibrationStatistics:
+        """Return the statistics of ``targets``; save them to ``store`` if there is one.
+
+        ``start`` holds those of the first batches; it may read them from the file that is about to be replaced.
+        """
+        if start is not None:
+            start = CalibrationStatistics({name: start[name] for name in targets}, num_batches=start.num_batches)
+        collector = StatisticsCollector(self.model, targets, start, row_fisher=self.row_fisher)
+        total = num_batches(batches, self.max_batches)
+        show_bar = self.progress_bar and process_index() == 0
+        with (
+            random_state_kept(),  # so that each group sees the same dropout
+            prepared_for_calibration(self.model, train_mode=self.train_mode),
+            collector.attached(),
+            tqdm(total=total, desc=description, unit="batch", disable=not show_bar) as bar,
+        ):
+            bar.update(collector.num_batches)
+            for batch in itertools.islice(batches, collector.num_batches, self.max_batches):
+                collector.collect(batch, self.compute_loss)
+                bar.update()
+                if store is not None and collector.num_batches % self.save_every == 0:
+                    store.save_part(collector.statistics())
+        statistics = collector.checked_statistics()
+        if store is not None:
+            store.save(statistics)
+        return statistics
+
+
+def _check_counts(least: int, **counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {count}.")
+
+
+def _check_weights(targets: Mapping[str, nn.Module]) -> None:
+    for name, module in targets.items():
+        if getattr(module, "base_weights_freed", False):
+            raise ValueError(
+                f"{name}: its dense weight was freed when the model was compressed, and there is nothing to calibrate "
+                "for. Calibrate the dense model, or compress it with `keep_base_weights=True`."
+            )
+        if getattr(module, "merged", False):
+            raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")

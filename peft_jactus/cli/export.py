@@ -1,0 +1,123 @@
+"""``peft-jactus export``: from an adapter on disk to a compressed checkpoint."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from peft import PeftModel
+from transformers import AutoConfig
+
+from peft_jactus.cli.options import DtypeOption, OverwriteOption, StorageOption, to_dtype
+from peft_jactus.cli.hub import (
+    find_processor,
+    load_adapter_config,
+    local_folder,
+    model_class,
+    read_adapter_shapes,
+)
+from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.deployment.export import check_target, export_compressed
+
+_CLASS_BY_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# A saved head: `classifier.weight`, or `classifier.out_proj.weight` where it has several layers.
+_HEAD_WEIGHT = re.compile(r"base_model\.model\.(?:classifier|score)(?:\.out_proj)?\.weight")
+
+
+def load_adapter(folder: Path, base_model: str | None = None) -> PeftModel:
+    """Load an adapter onto its base model; a `ValueError` says if it is none, or the base model is not known.
+
+    Args:
+        folder: The adapter.
+        base_model: Directory or Hub name. Default: what the adapter's config says.
+
+    Returns:
+        The model, in the base model's dtype.
+    """
+    config = read_adapter_config(folder, base_model)
+    name = str(config.base_model_name_or_path)
+    base_config = AutoConfig.from_pretrained(name)
+    num_labels = _num_labels(folder)
+    # A head that was trained may have another number of classes than the base model's config.
+    kwargs = {} if num_labels in (None, base_config.num_labels) else {"num_labels": num_labels}
+    base = _base_class(config, base_config).from_pretrained(name, dtype="auto", **kwargs)
+    return PeftModel.from_pretrained(base, str(folder), config=config)
+
+
+def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusConfig:
+    """Return the config of an adapter, with the base model to load.
+
+    Raises:
+        ValueError: If this is no JACTUS adapter, or the base model is not known.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is no adapter: it has no adapter_config.json.")
+    config = load_adapter_config(folder)
+    config.base_model_name_or_path = base_model or config.base_model_name_or_path
+    if not config.base_model_name_or_path:
+        raise ValueError("The adapter's config does not say what its base model is; give --base-model.")
+    config.inference_mode = True
+    return config
+
+
+def _base_class(config: JactusConfig, base_config: Any) -> Any:
+    if config.task_type is not None:
+        return getattr(transformers, _CLASS_BY_TASK[str(config.task_type)])
+    name = (config.auto_mapping or {}).get("base_model_class")
+    return model_class(base_config, name)
+
+
+def _num_labels(folder: Path) -> int | None:
+    """Return how many classes a head that was saved with the adapter has."""
+    heads = [shape for name, shape in read_adapter_shapes(folder).items() if _HEAD_WEIGHT.fullmatch(name)]
+    return heads[0][0] if heads else None
+
+
+def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:
+    """Raise `ValueError` for a repository to which nothing would be uploaded."""
+    if repo_id is not None and not push_to_hub:
+        raise ValueError("--repo-id says where to upload to; give --push-to-hub, too.")
+
+
+def export(
+    adapter_dir: Annotated[str, typer.Argument(help="What `model.save_pretrained` wrote: a directory or Hub name.")],
+    output_dir: Annotated[Path, typer.Argument(help="Where to write the compressed checkpoint.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Directory or Hub name. Default: what the adapter's config says.")
+    ] = None,
+    storage: StorageOption = None,
+    dtype: DtypeOption = None,
+    overwrite: OverwriteOption = False,
+    push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Upload the checkpoint, too.")] = False,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Where to upload to, user/name. Default: the name of OUTPUT_DIR.")
+    ] = None,
+) -> None:
+    """Write a trained adapter as a compressed checkpoint, which loads without the base model.
+
+    The tokenizer or processor beside the adapter, or else that of the base model, goes with it.
+    """
+    check_target(output_dir, overwrite=overwrite)
+    _check_upload(push_to_hub, repo_id)
+    folder = local_folder(adapter_dir)
+    config = read_adapter_config(folder, base_model)
+    model = load_adapter(folder, base_model)
+    export_compressed(
+        model,
+        output_dir,
+        storage=storage,
+        dtype=to_dtype(dtype),
+        processor=find_processor(adapter_dir, str(config.base_model_name_or_path)),
+        overwrite=overwrite,
+        push_to_hub=push_to_hub,
+        repo_id=repo_id,
+    )
+    typer.echo(f"Written to {output_dir}; look at it with `peft-jactus inspect {output_dir}`.")

@@ -1,0 +1,89 @@
+"""Where things are: directories and Hub names, configs, classes, processors."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import has_file
+
+from peft_jactus.tuner.config import JactusConfig
+
+
+def local_folder(directory_or_name: str) -> Path:
+    """Return a directory, or that to which the JSON and safetensors files of a Hub repository are downloaded.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    folder = Path(directory_or_name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not 1 <= len(folder.parts) <= 2 or folder.is_absolute():
+        raise ValueError(f"{directory_or_name} is neither a directory nor a name on the Hub (`user/name`).")
+    return Path(snapshot_download(directory_or_name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def model_class(config: PreTrainedConfig, name: str | None = None) -> type[PreTrainedModel]:
+    """Return the class of transformers that a checkpoint was saved from.
+
+    Args:
+        config: Of the checkpoint.
+        name: Of the class. Default: what the config says.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: If its config names none that transformers has.
+    """
+    names = [name] if name else config.architectures or []
+    for candidate in names:
+        found = getattr(transformers, candidate, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(
+        f"The model class of {config.name_or_path} is given as {names}; transformers {transformers.__version__} has "
+        "no such model."
+    )
+
+
+def find_processor(*places: str) -> Any | None:
+    """Return the processor, tokenizer or image processor that lies at the first of these directories or Hub names."""
+    for place in places:
+        has_tokenizer, has_features, has_processor = (
+            has_file(place, f"{kind}_config.json") for kind in ("tokenizer", "preprocessor", "processor")
+        )
+        if has_processor or (has_tokenizer and has_features):
+            return AutoProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
+        if has_tokenizer:
+            return AutoTokenizer.from_pretrained(place)
+        if has_features:
+            return AutoImageProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
+    return None
+
+
+def load_adapter_config(folder: Path) -> JactusConfig:
+    """Return the config of an adapter in a directory; a `ValueError` says if it is another tuner's."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        raise ValueError(f"{folder} holds a {error} adapter, which this version of PEFT does not know.") from error
+    if not isinstance(config, JactusConfig):
+        raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a JACTUS one.")  # noqa: TRY004  # a file
+    return config
+
+
+def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors; a `ValueError` says if they cannot be read."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as reader:
+            names = reader.keys()  # not a mapping
+            return {name: tuple(reader.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}. Save or download it again.") from error

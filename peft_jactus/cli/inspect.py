@@ -1,0 +1,150 @@
+"""``peft-jactus inspect``: what is in a directory, without reading a weight."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import AutoConfig
+
+from peft_jactus.cli.hub import load_adapter_config, local_folder, read_adapter_shapes
+from peft_jactus.deployment.config import CompressionConfig
+from peft_jactus.deployment.integrity import CheckpointFiles
+from peft_jactus.deployment.ranks import RankSummary, plot_ranks, summary_of_adapter, summary_of_checkpoint
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a directory says about itself.
+
+    Attributes:
+        folder: The directory.
+        facts: Base model, versions and the like, by label.
+        summary: The ranks.
+        files: The headers of a compressed checkpoint; ``None`` for an adapter.
+    """
+
+    folder: Path
+    facts: dict[str, str]
+    summary: RankSummary
+    files: CheckpointFiles | None
+
+    def __str__(self) -> str:
+        sizes = {file.name: file.stat().st_size for file in sorted(self.folder.iterdir()) if file.is_file()}
+        lines = {**self.facts, **{name: _in_bytes(size) for name, size in sizes.items()}}
+        lines["all files"] = _in_bytes(sum(sizes.values()))
+        width = max(map(len, lines))
+        return "\n".join([*(f"{label:<{width}}  {value}" for label, value in lines.items()), "", str(self.summary)])
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Look at an adapter or a compressed checkpoint.
+
+    Args:
+        folder: Where its files are.
+
+    Returns:
+        What they say.
+
+    Raises:
+        ValueError: If it is neither, or files are missing or damaged.
+    """
+    if _is_compressed(folder / "config.json"):
+        return _inspect_checkpoint(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _inspect_adapter(folder)
+    raise ValueError(
+        f"{folder} is neither a compressed checkpoint (config.json with `quantization_config`) nor a JACTUS adapter "
+        "(adapter_config.json)."
+    )
+
+
+def _is_compressed(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        quantization = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        return quantization is not None and quantization["quant_method"] == "jactus"
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the config of a model.") from error
+
+
+def _inspect_checkpoint(folder: Path) -> Inspection:
+    config = AutoConfig.from_pretrained(folder)
+    compression = CompressionConfig(**config.quantization_config)
+    files = CheckpointFiles.read(_weight_files(folder))
+    summary = summary_of_checkpoint(compression, {name: entry.shape for name, entry in files.entries.items()})
+    facts = {
+        "kind": "compressed checkpoint",
+        "architecture": ", ".join(config.architectures or ["unknown"]),
+        "base model": compression.base_model or "unknown",
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "storage": summary.storage,
+        "format version": f"{compression.format_version}, written by peft-jactus {compression.peft_jactus_version} "
+        f"and transformers {compression.transformers_version}",
+    }
+    if compression.router is not None:
+        facts["router"] = (
+            f"{compression.router.router_kind}, experts of {compression.router.expert_size} ranks; runs "
+            f"{compression.router.active_ratio:.0%} of the dense parameters ({compression.router.allocation})"
+        )
+    return Inspection(folder, facts, summary, files)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no safetensors file. Download or export it again.")
+    return files
+
+
+def _inspect_adapter(folder: Path) -> Inspection:
+    config = load_adapter_config(folder)
+    shapes = read_adapter_shapes(folder)
+    facts = {
+        "kind": "adapter",
+        "base model": config.base_model_name_or_path or "unknown",
+        "task type": str(config.task_type or "none"),
+        "storage": f"{config.storage}, once exported",
+        "written by": f"peft-jactus {config.peft_jactus_version}",
+    }
+    return Inspection(folder, facts, summary_of_adapter(config, shapes), None)
+
+
+def _in_bytes(size: int) -> str:
+    return f"{size:,} bytes"
+
+
+def inspect(
+    directory: Annotated[str, typer.Argument(help="An adapter or a compressed checkpoint: a directory or Hub name.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of a compressed checkpoint, and compare it with its digests.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the plot of the ranks to this file, e.g. ranks.png.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Show the ranks, the origin and the size of an adapter or a compressed checkpoint.
+
+    Reads only headers of the weights, unless --verify is given.
+    """
+    inspection = inspect_folder(local_folder(directory))
+    typer.echo(inspection)
+    if plot is not None:
+        plot_ranks(inspection.summary).savefig(plot, dpi=120)
+        typer.echo(f"Plotted to {plot}.")
+    if verify:
+        verify_contents(inspection)
+        typer.echo("All tensors are what was saved.")
+
+
+def verify_contents(inspection: Inspection) -> None:
+    """Compare every byte with the digests that the checkpoint carries.
+
+    Raises:
+        ValueError: Naming tensors that differ, or for an adapter, which carries no digests.
+    """
+    if inspection.files is None:
+        raise ValueError("--verify: an adapter carries no digests; only a compressed checkpoint does.")
+    inspection.files.check_contents(all_bytes=True)

@@ -1,0 +1,1 @@
+"""What is shipped: compressed checkpoints, how they are written and loaded."""

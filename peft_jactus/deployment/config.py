@@ -1,0 +1,135 @@
+"""What ``config.json`` says about a compressed checkpoint: how each targeted layer is stored."""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, cast
+
+import transformers
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from peft_jactus._version import __version__
+from peft_jactus.deployment.layers import FORMS
+from peft_jactus.routing import RouterConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+QUANT_METHOD = "jactus"
+FORMAT_VERSION = 1
+DENSE = "dense"  # storage of a targeted layer for which factors don't pay
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """How one targeted layer is stored.
+
+    Attributes:
+        storage: ``"factored"``, ``"pivoted"``, or ``"dense"``: a plain layer, because factors don't pay.
+        rank: Its rank; full for a dense one.
+        energy_kept: Share of the weighted energy that the rank keeps, in [0, 1]; ``None`` if it is not known.
+    """
+
+    storage: str
+    rank: int
+    energy_kept: float | None = None
+
+    @classmethod
+    def parse(cls, name: str, values: object) -> LayerForm:
+        """Return the form that a ``config.json`` gives to a layer; a `ValueError` says what is wrong with it."""
+        where = f"layers[{name!r}]"
+        known = {field.name for field in fields(cls)}
+        is_form = isinstance(values, dict) and {"storage", "rank"} <= set(values) <= known
+        _check_field(where, values, is_form, "have `storage`, `rank` and perhaps `energy_kept`")
+        form = cls(**cast("dict[str, Any]", values))
+        storages = (*FORMS, DENSE)
+        _check_field(f"{where}.storage", form.storage, form.storage in storages, f"be one of {storages}")
+        # JSON also has booleans and floats
+        _check_field(f"{where}.rank", form.rank, type(form.rank) is int and form.rank >= 1, "be a positive integer")
+        kept = form.energy_kept
+        _check_field(f"{where}.energy_kept", kept, kept is None or _is_share(kept), "be null or in [0, 1]")
+        return form
+
+
+class CompressionConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint.
+
+    Args:
+        layers: `LayerForm`, or its JSON, of each targeted layer, by the name of the layer in the checkpoint's files.
+        format_version: Of this format.
+        retained_ratio: Share of the targeted parameters that was asked for.
+        base_model: Name or path of the model that was compressed.
+        peft_jactus_version: Package that wrote the checkpoint.
+        transformers_version: Package that the checkpoint was written with.
+        quant_method: ``"jactus"``.
+        router: `RouterConfig`, or its JSON, of a model that chooses ranks by prompt.
+
+    Raises:
+        ValueError: If a value is not what this package writes.
+    """
+
+    def __init__(
+        self,
+        /,  # in a file, any word may be the name of a field
+        layers: Mapping[str, Any] | None = None,
+        *,
+        format_version: int = FORMAT_VERSION,
+        retained_ratio: float | None = None,
+        base_model: str | None = None,
+        peft_jactus_version: str = __version__,
+        transformers_version: str = transformers.__version__,
+        quant_method: str = QUANT_METHOD,
+        router: RouterConfig | Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or format_version != FORMAT_VERSION:  # JSON also has booleans and floats
+            raise ValueError(
+                f"config.json: `quantization_config.format_version` is {reprlib.repr(format_version)} (written by "
+                f"peft-jactus {reprlib.repr(peft_jactus_version)}); this is peft-jactus {__version__}, which reads "
+                f"version {FORMAT_VERSION}. Upgrade peft-jactus."
+            )
+        if quant_method != QUANT_METHOD or unknown:
+            raise ValueError(f"config.json: `quantization_config` has fields that it cannot have: {sorted(unknown)}.")
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError("config.json: `quantization_config.layers` must say how each layer is stored.")
+        is_share = retained_ratio is None or _is_share(retained_ratio)
+        _check_field("retained_ratio", retained_ratio, is_share, "be null or in [0, 1]")
+        _check_field("base_model", base_model, isinstance(base_model, str | None), "be null or a name")
+        for package, version in (("peft_jactus", peft_jactus_version), ("transformers", transformers_version)):
+            _check_field(f"{package}_version", version, isinstance(version, str), "be a string")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
+        self.format_version = format_version
+        self.layers = {
+            name: form if isinstance(form, LayerForm) else LayerForm.parse(name, form) for name, form in layers.items()
+        }
+        self.retained_ratio = retained_ratio
+        self.base_model = base_model
+        self.peft_jactus_version = peft_jactus_version
+        self.transformers_version = transformers_version
+        self.router = _parse_router(router)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into ``config.json``."""
+        values = {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
+        router = values.pop("router")
+        return values if router is None else {**values, "router": router.to_dict()}
+
+
+def _parse_router(router: RouterConfig | Mapping[str, Any] | None) -> RouterConfig | None:
+    if router is None or isinstance(router, RouterConfig):
+        return router
+    try:
+        return RouterConfig.parse(router)
+    except ValueError as error:
+        raise ValueError(f"config.json: `quantization_config.router`: {error}") from error
+
+
+def _check_field(field: str, value: object, holds: bool, must: str) -> None:
+    if not holds:
+        # Not all of what somebody else wrote: it may be long, or nested deeper than `repr` goes.
+        raise ValueError(f"config.json: `quantization_config.{field}` must {must}; got {reprlib.repr(value)}.")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1  # not NaN

@@ -1,0 +1,396 @@
+"""The deployed layers: plain modules that hold a low-rank weight in one of two forms, and how to get there.
+
+*Factored*: ``W = up @ down``, ``rank * (out + in)`` numbers. *Pivoted*: a matrix of rank r has r rows that span all
+of them, so ``W[rows] = Z`` and ``W[others] = T Z``, ``rank * (out + in - rank)`` numbers for the same function; or the
+same with columns (an interpolative decomposition: Cheng et al., SIAM J. Sci. Comput. 26, 2005).
+
+Their parts are `torch.nn.Linear` modules, so that what works on a linear layer works on them: LoRA, quantisation,
+tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_jactus.numerics.interpolation import interpolate_rows
+from peft_jactus.numerics.linalg import output_dtype, to_decomposition_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    _Device = torch.device | str | None
+
+
+def balanced_factors(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a core into two factors of equal norm: ``left core right^T = up down``.
+
+    Args:
+        left: ``(out, rank)``.
+        core: ``(rank, rank)``.
+        right: ``(in, rank)``.
+
+    Returns:
+        ``up`` ``(out, rank)`` and ``down`` ``(rank, in)``, float64: the singular vectors, each scaled by the root of
+        its singular value.
+    """
+    left, core, right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+    left_basis, left_triangle = torch.linalg.qr(left)
+    right_basis, right_triangle = torch.linalg.qr(right)
+    vectors, singular_values, covectors = torch.linalg.svd(left_triangle @ core @ right_triangle.mT)
+    roots = singular_values.sqrt()
+    return left_basis @ (vectors * roots), (roots.unsqueeze(1) * covectors) @ right_basis.mT
+
+
+class FactorizedLinear(nn.Module, ABC):
+    """A linear layer whose weight has low rank; ``forward`` maps ``(..., in)`` to ``(..., out)``.
+
+    Attributes:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        rank: Its rank, in [1, min(out, in)).
+        weight: One number, not used. A loader that does not know this package stops at its shape, instead of filling
+            a dense layer with random numbers; and some models read the ``dtype`` and ``device`` of a layer's weight.
+    """
+
+    storage: str
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        _check_rank(rank, in_features, out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> FactorizedLinear:
+        """Return a layer whose values mean nothing, for a checkpoint to fill."""
+        _check_rank(rank, in_features, out_features)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        return cls._empty(in_features, out_features, rank, bias, device, dtype)
+
+    @classmethod
+    @abstractmethod
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
+    ) -> FactorizedLinear: ...
+
+    @classmethod
+    @abstractmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> FactorizedLinear:
+        """Return the layer for ``left @ core @ right.T``.
+
+        Args:
+            left: ``(out, rank)``, full column rank.
+            core: ``(rank, rank)``.
+            right: ``(in, rank)``, full column rank.
+            bias: ``(out,)`` or ``None``.
+            dtype: Of the model that the layer belongs to.
+        """
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+
+    # What flattens parameters or writes files wants them contiguous; these come before.
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training takes back what `arrange_parts_` did."""
+        if mode:
+            self._lay_out_by_rows_()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._lay_out_by_rows_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _lay_out_by_rows_(self) -> None:
+        for part in self.modules():  # also in what adapters have wrapped
+            if isinstance(part, nn.Linear) and type(part.weight) is nn.Parameter and not part.weight.is_contiguous():
+                with torch.inference_mode(False), torch.no_grad():
+                    part.weight.data = part.weight.data.contiguous()
+
+    def extra_repr(self) -> str:
+        """Show features and rank."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(FactorizedLinear):
+    """Two thin layers, one after the other: ``y = up(down(x))``; the bias is that of ``up``.
+
+    Args:
+        down: ``in`` to ``rank`` features, no bias.
+        up: ``rank`` to ``out`` features.
+    """
+
+    storage = "factored"
+
+    def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
+        super().__init__(down.in_features, up.out_features, down.out_features)
+        self.down = down
+        self.up = up
+        self.register_buffer("weight", up.weight.detach().new_zeros(1))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
+        """The bias ``(out,)``, or ``None``."""
+        return self.up.bias
+
+    @classmethod
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
+    ) -> LowRankLinear:
+        return cls(
+            nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype),
+            nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype),
+        )
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> LowRankLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        up, down = balanced_factors(left, core, right)
+        return cls.from_product(up, down, bias, dtype=dtype, device=left.device)
+
+    @classmethod
+    def from_product(
+        cls, up: Tensor, down: Tensor, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
+    ) -> LowRankLinear:
+        """Return the layer for ``up @ down``, ``(out, rank)`` and ``(rank, in)``, with copies of the values."""
+        return cls(_linear(down, None, dtype, device), _linear(up, bias, dtype, device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        output: Tensor = self.up(self.down(x))
+        return output
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+        return _wide(self.up.weight) @ _wide(self.down.weight)
+
+
+class PivotedLinear(FactorizedLinear):
+    """A weight of rank r as r of its rows or columns, and the coefficients that make the others from them.
+
+    `RowPivotedLinear` where there are fewer rows, `ColumnPivotedLinear` otherwise: that side is put in order at each
+    call, so the shorter one costs less.
+
+    In a bfloat16 model the two parts are float16, and so are their products: the coefficients combine rows that are
+    nearly dependent, which magnifies rounding two- to sixfold, and float16 rounds eightfold finer at the same
+    size and speed. Values must stay below 65,504, then.
+    """
+
+    storage = "pivoted"
+
+    @classmethod
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
+    ) -> PivotedLinear:
+        form = RowPivotedLinear if out_features < in_features else ColumnPivotedLinear
+        return form._empty(in_features, out_features, rank, bias, device, dtype)
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> PivotedLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        form = RowPivotedLinear if left.shape[0] < right.shape[0] else ColumnPivotedLinear
+        return form.from_factors(left, core, right, bias, dtype=dtype)
+
+
+class RowPivotedLinear(PivotedLinear):
+    """Some outputs from the input, the others from those: ``z = rows(x)``, ``y = [z, others(z)]`` in their order.
+
+    Args:
+        rows: ``in`` to ``rank`` features, no bias.
+        others: ``rank`` to ``out - rank`` features, no bias.
+        row_index: ``(out,)``, int32: where output ``i`` stands in ``[z, others(z)]``.
+        bias: ``(out,)`` or ``None``.
+        dtype: Of the model.
+    """
+
+    row_index: Tensor
+
+    def __init__(
+        self, rows: nn.Linear, others: nn.Linear, row_index: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__(rows.in_features, rows.out_features + others.out_features, rows.out_features)
+        self.rows = rows
+        self.others = others
+        self.register_buffer("row_index", row_index)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.register_buffer("weight", rows.weight.detach().new_zeros(1, dtype=dtype))
+
+    @classmethod
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
+    ) -> RowPivotedLinear:
+        part = pivoted_dtype(dtype)
+        return cls(
+            nn.Linear(in_features, rank, bias=False, device=device, dtype=part),
+            nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=part),
+            torch.zeros(out_features, device=device, dtype=torch.int32),
+            torch.zeros(out_features, device=device, dtype=dtype) if bias else None,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> RowPivotedLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        interpolation = interpolate_rows(left)
+        wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+        rows = (wide_left[interpolation.rows] @ wide_core) @ wide_right.mT  # (rank, in)
+        order = torch.cat([interpolation.rows, interpolation.others])
+        part = pivoted_dtype(dtype)
+        return cls(
+            _linear(rows, None, part, left.device),
+            _linear(interpolation.coefficients, None, part, left.device),
+            order.argsort().to(left.device, torch.int32),
+            None if bias is None else bias.detach().to(dtype, copy=True),
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        chosen = self.rows(x.to(self.rows.weight.dtype))  # (..., rank)
+        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index).to(output_dtype(x))
+        return output if self.bias is None else output.add_(self.bias)  # in place: one large allocation less
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+        rows = _wide(self.rows.weight)
+        weight: Tensor = torch.cat([rows, _wide(self.others.weight) @ rows])[self.row_index]
+        return weight
+
+
+class ColumnPivotedLinear(PivotedLinear):
+    """Inputs that count for others are added to these first: ``y = columns(x[chosen] + others(x[rest]))``.
+
+    Args:
+        others: ``in - rank`` to ``rank`` features, no bias.
+        columns: ``rank`` to ``out`` features; its bias is the layer's.
+        column_index: ``(in,)``, int32: the chosen inputs, then the rest.
+        dtype: Of the model.
+    """
+
+    column_index: Tensor
+
+    def __init__(self, others: nn.Linear, columns: nn.Linear, column_index: Tensor, *, dtype: torch.dtype) -> None:
+        super().__init__(others.in_features + others.out_features, columns.out_features, columns.in_features)
+        self.others = others
+        self.columns = columns
+        self.register_buffer("column_index", column_index)
+        self.register_buffer("weight", columns.weight.detach().new_zeros(1, dtype=dtype))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
+        """The bias ``(out,)``, or ``None``."""
+        return self.columns.bias
+
+    @classmethod
+    def _empty(
+        cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
+    ) -> ColumnPivotedLinear:
+        part = pivoted_dtype(dtype)
+        return cls(
+            nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=part),
+            nn.Linear(rank, out_features, bias=bias, device=device, dtype=part),
+            torch.zeros(in_features, device=device, dtype=torch.int32),
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+    ) -> ColumnPivotedLinear:
+        """Return the layer for ``left @ core @ right.T``; see the base class."""
+        interpolation = interpolate_rows(right)
+        wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+        columns = wide_left @ (wide_core @ wide_right[interpolation.rows].mT)  # (out, rank)
+        order = torch.cat([interpolation.rows, interpolation.others])
+        part = pivoted_dtype(dtype)
+        return cls(
+            _linear(interpolation.coefficients.mT, None, part, left.device),
+            _linear(columns, bias, part, left.device),
+            order.to(left.device, torch.int32),
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        narrow = x.to(self.columns.weight.dtype)
+        chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
+        combined = self.others(narrow.index_select(-1, rest)).add_(narrow.index_select(-1, chosen))  # (..., rank)
+        output: Tensor = self.columns(combined)
+        return output.to(output_dtype(x))
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in float32 at least."""
+        columns = _wide(self.columns.weight)
+        weight = torch.cat([columns, columns @ _wide(self.others.weight)], dim=1)
+        order: Tensor = self.column_index.argsort()
+        return weight[:, order]
+
+
+def _check_rank(rank: int, in_features: int, out_features: int) -> None:
+    if not 1 <= rank < min(in_features, out_features):
+        raise ValueError(
+            f"`rank` must be at least 1 and less than both features; got {rank} for {out_features} x {in_features}."
+        )
+
+
+FORMS: dict[str, type[FactorizedLinear]] = {form.storage: form for form in (LowRankLinear, PivotedLinear)}
+
+
+@torch.no_grad()
+def arrange_parts_(layer: FactorizedLinear) -> None:
+    """Lay out the weights of parts with more rows than columns column by column, in CPU memory.
+
+    The product with one vector then reads them in long runs: 4096 x 1640 takes 0.73 of the time on one thread, and
+    1.07 of it with 32 vectors. A GPU's libraries do not care, and files know one layout only.
+
+    It lasts until the layer is used otherwise: `train` and `state_dict` lay the parts out by rows again, for other
+    tools. The parameters stay the same objects, and ``state_dict`` refers to them.
+    """
+    for part in layer.children():
+        if isinstance(part, nn.Linear) and part.out_features > part.in_features and part.weight.device.type == "cpu":
+            part.weight.data = part.weight.data.mT.contiguous().mT
+
+
+def pivoted_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a pivoted layer's parts in a model of ``dtype``."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """Return a linear layer with these values."""
+    out_features, in_features = weight.shape
+    layer = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(device=device, dtype=dtype).contiguous())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
+    return layer

@@ -1,0 +1,362 @@
+"""What makes ``AutoModel*.from_pretrained`` rebuild a compressed checkpoint.
+
+To transformers, a compressed checkpoint is one of a quantisation method named ``jactus``: ``config.json`` lists the
+factorised layers, and the quantizer puts them into the empty model before the tensors are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
+from peft_jactus.deployment.config import DENSE, QUANT_METHOD, CompressionConfig, LayerForm
+from peft_jactus.deployment.integrity import (
+    METADATA_KEY,
+    NOT_COMPUTED,
+    CheckpointFiles,
+    DamagedCheckpointError,
+    check_index,
+    digest_metadata,
+)
+from peft_jactus.tuner.layer import make_dense_layer
+from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear, arrange_parts_
+from peft_jactus.routing import ROUTER_NAME, install_router, remove_router, router_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from peft_jactus.routing import RouterConfig
+
+
+@dataclass(frozen=True)
+class _LoadingOptions:
+    verify: bool = False
+    dense: bool = False
+
+
+_DEFAULT_OPTIONS = _LoadingOptions()
+_OPTIONS = ContextVar("peft_jactus_loading_options", default=_DEFAULT_OPTIONS)
+
+
+@contextmanager
+def loading_options(*, verify: bool = False, dense: bool = False) -> Iterator[None]:
+    """Set how compressed checkpoints are loaded in this block; ``from_pretrained`` has no argument for it.
+
+    Args:
+        verify: Read all tensors once more and compare them with the digests that the checkpoint carries.
+        dense: Multiply the factors out: gives plain layers, and saves a checkpoint that loads without this package, at
+            the size of the base model.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft_jactus import loading_options
+        >>> with loading_options(verify=True):  # doctest: +SKIP
+        ...     model = AutoModelForCausalLM.from_pretrained("compressed")
+    """
+    token = _OPTIONS.set(_LoadingOptions(verify=verify, dense=dense))
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
+
+
+@dataclass(frozen=True)
+class _SavingOptions:
+    state_dict: Mapping[str, Tensor] | None = None
+    save_original_format: bool = True
+
+
+_DEFAULT_SAVING = _SavingOptions()
+_SAVING = ContextVar("peft_jactus_saving_options", default=_DEFAULT_SAVING)
+
+
+class _SavePretrained:
+    """The `save_pretrained` of one model: tells the quantizer what it is asked for, since transformers does not.
+
+    Args:
+        model: The model, in which this is an attribute.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        save = type(self.model).save_pretrained
+        given = inspect.signature(save).bind(self.model, *args, **kwargs).arguments
+        options = {field.name: given[field.name] for field in fields(_SavingOptions) if field.name in given}
+        token = _SAVING.set(_SavingOptions(**options))
+        try:
+            save(self.model, *args, **kwargs)
+        finally:
+            _SAVING.reset(token)
+
+
+class JactusQuantizer(HfQuantizer):
+    """Puts factorised layers into an empty model, checks the files they come from, and signs what is saved."""
+
+    requires_calibration = True
+    quantization_config: CompressionConfig
+
+    def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.options = _OPTIONS.get()
+        # By module name, which can differ from the name in the checkpoint's files.
+        self.module_forms: dict[str, LayerForm] = {}
+        self.conv1d_layers: set[str] = set()
+
+    # -- loading ------------------------------------------------------------------------------------------
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Check the index of a local checkpoint: this is the last call before transformers reads it."""
+        if config.name_or_path:
+            check_index(config.name_or_path)
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        del kwargs
+        files = None
+        if checkpoint_files is not None:
+            files = CheckpointFiles.read(checkpoint_files, model.config.name_or_path)
+            files.check_contents(all_bytes=self.options.verify)
+            files.check_layer_names(self.quantization_config.layers)
+        renamed = Renaming(model)
+        layers = {name: renamed(name) for name in self.quantization_config.layers}
+        if files is not None:
+            self._check_class(model, layers, renamed.without_tensors(files.entries))
+        for name, module_name in layers.items():
+            form = self.quantization_config.layers[name]
+            if module_name is None:
+                continue
+            self.module_forms[module_name] = form
+            layer = self._empty_layer(model.get_submodule(module_name), module_name, form)
+            if files is not None:
+                files.check_layer(name, layer.state_dict(), f"{form.storage} layer of rank {form.rank}")
+            model.set_submodule(module_name, layer)
+        if self.quantization_config.router is not None:
+            self._install_router(model, self.quantization_config.router, layers, files)
+        return model
+
+    def _install_router(
+        self,
+        model: PreTrainedModel,
+        config: RouterConfig,
+        layers: Mapping[str, str | None],
+        files: CheckpointFiles | None,
+    ) -> None:
+        if self.options.dense:  # all ranks run
+            ignored = rf"^{ROUTER_NAME}\."
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
+            return
+        ordered = (layers[name] for name in sorted(layers))
+        names = [name for name in ordered if name and isinstance(model.get_submodule(name), LowRankLinear)]
+        if not names:
+            raise DamagedCheckpointError("config.json describes a router, but no layer that it could steer.")
+        router = install_router(model, names, config)
+        if files is not None:
+            files.check_layer(ROUTER_NAME, router.state_dict(), f"router of {len(router.table)} experts")
+
+    def _check_class(
+        self, model: PreTrainedModel, layers: Mapping[str, str | None], without_tensors: Sequence[str]
+    ) -> None:
+        unknown = [name for name, module_name in layers.items() if module_name is None]
+        is_other_class = unknown and any(name.startswith(f"{model.base_model_prefix}.") for name in without_tensors)
+        # The blocks of a stack differ in a number alone: here some have no place, or no tensors.
+        known = {without_numbers(name) for pair in layers.items() if pair[1] is not None for name in pair if name}
+        is_other_depth = any(without_numbers(name) in known for name in (*unknown, *without_tensors))
+        if is_other_class or is_other_depth:
+            raise ValueError(
+                f"{type(model).__name__} has no layers {unknown[:5]}, which the checkpoint holds, or has layers that "
+                f"the checkpoint does not hold: {without_tensors[:5]}. Load it with the class it was made for "
+                "(`architectures` in config.json), at its depth, with the version of transformers that it was "
+                f"written with: {self.quantization_config.transformers_version}."
+            )
+
+    def _empty_layer(self, dense: nn.Module, module_name: str, form: LayerForm) -> nn.Module:
+        if isinstance(dense, Conv1D):
+            in_features, out_features = dense.weight.shape
+        elif isinstance(dense, nn.Linear):
+            out_features, in_features = dense.weight.shape
+        else:
+            raise DamagedCheckpointError(
+                f"config.json lists {module_name} as a linear layer; in this model it is a {type(dense).__name__}."
+            )
+        full_rank, is_dense = min(in_features, out_features), form.storage == DENSE
+        if form.rank > full_rank or is_dense != (form.rank == full_rank):
+            raise DamagedCheckpointError(
+                f"config.json gives the {form.storage} {module_name} rank {form.rank}; its weight is {out_features} x "
+                f"{in_features}."
+            )
+        if is_dense:
+            return dense
+        if isinstance(dense, Conv1D):
+            self.conv1d_layers.add(module_name)
+        return FORMS[form.storage].empty(
+            in_features,
+            out_features,
+            form.rank,
+            bias=dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        del kwargs
+        for name, layer in model.named_modules():
+            if isinstance(layer, PivotedLinear):
+                _check_index_tensors(name, layer)
+            if isinstance(layer, FactorizedLinear):
+                arrange_parts_(layer)
+        if self.options.dense:
+            self._dequantize(model)
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        else:
+            _set_attributes(model, save_pretrained=_SavePretrained(model))
+        # The tensors are ordinary ones: `.to(dtype)`, the Trainer and PEFT may treat the model as any other.
+        _set_attributes(model, is_quantized=False)
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                module.config._is_quantized = False
+        return model
+
+    @torch.no_grad()
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put plain layers into ``model``; ``dtype`` is for the interface: weights get that of their layer."""
+        del dtype
+        check_no_adapter(model, would_lose_it="dense layers")
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)]
+        for name, layer in layers:
+            if layer.weight.device.type == "meta":
+                raise ValueError(f"{name} is offloaded to disk; load the model without offloading to make it dense.")
+            weight = layer.dense_weight().to(layer.weight.dtype)
+            model.set_submodule(name, make_dense_layer(weight, layer.bias, is_conv1d=name in self.conv1d_layers))
+        remove_router(model)
+        return model
+
+    # -- saving -------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what `save_pretrained` is about to write, and its digests; name the layers in config.json alike."""
+        asked = _SAVING.get()
+        if not model._hf_peft_config_loaded:
+            # Not those of the checkpoint that was loaded, if that was of another class, with or without a head.
+            names = checkpoint_names(model, self.module_forms) if asked.save_original_format else {}
+            self.quantization_config.layers = {names.get(name, name): form for name, form in self.module_forms.items()}
+        router = router_of(model)
+        self.quantization_config.router = None if router is None else router.router_config
+        saved = _state_dict_of(model) if asked.state_dict is None else dict(asked.state_dict)
+        if any(tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in saved.values()):
+            return saved, {METADATA_KEY: NOT_COMPUTED}
+        tensors = {name: t for name, t in saved.items() if name not in (model._keys_to_ignore_on_save or ())}
+        tensors = remove_tied_weights_from_state_dict(tensors, model)
+        if asked.save_original_format:
+            tensors = revert_weight_conversion(model, tensors)
+        return saved, digest_metadata(tensors)
+
+    def is_serializable(self) -> bool:
+        """Return that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """That the Trainer may train the factors."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """That the Trainer may train the factors."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """That `torch.compile` works: not with a router, which chooses by values."""
+        return self.quantization_config.router is None
+
+
+def attach_compression(
+    model: PreTrainedModel,
+    forms: Mapping[str, LayerForm],
+    conv1d_layers: Iterable[str],
+    *,
+    retained_ratio: float,
+    base_model: str | None,
+) -> None:
+    """Make a model whose layers have been replaced the same as one that was loaded from its checkpoint.
+
+    Args:
+        model: With its deployed layers in place.
+        forms: By module name.
+        conv1d_layers: Names of those modules that were a Conv1D.
+        retained_ratio: As for `CompressionConfig`.
+        base_model: As for `CompressionConfig`.
+    """
+    names = checkpoint_names(model, forms)
+    config = CompressionConfig(
+        {names[name]: form for name, form in forms.items()}, retained_ratio=retained_ratio, base_model=base_model
+    )
+    quantizer = JactusQuantizer(config)
+    quantizer.module_forms |= forms
+    quantizer.conv1d_layers |= set(conv1d_layers)
+    model.config.quantization_config = config
+    _set_attributes(
+        model,
+        hf_quantizer=quantizer,
+        quantization_method=QUANT_METHOD,
+        is_quantized=False,
+        save_pretrained=_SavePretrained(model),
+    )
+
+
+def check_no_adapter(model: nn.Module, *, would_lose_it: str) -> None:
+    """Raise `ValueError` if an adapter is on a layer: the layers named in the message read base weights only."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ValueError(
+            f"`model` has an adapter, which {would_lose_it} would lose, on {adapted[:5]}. Merge it first "
+            "(`merge_and_unload`)."
+        )
+
+
+def _set_attributes(model: PreTrainedModel, **values: object) -> None:
+    """Set what transformers sets from outside, too; its classes do not declare them."""
+    for name, value in values.items():
+        setattr(model, name, value)
+
+
+def _state_dict_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    spread = [name for name, tensor in model.named_parameters() if hasattr(tensor, "ds_id") and not tensor.numel()]
+    if spread:
+        raise ValueError(
+            f"DeepSpeed has spread {len(spread)} parameters over its processes: {spread[:5]}. Gather them: "
+            "`model.save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))`."
+        )
+    return model.state_dict()
+
+
+def _check_index_tensors(name: str, layer: PivotedLinear) -> None:
+    """Check that nothing is read beside a tensor: `index_select` on a GPU would not raise an error."""
+    for key, index in layer.named_buffers(recurse=False):
+        if not key.endswith("_index") or index.is_meta:
+            continue
+        order = torch.arange(len(index), dtype=torch.int32, device=index.device)
+        if index.dtype != order.dtype or not torch.equal(index.sort().values, order):
+            raise DamagedCheckpointError(
+                f"{name}.{key} must hold each of 0 to {len(index) - 1} once. Download or export the checkpoint again."
+            )

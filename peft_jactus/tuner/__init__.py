@@ -1,0 +1,1 @@
+"""The tuner: what PEFT sees of JACTUS."""

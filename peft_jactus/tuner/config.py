@@ -1,0 +1,349 @@
+"""The user's settings: fields and checks, nothing computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from peft.config import PeftConfig
+
+from peft_jactus.tuner.peft_type import jactus_peft_type
+from peft_jactus._version import __version__
+from peft_jactus.tuner.adapter_format import ADAPTER_FORMAT
+from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions
+from peft_jactus.numerics.factorization import FactorizationOptions
+
+if TYPE_CHECKING:
+    from peft_jactus.calibration.statistics import CalibrationStatistics
+
+# What a saved config says instead of the user's `init_weights`: shapes come from `layer_ranks`, values from
+# the checkpoint, nothing is decomposed.
+FROM_CHECKPOINT = "empty"
+
+_CHOICES = {
+    "allocation": ("global", "uniform"),
+    "storage": ("factored", "pivoted"),
+    "decomposition": get_args(Decomposition),
+}
+_NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass
+class JactusConfig(PeftConfig):
+    """Fine-tune a model and come out with a smaller one.
+
+    Each targeted linear layer is replaced by ``left @ core @ right.T``: two frozen bases, chosen from the weight and
+    from calibration statistics, and a small trainable core (Ge et al., arXiv:2605.02829). Call
+    `peft_jactus.calibrate` with this config before `peft.get_peft_model`, unless ``decomposition="svd"``.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Names of the linear layers to compress: suffixes, a regular expression, or 'all-linear' for all but "
+                "the output layer of a language model, `modules_to_save`, and the head that PEFT trains whole for "
+                "`task_type` (recommended: only targeted layers get smaller). Default: PEFT's choice for the "
+                "architecture, usually two attention projections."
+            )
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (suffixes or a regular expression) of modules that are left alone."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that are trained and saved whole, beside the cores; for a freshly initialised head."
+        },
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the blocks to compress. Default: all."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the module list that `layers_to_transform` indexes, e.g. 'layers'."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": (
+                "Ranks that you decide, by full module name or regular expression. They are paid from the budget; "
+                "the other layers share the rest. A rank above min(out, in) means full rank."
+            )
+        },
+    )
+    retained_ratio: float = field(
+        default=0.8,
+        metadata={
+            "help": (
+                "Fraction of the targeted weights' parameters that is kept, in (0, 1]. Higher keeps more accuracy and "
+                "more memory; 0.8 is the paper's headline setting."
+            )
+        },
+    )
+    allocation: Literal["global", "uniform"] = field(
+        default="global",
+        metadata={
+            "help": (
+                "'global' gives ranks to the layers where a parameter lowers the loss most; 'uniform' keeps "
+                "`retained_ratio` of every layer."
+            )
+        },
+    )
+    storage: Literal["factored", "pivoted"] = field(
+        default="pivoted",
+        metadata={
+            "help": (
+                "Deployed form whose parameter count the budget is reckoned in. 'factored': two factors, rank * "
+                "(out + in). 'pivoted': rows of the weight and coefficients, rank * (out + in - rank), which pays for "
+                "higher ranks at the same budget; training then needs more memory and time."
+            )
+        },
+    )
+    decomposition: Decomposition = field(
+        default="jactus",
+        metadata={
+            "help": (
+                "'jactus' weighs both sides of each layer with calibration statistics, inside a union of subspaces "
+                "(`weight_energy`); 'kfac' always does so in the whole space. 'svd-llm' and 'asvd' weigh the inputs "
+                "only, 'fwsvd' the rows of the weight. 'svd' truncates its singular value decomposition: a start "
+                "without data, and much less accurate."
+            )
+        },
+    )
+    weight_energy: float = field(
+        default=1.0,
+        metadata={
+            "help": (
+                "Share of the weight's squared singular values that its directions in the union hold (the paper's "
+                "alpha), in (0, 1]. With 1 the union restricts nothing: input and gradient directions add nothing. "
+                "Less is the paper's way; it was no more accurate where it was measured, and takes longer."
+            )
+        },
+    )
+    input_energy: float = field(
+        default=0.99,
+        metadata={
+            "help": (
+                "Share of the input covariance's trace that the input directions in the union hold (beta), in [0, "
+                "1]. 0 leaves them out."
+            )
+        },
+    )
+    gradient_energy: float = field(
+        default=0.99,
+        metadata={
+            "help": (
+                "Share of the gradient covariance's trace that the gradient directions in the union hold (gamma), in "
+                "[0, 1]. 0 leaves them out."
+            )
+        },
+    )
+    shrinkage: float | str = field(
+        default="ledoit-wolf",
+        metadata={
+            "help": (
+                "How far covariances are moved towards a scaled identity: 'ledoit-wolf' estimates it from the data, a "
+                "number in [0, 1] fixes it. More trusts the calibration data less."
+            )
+        },
+    )
+    damping: float = field(
+        default=1e-6,
+        metadata={
+            "help": (
+                "Least variance of any direction, as a share of the mean variance, > 0. Keeps the matrix roots well "
+                "conditioned where calibration data never went."
+            )
+        },
+    )
+    rank_floor: float = field(
+        default=0.5,
+        metadata={
+            "help": (
+                "Least rank of a layer under allocation='global', as a share of its uniform rank, in [0, 1]. 1 is the "
+                "uniform allocation; 0 trusts local losses alone, which measures worse."
+            )
+        },
+    )
+    rank_multiple: int = field(
+        default=8,
+        metadata={
+            "help": (
+                "What ranks are multiples of, at least 1, in layers whose smaller side is 32 times as large or more: "
+                "matrix products of other sizes are slower. `rank_pattern` is taken as it is."
+            )
+        },
+    )
+    bias_correction: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "Let the bias of a layer that has one take up the mean error of its approximation, and let JACTUS "
+                "approximate around the mean. Costs nothing."
+            )
+        },
+    )
+    keep_base_weights: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Keep the dense weights beside the factors. Costs their memory; needed for `disable_adapter` (DPO "
+                "without a reference model), `unload`, and several adapters computed on one model."
+            )
+        },
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": (
+                "True: the core starts as the approximation of the weight. False: a random core on a data-free basis, "
+                "for tests. Saved configs say 'empty': values come from the checkpoint."
+            )
+        },
+    )
+    layer_ranks: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": (
+                "Written by `get_peft_model`: the rank of each targeted module. Full rank, min(out, in), means that "
+                "factors do not pay and the layer is deployed dense. To set ranks, use `rank_pattern`."
+            )
+        },
+    )
+    layer_energy: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Written by `get_peft_model`: share of each layer's weighted energy that is kept."},
+    )
+    peft_jactus_version: str | None = field(
+        default=None,
+        metadata={"help": "Written on saving: the version of the package to `pip install peft-jactus` for."},
+    )
+    adapter_format: int | None = field(
+        default=None,
+        metadata={"help": "Written on saving: what the adapter's tensors mean, so that others are not misread."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # peft has no annotations
+        self.peft_type = jactus_peft_type()
+        self.statistics: CalibrationStatistics | None = None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self._check_targets()
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str; put the layer indices into the "
+                "regular expression."
+            )
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}; got {getattr(self, name)!r}.")
+        if self.init_weights not in (True, False, FROM_CHECKPOINT):
+            raise ValueError(
+                f"`init_weights` must be True or False; got {self.init_weights!r}. For a start without "
+                'calibration data use `decomposition="svd"`.'
+            )
+
+    def _check_numbers(self) -> None:
+        for name in _NUMBERS:
+            if not _is_number(getattr(self, name)):
+                raise TypeError(f"`{name}` must be a number; got {getattr(self, name)!r}.")
+        if not 0 < self.retained_ratio <= 1:
+            raise ValueError(
+                f"`retained_ratio` must be in (0, 1]; got {self.retained_ratio}. It is the kept fraction: 0.8 "
+                "keeps 80% of the parameters."
+            )
+        if not 0 < self.weight_energy <= 1:
+            raise ValueError(f"`weight_energy` must be in (0, 1]; got {self.weight_energy}.")
+        for name in ("input_energy", "gradient_energy", "rank_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1]; got {getattr(self, name)}.")
+        if self.shrinkage != "ledoit-wolf" and not (_is_number(self.shrinkage) and 0 <= float(self.shrinkage) <= 1):
+            raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"`damping` must be positive and finite; got {self.damping}.")
+        if type(self.rank_multiple) is not int or self.rank_multiple < 1:
+            raise ValueError(f"`rank_multiple` must be an integer of at least 1; got {self.rank_multiple!r}.")
+        self._check_rank_pattern()
+
+    def _check_rank_pattern(self) -> None:
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"`rank_pattern` must be a dict of ranks by module name; got {self.rank_pattern!r}.")
+        for pattern, rank in self.rank_pattern.items():
+            if type(rank) is not int or rank < 1:  # JSON also gives floats and booleans
+                raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """Whether values come from a checkpoint, so that nothing is decomposed."""
+        return self.init_weights == FROM_CHECKPOINT
+
+    def check_format(self) -> None:
+        """Raise `ValueError` if this is the config of a saved adapter that this version would misread."""
+        if self.from_checkpoint and self.adapter_format != ADAPTER_FORMAT:
+            raise ValueError(
+                f"The adapter has format {self.adapter_format} (written by peft-jactus {self.peft_jactus_version}); "
+                f"this is {__version__}, which reads format {ADAPTER_FORMAT}. Load it with the version that wrote it."
+            )
+
+    def check_not_calibrated(self) -> None:
+        """Raise `ValueError` if statistics, from which nothing would be computed, are in a saved adapter's config."""
+        if self.from_checkpoint and self.statistics is not None:
+            raise ValueError(
+                "This config is a saved adapter's, so that values come from its file, but it has calibration "
+                "statistics. Set `config.init_weights = True` to compute new values from them."
+            )
+
+    def factorization_options(self) -> FactorizationOptions:
+        """Return the settings of the numerical part."""
+        # A random start (PEFT's tests) is data-free whatever the decomposition.
+        decomposition = self.decomposition if self.init_weights is True else "svd"
+        return FactorizationOptions(
+            decomposition=DecompositionOptions(
+                decomposition=decomposition,
+                weight_energy=self.weight_energy,
+                input_energy=self.input_energy,
+                gradient_energy=self.gradient_energy,
+                shrinkage=self.shrinkage,  # type: ignore[arg-type]  # checked in __post_init__
+                damping=self.damping,
+            ),
+            retained_ratio=self.retained_ratio,
+            allocation=self.allocation,
+            storage=self.storage,
+            rank_floor=self.rank_floor,
+            rank_multiple=self.rank_multiple,
+            bias_correction=self.bias_correction,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they are saved.
+
+        Once ranks are decided, the saved form asks for the checkpoint's values; this object stays as it is, so
+        that it can make a further adapter.
+        """
+        values = asdict(self)
+        if self.layer_ranks:
+            values["init_weights"] = FROM_CHECKPOINT
+            values["peft_jactus_version"] = __version__
+            values["adapter_format"] = ADAPTER_FORMAT
+        return values

@@ -1,0 +1,399 @@
+"""The tuned layer: frozen bases, a trainable core, and what PEFT expects of a tuner layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_jactus.tuner.adapter_format import (
+    TENSOR_NAMES,
+    factors_of,
+    is_unfilled,
+    tensor_dtype,
+    tensor_shapes,
+    tensors_of,
+    unfilled,
+)
+from peft_jactus.numerics.core_product import core_product
+from peft_jactus.numerics.interpolation import InterpolativeBasis
+from peft_jactus.numerics.linalg import output_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peft_jactus.numerics.factorization import LayerFactors
+
+
+def raise_base_weights_freed(action: str) -> NoReturn:
+    """Raise the error for what only works with the dense weights."""
+    raise ValueError(
+        f"Cannot {action}: the dense weights were freed. Create the adapter with `keep_base_weights=True` to keep "
+        "them."
+    )
+
+
+class FreedBase(nn.Module):
+    """Stands where a dense layer was: remembers its features, device and dtype, holds no weight."""
+
+    def __init__(self, base_layer: nn.Linear | Conv1D, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.is_conv1d = isinstance(base_layer, Conv1D)
+        self.has_bias = base_layer.bias is not None
+        # PEFT and some models (T5) read `.weight.dtype` and `.weight.device`; `.to()` must move it.
+        self.register_buffer("weight", base_layer.weight.detach().new_empty(0), persistent=False)
+        self.bias = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise `ValueError`: there is no dense layer any more."""
+        del args, kwargs
+        raise_base_weights_freed("run the base layer")
+
+    def extra_repr(self) -> str:
+        """Show the features."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class JactusLayer(BaseTunerLayer):
+    """State of one adapted layer: two frozen bases and a trainable core ``(rank, rank)`` for each adapter.
+
+    ``jactus_left`` ``(out - rank, rank)`` and ``jactus_right`` ``(in - rank, rank)`` are coefficients of the bases;
+    ``jactus_left_order`` and ``jactus_right_order`` say of which features (`interpolation.InterpolativeBasis`).
+
+    All but the core are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is the
+    only parameter, until `hold_bases_as_parameters` is called.
+    """
+
+    adapter_layer_names = ("jactus_core",)
+    other_param_names = (*(name for name in TENSOR_NAMES if name != "jactus_core"), "r")
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        self.base_layer = base_layer
+        in_features, out_features = _get_in_out_features(base_layer)
+        assert in_features is not None
+        assert out_features is not None
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self.r: dict[str, int] = {}
+        self.jactus_left = BufferDict({}, persistent=True)
+        self.jactus_left_order = BufferDict({}, persistent=True)
+        self.jactus_core = nn.ParameterDict({})
+        self.jactus_right = BufferDict({}, persistent=True)
+        self.jactus_right_order = BufferDict({}, persistent=True)
+        self.jactus_bias = BufferDict({}, persistent=True)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.module_name = module_name
+        self._unfilled: set[str] = set()
+        # The dense parameters while merged; in a list, because nn.Module registers parameter attributes.
+        self._unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
+        self._dense_is_merged = False
+
+    def _base(self) -> nn.Linear | Conv1D:
+        """Return the dense layer, or the `FreedBase` in its place, which has the same attributes."""
+        return cast("nn.Linear | Conv1D", self.get_base_layer())
+
+    @property
+    def base_weights_freed(self) -> bool:
+        """Whether the dense weight of this layer is gone."""
+        return isinstance(self.get_base_layer(), FreedBase) or self._dense_is_merged
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias."""
+        base = self.get_base_layer()
+        return base.has_bias if isinstance(base, FreedBase) else getattr(base, "bias", None) is not None
+
+    # -- creating an adapter ------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, r: int, *, factors: LayerFactors | None) -> None:
+        """Add or replace an adapter.
+
+        Args:
+            adapter_name: Its name.
+            r: The rank, at least 1.
+            factors: Initial values. ``None`` allocates NaN for a checkpoint to fill: a tensor that it does not fill
+                raises at the first forward pass.
+
+        Raises:
+            ValueError: If the rank is below 1.
+        """
+        if r < 1:
+            raise ValueError(f"{self.module_name}: the rank must be at least 1; got {r}.")
+        weight = self._base().weight
+        self.r[adapter_name] = r
+        values = {} if factors is None else tensors_of(factors)
+        for name, shape in self._expected_shapes(r).items():
+            dtype = tensor_dtype(name, weight.dtype)
+            tensor = values[name] if name in values else unfilled(shape, dtype, weight.device)
+            self._set_tensor(name, adapter_name, tensor.to(device=weight.device, dtype=dtype).contiguous())
+        self._unfilled.discard(adapter_name)
+        if factors is None:
+            self._unfilled.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def resize_adapter(self, adapter_name: str, r: int) -> None:
+        """Allocate the adapter for another rank; a checkpoint is about to fill it."""
+        if self.r[adapter_name] == r:
+            return
+        self.r[adapter_name] = r
+        held = self.adapter_tensors(adapter_name)
+        trains = held["jactus_core"].requires_grad
+        for name, shape in self._expected_shapes(r).items():
+            self._set_tensor(name, adapter_name, unfilled(shape, held[name].dtype, held[name].device))
+        self.jactus_core[adapter_name].requires_grad_(trains)
+        self._unfilled.add(adapter_name)
+
+    def _expected_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(self.out_features, self.in_features, rank, bias=self.has_bias)
+
+    def _set_tensor(self, name: str, adapter_name: str, tensor: Tensor) -> None:
+        held = getattr(self, name)
+        if isinstance(held, nn.ParameterDict):
+            tensor = nn.Parameter(tensor, requires_grad=name == "jactus_core")
+        held[adapter_name] = tensor
+
+    def hold_bases_as_parameters(self) -> None:
+        """Turn the coefficients of the bases into parameters that do not train, where there are any."""
+        for name in ("jactus_left", "jactus_right"):
+            tensors = dict(getattr(self, name).items())
+            if all(tensor.numel() for tensor in tensors.values()):  # ZeRO-3 fails on a parameter without elements
+                frozen = {adapter: nn.Parameter(tensor, requires_grad=False) for adapter, tensor in tensors.items()}
+                setattr(self, name, nn.ParameterDict(frozen))
+
+    def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """Return the adapter's tensors by the names of `TENSOR_NAMES`; a layer without bias lacks one."""
+        containers = {name: getattr(self, name) for name in TENSOR_NAMES}
+        return {name: held[adapter_name] for name, held in containers.items() if adapter_name in held}
+
+    def free_base_weights(self) -> None:
+        """Let go of the dense weight. There is no way back, except from a merge."""
+        if not self.base_weights_freed:
+            self.base_layer = FreedBase(self._base(), self.in_features, self.out_features)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        super().delete_adapter(adapter_name)
+        self._unfilled.discard(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the adapters and the dense layer."""
+        if not enabled and self.base_weights_freed:
+            raise_base_weights_freed("disable the adapter")
+        super().enable_adapters(enabled)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version casts to the base's dtype as well, which would round a trained float32 core, and
+        # moves meta tensors, which cannot be moved.
+        device = self._base().weight.device if device is None else device
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            if device.type == "meta" or tensor.device.type == "meta" or tensor.device == device:
+                continue
+            self._set_tensor(name, adapter_name, tensor.detach().to(device))
+            self.adapter_tensors(adapter_name)[name].requires_grad_(tensor.requires_grad)
+
+    # -- dense weights: merging and comparing -------------------------------------------------------------
+
+    def get_dense_weight(self, adapter_name: str) -> Tensor:
+        """Return the adapter's weight as the base layer stores it: ``(out, in)``, or ``(in, out)`` for a Conv1D."""
+        weight = self.get_factors(adapter_name).dense().to(self.jactus_left[adapter_name].dtype)  # (out, in)
+        return weight.mT if self.is_conv1d else weight
+
+    def get_factors(self, adapter_name: str) -> LayerFactors:
+        """Return the adapter's factors, in float32 at least."""
+        if adapter_name in self._unfilled:
+            self._check_filled(adapter_name)
+        return factors_of(self.adapter_tensors(adapter_name))
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return the adapter's weight less the dense one, as the base layer stores it."""
+        if self.base_weights_freed:
+            raise_base_weights_freed("compute the difference to the base weight")
+        return self.get_dense_weight(adapter_name) - self._dense_parameters()[0]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a difference of weights says it all: the dense weight is kept, and the bias unchanged."""
+        if self.base_weights_freed:
+            return False
+        _, bias = self._dense_parameters()
+        return bias is None or torch.equal(self.jactus_bias[adapter_name], bias)
+
+    def _dense_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Return the dense weight, as the base layer stores it, and bias, whatever is merged."""
+        base = self._base()
+        return self._unmerged[0] if self._unmerged else (cast("nn.Parameter", base.weight), base.bias)
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether the dense layer is transformers' Conv1D, which stores its weight transposed."""
+        base = self.get_base_layer()
+        return base.is_conv1d if isinstance(base, FreedBase) else isinstance(base, Conv1D)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the dense layer; the first replaces its weight, others add their difference.
+
+        Args:
+            safe_merge: Raise if the result is not finite, instead of merging it.
+            adapter_names: Default: the active ones.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.jactus_core]
+        if not names:
+            return
+        if self.base_weights_freed:
+            if len(names) > 1 or self.merged:
+                raise_base_weights_freed("merge several adapters")
+            self._merge_freed(names[0], safe_merge=safe_merge)
+            return
+        base = self._base()
+        with gather_params_ctx(base.weight):
+            for name in names:
+                weight, bias = self._merged_dense(name)
+                self._check_merged(weight, name, safe_merge=safe_merge)
+                if not self._unmerged:
+                    self._unmerged.append(self._dense_parameters())
+                # A new parameter: writing into the old one would change a tied embedding.
+                _assign(base, weight, bias)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def _merged_dense(self, name: str) -> tuple[Tensor, Tensor | None]:
+        base = self._base()
+        weight, bias = self.get_dense_weight(name), self.adapter_tensors(name).get("jactus_bias")
+        if not self.merged_adapters:
+            return weight, bias
+        unmerged_weight, dense_bias = self._dense_parameters()
+        weight = base.weight + (weight - unmerged_weight)
+        return weight, None if bias is None or dense_bias is None else base.bias + (bias - dense_bias)
+
+    def _merge_freed(self, name: str, *, safe_merge: bool) -> None:
+        weight = self.get_dense_weight(name)
+        self._check_merged(weight, name, safe_merge=safe_merge)
+        freed = cast("FreedBase", self.get_base_layer())
+        weight = weight.mT if freed.is_conv1d else weight
+        bias = self.adapter_tensors(name).get("jactus_bias")
+        self.base_layer = make_dense_layer(weight, bias, is_conv1d=freed.is_conv1d)
+        self._dense_is_merged = True
+        self.merged_adapters.append(name)
+
+    @staticmethod
+    def _check_merged(weight: Tensor, name: str, *, safe_merge: bool) -> None:
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def unmerge(self) -> None:
+        """Put the original dense parameters back; the very same objects, so that ties stay ties."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self._base()
+        if self._dense_is_merged:
+            self.base_layer = FreedBase(base, self.in_features, self.out_features)
+            self._dense_is_merged = False
+        else:
+            weight, bias = self._unmerged.pop()
+            weight.data = weight.data.to(base.weight)
+            base.weight = weight
+            if bias is not None:
+                bias.data = bias.data.to(base.weight)
+                base.bias = bias
+        self.merged_adapters.clear()
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def _check_filled(self, adapter_name: str) -> None:
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            if is_unfilled(tensor):
+                raise RuntimeError(
+                    f"{self.module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
+                    "checkpoint lacks it or is damaged; save it again, or compress the model anew."
+                )
+        self._unfilled.discard(adapter_name)
+
+    def _low_rank_forward(self, x: Tensor, adapter_name: str) -> Tensor:
+        if self._unfilled and adapter_name in self._unfilled and not torch.compiler.is_compiling():
+            self._check_filled(adapter_name)
+        tensors = self.adapter_tensors(adapter_name)
+        left = InterpolativeBasis(tensors["jactus_left_order"], tensors["jactus_left"])
+        right = InterpolativeBasis(tensors["jactus_right_order"], tensors["jactus_right"])
+        x = self._cast_input_dtype(x, right.coefficients.dtype)
+        return core_product(x, tensors["jactus_core"], left, right, tensors.get("jactus_bias"))
+
+
+class Linear(nn.Module, JactusLayer):
+    """A JACTUS layer in place of an `nn.Linear` or a Conv1D.
+
+    Args:
+        base_layer: The layer to replace.
+        module_name: Its full name, for error messages.
+        adapter_name: Name of the first adapter.
+        r: Its rank.
+        factors: Its initial values; ``None`` for an adapter that a checkpoint fills.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        module_name: str,
+        adapter_name: str,
+        *,
+        r: int,
+        factors: LayerFactors | None,
+    ) -> None:
+        super().__init__()
+        JactusLayer.__init__(self, base_layer, module_name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, factors=factors)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)`` with the active adapters."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base_forward(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.jactus_core]
+        if self.merged or not active:
+            return self._base_forward(x, *args, **kwargs)
+        if len(active) == 1:
+            return self._low_rank_forward(x, active[0]).to(output_dtype(x))
+        # PEFT's meaning of several active adapters: their differences to the base add up.
+        base = self._base_forward(x, *args, **kwargs)
+        output = base
+        for name in active:
+            output = output + (self._low_rank_forward(x, name) - base)
+        return output.to(base.dtype)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        return output
+
+    def __repr__(self) -> str:
+        return "jactus." + super().__repr__()
+
+
+def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> nn.Linear | Conv1D:
+    """Return a plain, frozen layer with a weight ``(out, in)``, which a Conv1D stores as ``(in, out)``."""
+    out_features, in_features = weight.shape
+    layer: nn.Linear | Conv1D
+    with torch.device("meta"):
+        if is_conv1d:
+            layer = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
+        else:
+            layer = nn.Linear(in_features, out_features, bias=bias is not None)
+    _assign(layer, weight.mT if is_conv1d else weight, bias)
+    return layer
+
+
+def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
+    """Give ``layer`` new frozen parameters; ``weight`` as the layer stores it."""
+    layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

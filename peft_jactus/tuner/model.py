@@ -1,0 +1,400 @@
+"""The tuner: what PEFT calls when it injects, loads, merges and deletes JACTUS adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_jactus.tuner.adapter_format import TENSOR_NAMES, tensor_shapes
+from peft_jactus.numerics.allocation import uniform_rank
+from peft_jactus.calibration import check_statistics
+from peft_jactus.tuner.config import JactusConfig
+from peft_jactus._processes import from_all, num_processes, process_index, share_out
+from peft_jactus.numerics.factorization import KEEP_BYTES, LayerFactors, factorize, factors_for_all, plan_ranks
+from peft_jactus.tuner.layer import JactusLayer, Linear, raise_base_weights_freed
+from peft_jactus.tuner.targeting import (
+    DEFAULT_TARGET_MODULES,
+    check_supported,
+    dense_weight,
+    dense_weight_and_bias,
+    loaded,
+    match_ranks,
+    resolve_all_linear_,
+    targeted_modules,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Set
+
+    from peft import PeftConfig
+    from torch import Tensor
+
+    from peft_jactus.numerics.approximation import ProjectedWeight
+
+# A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
+_TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
+# Below this many layers a bar would flash by.
+_MIN_LAYERS_FOR_BAR = 8
+
+
+@dataclass
+class _Prepared:
+    """What is known of all layers before the first one is replaced.
+
+    Attributes:
+        projections: Left by the choice of ranks, for the factors.
+        owners: Which process makes the factors of which layer; empty if there is one process.
+        factors: What this process made for all.
+    """
+
+    projections: dict[str, ProjectedWeight]
+    owners: dict[str, int]
+    factors: dict[str, LayerFactors] = field(default_factory=dict)
+
+
+class JactusModel(BaseTuner):
+    """Replaces targeted linear layers by low-rank ones with a trainable core.
+
+    Args:
+        model: The model to tune.
+        config: By adapter name.
+        adapter_name: The first adapter.
+
+    Attributes:
+        prefix: First part of the name of every tensor of an adapter.
+    """
+
+    prefix: str = "jactus_"
+    tuner_layer_cls = JactusLayer
+    target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT's own has this type
+
+    _factorizing_bar: tqdm[NoReturn] | None = None
+    _prepared: _Prepared | None = None  # while layers are replaced
+    _replaceable: Set[nn.Module] = frozenset()  # meanwhile, those that stand in one place of the model only
+
+    # -- injecting ----------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Replace the targeted layers; let go of the statistics once it is done."""
+        places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        self._replaceable = {
+            module for module, count in places.items() if count == 1 and not isinstance(module, JactusLayer)
+        }
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._prepared = None
+            self._replaceable = set()
+            if self._factorizing_bar is not None:
+                self._factorizing_bar.close()
+                self._factorizing_bar = None
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, JactusConfig)
+        config.statistics = None
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        assert isinstance(config, JactusConfig)
+        config.check_format()
+        freed = [layer.module_name for layer in self._layers() if layer.base_weights_freed]
+        if freed and not config.from_checkpoint:
+            raise_base_weights_freed("compute a further adapter")
+        if any(layer.merged for layer in self._layers()) and not config.from_checkpoint:
+            raise ValueError(
+                "An adapter is merged into the dense weights, which a further one would be computed from. Call "
+                "`unmerge_adapter` first."
+            )
+        if left_out := sorted(set(freed) - set(config.layer_ranks)):
+            raise_base_weights_freed(f"load an adapter that leaves {left_out} as they were")
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Decide the ranks of all layers, before the first one is replaced."""
+        assert isinstance(peft_config, JactusConfig)
+        if peft_config.from_checkpoint:
+            peft_config.check_not_calibrated()
+            return
+        resolve_all_linear_(peft_config, model)
+        targets = targeted_modules(model, peft_config)
+        options = peft_config.factorization_options()
+        statistics = peft_config.statistics
+        if not options.decomposition.needs_statistics:
+            statistics = peft_config.statistics = None
+        elif statistics is None:
+            raise ValueError(
+                "This JactusConfig has no calibration statistics. Call `peft_jactus.calibrate(model, config, "
+                "batches)` before `get_peft_model`, or assign saved ones to `config.statistics`; "
+                '`decomposition="svd"` starts without data.'
+            )
+        else:
+            row_fisher = options.decomposition.needs_row_fisher
+            check_statistics(statistics, targets, row_fisher=row_fisher, source="`config.statistics`")
+        limit = None if statistics is None else statistics.memory_limit
+        fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
+        show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
+        owners = _share_out_layers(targets) if num_processes() > 1 else None
+        with torch.no_grad():
+            plan = plan_ranks(
+                {name: _weight_getter(module) for name, module in targets.items()},
+                statistics,
+                options,
+                with_bias={name for name, module in targets.items() if dense_weight_and_bias(module)[1] is not None},
+                fixed_ranks=fixed_ranks,
+                keep_bytes=KEEP_BYTES if limit is None else min(limit, KEEP_BYTES),
+                owners=owners,
+                progress_bar=show_bar,
+            )
+        ranks = plan.allocation.ranks
+        peft_config.layer_ranks = dict(ranks)
+        peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
+        self._prepared = _Prepared(plan.projections, owners or {})
+        mine = [name for name, owner in self._prepared.owners.items() if owner == process_index()]
+        num_steps = len(ranks) + len(mine)
+        self._factorizing_bar = tqdm(total=num_steps, desc="Factorizing", unit="layer", disable=not show_bar)
+        for name in mine:  # before the first one is waited for
+            self._prepared.factors[name] = self._make_factors(peft_config, name, targets[name], ranks[name])
+            self._factorizing_bar.update()
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        del parameter_name  # PEFT's, for experts held in one parameter
+        assert isinstance(peft_config, JactusConfig)
+        check_supported(current_key, target, parent)
+        with loaded(target):
+            rank = self._rank_of(peft_config, current_key, target)
+            factors = None
+            if not peft_config.from_checkpoint:
+                factors = self._factors_of(peft_config, current_key, target, rank)
+                rank = peft_config.layer_ranks[current_key] = factors.rank
+                if self._factorizing_bar is not None:
+                    self._factorizing_bar.update()
+            layer: JactusLayer
+            if isinstance(target, JactusLayer):
+                layer = target
+                layer.update_layer(adapter_name, rank, factors=factors)
+            else:
+                layer = linear = Linear(target, current_key, adapter_name, r=rank, factors=factors)
+                if adapter_name not in self.active_adapters:
+                    linear.requires_grad_(False)
+                self._replace_module(parent, target_name, linear, target)
+            if self._nobody_needs_base_weight(current_key):
+                # Only now: _replace_module reads the device of the dense weight.
+                layer.free_base_weights()
+        if layer.base_weights_freed and target in self._replaceable:
+            # PEFT holds the dense layers until the last one is replaced.
+            target.register_parameter("weight", None)
+
+    def _nobody_needs_base_weight(self, name: str) -> bool:
+        """Whether no adapter asked to keep the dense weights, or leaves this layer alone."""
+        return all(name in config.layer_ranks and not config.keep_base_weights for config in self._configs())
+
+    def _configs(self) -> list[JactusConfig]:
+        return [config for config in self.peft_config.values() if isinstance(config, JactusConfig)]
+
+    @staticmethod
+    def _rank_of(config: JactusConfig, name: str, target: nn.Module) -> int:
+        if name in config.layer_ranks:
+            return config.layer_ranks[name]
+        if config.from_checkpoint:
+            raise ValueError(
+                f"{name} is targeted, but the adapter's config has no rank for it in `layer_ranks`. The adapter was "
+                "made for another model, or adapter_config.json was edited."
+            )
+        # PEFT can pick modules by the keys of a state dict, which `target_modules` then need not match.
+        out_features, in_features = dense_weight(target).shape
+        return uniform_rank(config.retained_ratio, out_features, in_features, config.storage)
+
+    def _factors_of(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
+        """Return the factors of a layer, from the process that made them."""
+        owner = None if self._prepared is None else self._prepared.owners.get(name)
+        if self._prepared is None or owner is None:
+            return self._make_factors(config, name, target, rank)
+        weight, bias = dense_weight_and_bias(target)
+        return factors_for_all(self._prepared.factors.pop(name, None), owner, weight, bias=bias is not None)
+
+    @torch.no_grad()
+    def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
+        with loaded(target):
+            weight, bias = dense_weight_and_bias(target)
+        statistics = None if config.statistics is None else config.statistics.get(name)
+        projected = None if self._prepared is None else self._prepared.projections.pop(name, None)
+        factors = factorize(weight, bias, statistics, rank, config.factorization_options(), projected=projected)
+        if config.init_weights is False:
+            core = factors.core
+            noise = torch.randn(core.shape, dtype=core.dtype).to(core.device)
+            scale = core.square().mean().sqrt().clamp(min=0.05)  # visible also on a weight of zeros
+            factors = dataclasses.replace(factors, core=core + scale * noise)
+        return factors
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Only the core is trained, so only the core needs float32; the bases keep the dtype of the model.
+        for layer in self._layers():
+            if adapter_name not in layer.jactus_core:
+                continue
+            core, dtype = layer.jactus_core[adapter_name], layer.jactus_left[adapter_name].dtype
+            if autocast_adapter_dtype:
+                dtype = torch.promote_types(dtype, torch.float32)
+            if core.dtype != dtype:
+                layer.jactus_core[adapter_name] = nn.Parameter(
+                    core.detach().to(dtype), requires_grad=core.requires_grad
+                )
+
+    # -- training in several processes -----------------------------------------------------------------------
+
+    def make_shardable(self) -> None:
+        """Let FSDP2 and DeepSpeed ZeRO-3 shard the frozen bases, too; call it before training is prepared.
+
+        They shard parameters, and keep buffers whole in every process. The bases are buffers, because PEFT takes
+        parameters of an adapter for what it trains; here they become parameters that do not train. Outputs,
+        checkpoints, what trains and what is counted stay the same.
+        """
+        for layer in self.modules():
+            if isinstance(layer, JactusLayer):
+                layer.hold_bases_as_parameters()
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel, which asks for this name, need not send before each forward pass.
+
+        The frozen tensors, if all processes hold the same ones; else none, and it sends those of the first process.
+        """
+        frozen = {
+            name: buffer for name, buffer in self.named_buffers() if not set(TENSOR_NAMES).isdisjoint(name.split("."))
+        }
+        if len({tuple(digests) for digests in from_all([_digest(buffer) for buffer in frozen.values()])}) > 1:
+            return []
+        return [prefix + name for name in frozen for prefix in ("", "base_model.")]  # with a PeftModel around this
+
+    # -- loading ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a checkpoint against the model, whole, before PEFT fills in what fits and ignores the rest."""
+        assert isinstance(config, JactusConfig)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        root = "base_model.model."
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            if matched := _TENSOR_KEY.fullmatch(key):
+                found.setdefault(matched["module"].removeprefix(root), {})[matched["tensor"]] = tensor
+        layers = {
+            name.removeprefix(root): module
+            for name, module in model.named_modules()
+            if isinstance(module, JactusLayer) and adapter_name in module.jactus_core
+        }
+        unmatched = sorted(set(found) ^ set(layers))
+        if unmatched:
+            raise ValueError(
+                f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them "
+                f"has: {unmatched}. Load the adapter with the config it was saved with, onto the base model it was "
+                "made for."
+            )
+        ranks = {name: _checked_rank(name, layer, found[name], config) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.resize_adapter(adapter_name, ranks[name])
+        config.layer_ranks.update(ranks)
+        return state_dict
+
+    # -- what needs the dense weights ---------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; the last one only if the dense weights are there to fall back on."""
+        if len(self.peft_config) == 1 and adapter_name in self.peft_config and self._base_weights_freed():
+            raise_base_weights_freed("delete the last adapter")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Return the dense model as it was before."""
+        if self._base_weights_freed():
+            raise_base_weights_freed("unload without merging; use `merge_and_unload`")
+        return super().unload()
+
+    def disable_adapter_layers(self) -> None:
+        """Run the dense model."""
+        if self._base_weights_freed():
+            raise_base_weights_freed("disable the adapter")
+        super().disable_adapter_layers()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this method PEFT drops `adapter_names` and runs the active adapter for every example.
+        del args
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("`adapter_names` (several adapters in one batch) is not supported by JACTUS.")
+        yield
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def _layers(self) -> Iterator[JactusLayer]:
+        return (module for module in self.model.modules() if isinstance(module, JactusLayer))
+
+    def _base_weights_freed(self) -> bool:
+        return any(layer.base_weights_freed for layer in self._layers())
+
+    def num_in_buffers(self) -> int:
+        """Return how many numbers all adapters hold in buffers; PEFT counts parameters only."""
+        return sum(
+            tensor.numel()
+            for layer in self._layers()
+            for adapter_name in layer.r
+            for tensor in layer.adapter_tensors(adapter_name).values()
+            if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        )
+
+
+def _digest(tensor: Tensor) -> float:
+    """Return a number that is hardly the same for two tensors, or for two orders of one."""
+    weights = torch.arange(1, 1 + tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return float(tensor.detach().flatten().double() @ weights)
+
+
+def _share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return which process factorizes which layer; the time grows with the cube of its sides."""
+    shapes = {name: dense_weight(module).shape for name, module in targets.items()}
+    return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
+
+
+def _weight_getter(module: nn.Module) -> Callable[[], Tensor]:
+    def get() -> Tensor:
+        with loaded(module):
+            return dense_weight(module)
+
+    return get
+
+
+def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
+    """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
+    rank = tensors["jactus_core"].shape[0] if "jactus_core" in tensors and tensors["jactus_core"].dim() else 0
+    if config.from_checkpoint:
+        rank = config.layer_ranks.get(name) or 0
+    expected_shapes = tensor_shapes(layer.out_features, layer.in_features, rank, bias=layer.has_bias)
+    if set(tensors) != set(expected_shapes):
+        raise ValueError(
+            f"{name}: the checkpoint must hold {sorted(expected_shapes)}; it holds {sorted(tensors)}. It is damaged, "
+            "or was made for another base model."
+        )
+    for tensor_name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected_shapes[tensor_name]:
+            raise ValueError(
+                f"{name}: `{tensor_name}` must have shape {expected_shapes[tensor_name]}; the checkpoint has "
+                f"{tuple(tensor.shape)}. It is damaged or was made for another base model."
+            )
+    return rank
