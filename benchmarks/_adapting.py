@@ -4,10 +4,10 @@ import time
 
 from _cases import FULL_SIZE
 from peft import LoraConfig, get_peft_model
+from peft_jactus.export import compressed_copy
 from torch import nn
 
 from peft_jactus import JactusConfig, calibrate, rank_summary
-from peft_jactus.export import compressed_copy
 
 RANK = 16
 LORA = {

@@ -6,15 +6,15 @@ import math
 import torch
 from _language import as_dataset, load_blocks, mixed_blocks
 from peft import get_peft_model
+from peft_jactus.export import compressed_copy
+from peft_jactus.routing.router import pool_embeddings
+from peft_jactus.routing.selection import relaxed_gates, select_experts
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from peft_jactus import JactusConfig, calibrate
-from peft_jactus.export import compressed_copy
 from peft_jactus.parse import RouterTrainer, add_router
 from peft_jactus.parse.training import embeddings_of
-from peft_jactus.routing.router import pool_embeddings
-from peft_jactus.routing.selection import relaxed_gates, select_experts
 
 DECOMPOSITIONS = ("svd", "fwsvd", "asvd", "svd-llm", "jactus")
 CORPORA = ("novels", "ptb", "wikitext2")

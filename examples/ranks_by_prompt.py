@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
 
 from peft_jactus import JactusConfig, calibrate, export_compressed
-from peft_jactus.parse import RouterConfig, RouterTrainer, add_router
+from peft_jactus.parse import RouterConfig, RouterTrainer, routed_copy
 
 # -- settings -------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ losses["compressed"] = loss_of(compressed)
 # -- route ----------------------------------------------------------------------------------------
 
 router_config = RouterConfig(active_ratio=args.active_ratio, expert_size=args.expert_size)
-routed = add_router(compressed, router_config, statistics=statistics)
+routed = routed_copy(compressed, router_config, statistics=statistics)
 trainer = RouterTrainer(
     routed,
     dense,

@@ -1,35 +1,59 @@
 """Fine-tune a pretrained transformer with PEFT and come out with a smaller model.
 
-Importing this package registers the tuner type ``JACTUS`` with PEFT.
+Importing this package registers the tuner type ``JACTUS`` with PEFT, and compressed checkpoints with transformers.
+
+The rooms, each of which imports only those above it:
+
+- `numerics`: the method's mathematics; tensors in, tensors out.
+- `tuner`: what PEFT sees: config, layer, model; and the plan of the ranks.
+- `calibration`: from a model and a few batches to statistics.
+- `deployment`: compressed checkpoints: how they are written, loaded and looked at.
+- `parse`: ranks chosen for each prompt. Imported by those who use it only.
+- `cli`: the command ``peft-jactus``.
 """
 
 from peft_jactus._registration import register as _register
 from peft_jactus._version import __version__ as __version__
-from peft_jactus.calibration import calibrate
-from peft_jactus.tuner.config import JactusConfig
-from peft_jactus.deployment.export import export_compressed
-from peft_jactus.deployment.integrity import DamagedCheckpointError
-from peft_jactus.numerics.linalg import NumericalWarning
-from peft_jactus.deployment.quantizer import loading_options
-from peft_jactus.deployment.layers import LowRankLinear, PivotedLinear
-from peft_jactus.tuner.model import JactusModel
-from peft_jactus.calibration.statistics import CalibrationStatistics
-from peft_jactus.deployment.ranks import RankSummary, plot_ranks, rank_summary
+from peft_jactus.calibration import CalibrationStatistics, calibrate
+from peft_jactus.deployment import (
+    LowRankLinear,
+    PivotedLinear,
+    compressed_copy,
+    export_compressed,
+    export_remote_code,
+    loading_options,
+    plot_plan,
+    plot_ranks,
+    rank_summary,
+)
+from peft_jactus.errors import BaseWeightsFreedError, DamagedCheckpointError, NumericalWarning, RoutingWarning
+from peft_jactus.tuner import JactusConfig, JactusModel, RankPlan, RankSummary, plan_ranks
 
-__all__ = [
-    "CalibrationStatistics",
-    "DamagedCheckpointError",
+__all__ = [  # noqa: RUF022  # grouped
+    # Configure, calibrate, plan
     "JactusConfig",
+    "CalibrationStatistics",
+    "RankPlan",
+    "calibrate",
+    "plan_ranks",
+    "plot_plan",
+    # Look at what was decided
+    "RankSummary",
+    "plot_ranks",
+    "rank_summary",
+    # Ship
+    "compressed_copy",
+    "export_compressed",
+    "export_remote_code",
+    "loading_options",
+    # Classes that are met on the way
+    "BaseWeightsFreedError",
+    "DamagedCheckpointError",
     "JactusModel",
     "LowRankLinear",
     "NumericalWarning",
     "PivotedLinear",
-    "RankSummary",
-    "calibrate",
-    "export_compressed",
-    "loading_options",
-    "plot_ranks",
-    "rank_summary",
+    "RoutingWarning",
 ]
 
 _register()

@@ -14,14 +14,20 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from peft_jactus.tuner.peft_type import NAME, jactus_peft_type
 from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig
-from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.deployment.extensions import register_extension
 from peft_jactus.deployment.quantizer import JactusQuantizer
+from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.model import JactusModel
+from peft_jactus.tuner.peft_type import NAME, jactus_peft_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from peft_jactus.deployment.extensions import CheckpointExtension
+
+# As `peft_jactus.parse.installation` calls them; a test holds them together.
+_ROUTER_FIELD, _ROUTER_NAME = "router", "rank_router"
 
 
 def register() -> None:
@@ -31,6 +37,13 @@ def register() -> None:
     """
     _register_tuner()
     _register_quantizer()
+    register_extension(_ROUTER_FIELD, _ROUTER_NAME, _load_router_extension)
+
+
+def _load_router_extension() -> CheckpointExtension:
+    from peft_jactus.parse.installation import RouterExtension  # only for those who route
+
+    return RouterExtension()
 
 
 def _register_quantizer() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.comparisons")
+pytest.register_assert_rewrite("tests.support.comparisons")
 
 # Tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from tests.compressed_models import VOCABULARY, tiny_llama
-from tests.tiny_tokenizer import tiny_tokenizer
+from tests.support.compressed_models import VOCABULARY, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]

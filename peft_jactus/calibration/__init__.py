@@ -1,12 +1,11 @@
 """From a model and a few batches to `CalibrationStatistics`.
 
-A subpackage because each concern has rules of its own: which positions count (`position_masks`), what the loss is
-summed over (`summed_loss`), how the model is left as it was (`restoring`), what hooks collect (`collector`), of
-which layers at a time (`grouping`), and where the sums lie meanwhile (`store`).
+Inside: the call itself (`passes`), batches and where they go (`batches`), which positions count (`position_masks`),
+what the loss is summed over (`summed_loss`), how the model is left as it was (`model_state`), what hooks collect
+(`collector`), of which layers at a time (`memory_groups`), and where the sums are stored meanwhile (`resume`).
 """
 
 from peft_jactus.calibration.passes import calibrate
-from peft_jactus.calibration.memory_groups import memory_limit
-from peft_jactus.calibration.resume import check_statistics
+from peft_jactus.calibration.statistics import CalibrationStatistics
 
-__all__ = ["calibrate", "check_statistics", "memory_limit"]
+__all__ = ["CalibrationStatistics", "calibrate"]

@@ -17,9 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
-from peft_jactus._processes import summed
-from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
+from peft_jactus.calibration.reduction import summed_over_processes
 from peft_jactus.calibration.statistics import CalibrationStatistics
+from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
 from peft_jactus.tuner.targeting import dense_weight, loaded
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class StatisticsCollector:
         self._row_fisher: dict[str, Tensor] | None = {} if row_fisher else None
         self._readings: Any = WeakTensorKeyDictionary()  # of the tensors that are still in use
         self._masks = PositionMasks(encoder_of(model))
+        self._num_loss_terms = 0
         self.num_batches = 0 if start is None else start.num_batches
 
     @contextlib.contextmanager
@@ -133,6 +134,7 @@ class StatisticsCollector:
             )
         torch.autograd.backward(loss)
         self._end_batch()
+        self._num_loss_terms += compute_loss.count(self._model, batch)
         self.num_batches += 1
 
     def statistics(self) -> CalibrationStatistics:
@@ -144,12 +146,12 @@ class StatisticsCollector:
             for name, module in self._targets.items()
         }
         num_new = self.num_batches - (0 if self._start is None else self._start.num_batches)
-        statistics = CalibrationStatistics(layers, num_batches=num_new)
+        statistics = CalibrationStatistics(layers, num_batches=num_new, num_loss_terms=self._num_loss_terms)
         return statistics if self._start is None else self._start.merge(statistics)
 
     def checked_statistics(self) -> CalibrationStatistics:
         """Return the sums of all processes, or raise for a module whose statistics cannot be used; name it."""
-        statistics = summed(self.statistics())
+        statistics = summed_over_processes(self.statistics())
         if statistics.num_batches == 0:
             raise ValueError("`batches` is empty; calibration needs at least one batch.")
         for name in self._targets:

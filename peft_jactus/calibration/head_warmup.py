@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from peft_jactus._processes import broadcast_
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.model_state import prepared_for_calibration
-from peft_jactus._processes import broadcast_
 from peft_jactus.tuner.targeting import head_names
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 
 from peft_jactus.numerics.moments import SecondMoment
+from peft_jactus.tuner.sizes import parse_size
 from peft_jactus.tuner.targeting import dense_weight
 
 if TYPE_CHECKING:
@@ -16,19 +16,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def memory_limit(limit: int | str | None) -> int | None:
+def parse_memory_limit(limit: int | str | None) -> int | None:
     """Return bytes; raise `ValueError` for what is no size."""
     if limit is None:
         return None
     try:
-        num_bytes = int(convert_file_size_to_int(limit))
-    except (ValueError, TypeError):
-        num_bytes = 0
-    if num_bytes <= 0:
-        raise ValueError(
-            f"`max_statistics_memory` must be a positive number of bytes, or a size such as '8GiB'; got {limit!r}."
-        )
-    return num_bytes
+        return parse_size(limit)
+    except ValueError as error:
+        raise ValueError(f"`max_statistics_memory` {error}") from error
 
 
 def split_into_groups(

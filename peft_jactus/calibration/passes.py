@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Literal
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from peft_jactus._processes import gather_objects, process_index
 from peft_jactus.calibration.batches import num_batches
 from peft_jactus.calibration.collector import StatisticsCollector
-from peft_jactus.calibration.memory_groups import memory_limit, split_into_groups
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
+from peft_jactus.calibration.memory_groups import parse_memory_limit, split_into_groups
 from peft_jactus.calibration.model_state import prepared_for_calibration, random_state_kept
 from peft_jactus.calibration.resume import StatisticsStore
+from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
+from peft_jactus.calibration.statistics_files import save_index
 from peft_jactus.calibration.summed_loss import SummedLoss
-from peft_jactus._processes import from_all, process_index
-from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics, save_index
 from peft_jactus.tuner.targeting import targeted_modules
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def calibrate(
     targets = targeted_modules(model, config)
     _check_weights(targets)
     row_fisher = config.factorization_options().decomposition.needs_row_fisher
-    limit = memory_limit(max_statistics_memory)
+    limit = parse_memory_limit(max_statistics_memory)
     groups = split_into_groups(targets, limit, row_fisher=row_fisher)
     run = _Pass(
         model=model,
@@ -180,7 +181,7 @@ class _Pass:
         folder = None
         if store is None:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
-            path = Path(from_all(folder.name)[0]) / "statistics.safetensors"
+            path = Path(gather_objects(folder.name)[0]) / "statistics.safetensors"
             store = StatisticsStore(path, {}, row_fisher=self.row_fisher)  # read in this run only: no digests
         with random_state_kept():
             batches = list(itertools.islice(batches, self.max_batches))
@@ -192,7 +193,7 @@ class _Pass:
                 self.collect(group, batches, part, begun, description=f"Calibrating {number}/{len(groups)}")
         if process_index() == 0:
             save_index(store.path, [part.path for part in parts], limit)
-        from_all(None)  # wait for it
+        gather_objects(None)  # wait for it
         store.remove_own_part()
         statistics = open_statistics(store.path)
         if folder is not None:
@@ -213,7 +214,11 @@ class _Pass:
         ``start`` holds those of the first batches; it may read them from the file that is about to be replaced.
         """
         if start is not None:
-            start = CalibrationStatistics({name: start[name] for name in targets}, num_batches=start.num_batches)
+            start = CalibrationStatistics(
+                {name: start[name] for name in targets},
+                num_batches=start.num_batches,
+                num_loss_terms=start.num_loss_terms,
+            )
         collector = StatisticsCollector(self.model, targets, start, row_fisher=self.row_fisher)
         total = num_batches(batches, self.max_batches)
         show_bar = self.progress_bar and process_index() == 0

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from peft_jactus._processes import from_all, num_processes, process_index
-from peft_jactus.calibration.statistics import (
-    CalibrationStatistics,
-    files_at,
-    index_path,
-    open_statistics,
-    part_path,
-    read_metadata,
-)
+from peft_jactus._files import bytes_of, sha256_of
+from peft_jactus._processes import gather_objects, num_processes, process_index
+from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
+from peft_jactus.calibration.statistics_files import files_at, index_path, part_path, read_metadata
+from peft_jactus.tuner.planning import check_statistics
 from peft_jactus.tuner.targeting import dense_weight, loaded
 
 if TYPE_CHECKING:
@@ -87,7 +82,7 @@ class StatisticsStore:
             ``None`` if there are none. A `ValueError` says if a file is damaged, or of other layers or weights.
         """
         saved = self._read(self.path, lazily=lazily)
-        if num_processes() == 1 or all(from_all(saved is not None and saved.complete)):
+        if num_processes() == 1 or all(gather_objects(saved is not None and saved.complete)):
             return saved
         return self._read(self._own_path, lazily=lazily)
 
@@ -99,7 +94,7 @@ class StatisticsStore:
         """Save the complete statistics, which are the same in all processes, and remove this process's part."""
         if process_index() == 0:
             statistics.save(self.path, metadata=self._header(complete=True))
-        from_all(None)  # wait for it
+        gather_objects(None)  # wait for it
         self.remove_own_part()
 
     def remove_own_part(self) -> None:
@@ -148,31 +143,4 @@ def _weight_digest(module: nn.Module) -> str:
     with loaded(module):
         weight = dense_weight(module)
         edges = torch.stack([weight[0], weight[-1]]).cpu()
-    digest = hashlib.sha256(f"{edges.dtype} {list(weight.shape)} ".encode())
-    digest.update(edges.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def check_statistics(
-    statistics: CalibrationStatistics, targets: Mapping[str, nn.Module], *, row_fisher: bool, source: str
-) -> None:
-    """Check that ``statistics`` cover ``targets`` with the right shapes.
-
-    Raises:
-        ValueError: If they do not, or lack the Fisher information of rows although ``row_fisher``; names the module.
-    """
-    for name, module in targets.items():
-        layer = statistics.get(name)
-        if layer is None:
-            raise ValueError(
-                f"{source} has no statistics of {name}. Calibrate with the config and model that you compress."
-            )
-        expected = tuple(dense_weight(module).shape)
-        found = (layer.gradient.dim, layer.input.dim)
-        if expected != found:
-            raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")
-        if row_fisher and layer.row_fisher is None:
-            raise ValueError(
-                f"{source} has no Fisher information of {name}: it was calibrated for a decomposition other than "
-                '"fwsvd". Calibrate for "fwsvd" to another `statistics_file`; one that is there is used as it is.'
-            )
+    return sha256_of(f"{edges.dtype} {list(weight.shape)} ", bytes_of(edges))[:16]

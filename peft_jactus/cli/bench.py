@@ -2,23 +2,19 @@
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from inspect import signature
-from pathlib import Path
-from typing import Annotated, cast
+from typing import cast
 
 import torch
 import transformers
-import typer
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from peft_jactus._version import __version__
-from peft_jactus.cli.stopwatch import Case, Timing, compare, decode_case, forward_case, num_bytes, num_parameters
-from peft_jactus.cli.options import DeviceOption, to_device
 from peft_jactus.cli.hub import model_class
-from peft_jactus.deployment.config import CompressionConfig
+from peft_jactus.cli.stopwatch import Case, Timing, compare, decode_case, forward_case, num_bytes, num_parameters
+from peft_jactus.deployment.config import is_compression
 from peft_jactus.deployment.quantizer import loading_options
 
 COMPRESSED, DENSE = "compressed", "dense"
@@ -40,6 +36,10 @@ class Comparison:
     num_bytes: dict[str, int]
     timings: list[Timing]
     machine: dict[str, str | int]
+
+    def to_json(self) -> str:
+        """Return all figures."""
+        return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
         rows = [
@@ -95,8 +95,7 @@ def load_pair(checkpoint: str, dense: str | None, device: torch.device) -> dict[
         ValueError: If ``checkpoint`` is not compressed.
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, (dict, CompressionConfig)) or "jactus" not in str(quantization):
+    if not is_compression(getattr(config, "quantization_config", None)):
         raise ValueError(
             f"{checkpoint} is no compressed checkpoint; make one with `peft-jactus export` or `compress`."
         )
@@ -166,10 +165,18 @@ def _image_case(model: PreTrainedModel, batch_size: int) -> Case:
 
 
 def compare_models(
-    models: Mapping[str, nn.Module], cases: list[Case], *, num_repeats: int = 7, num_threads: int = 1
+    checkpoint: str,
+    dense: str | None,
+    *,
+    device: torch.device,
+    batch_sizes: list[int],
+    sequence_length: int,
+    num_repeats: int,
+    num_threads: int,
 ) -> Comparison:
-    """Measure sizes and times."""
-    device = next(models[DENSE].parameters()).device
+    """Load a compressed model and a dense one (see `load_pair`), and measure their sizes and times."""
+    models = load_pair(checkpoint, dense, device)
+    cases = make_cases(models[COMPRESSED], batch_sizes, sequence_length)
     return Comparison(
         {name: num_parameters(model) for name, model in models.items()},
         {name: num_bytes(model) for name, model in models.items()},
@@ -177,43 +184,9 @@ def compare_models(
         {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "threads": num_threads,
-            "dtype": str(next(models[DENSE].parameters()).dtype),
+            "dtype": str(models[DENSE].dtype),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft_jactus": __version__,
         },
     )
-
-
-def bench(
-    directory: Annotated[str, typer.Argument(help="A compressed checkpoint: a directory or Hub name.")],
-    dense: Annotated[
-        str | None,
-        typer.Option(help="The dense model: a directory or Hub name. Default: the checkpoint, multiplied out."),
-    ] = None,
-    batch_size: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; can be given several times. [default: 1, 32]", min=1)
-    ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 128,
-    device: DeviceOption = None,
-    threads: Annotated[int, typer.Option(help="Of torch, on a CPU.", min=1)] = 1,
-    repeats: Annotated[
-        int, typer.Option(help="Measurements of each; the fastest and the middle one count.", min=1)
-    ] = 7,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file, too.", dir_okay=False)
-    ] = None,
-) -> None:
-    """Time a compressed model beside the dense one, in one process, taking turns.
-
-    On a CPU with one thread, the thread's processor time is measured; with several, the wall clock; on a GPU, CUDA
-    events.
-    """
-    models = load_pair(directory, dense, to_device(device))
-    cases = make_cases(models[COMPRESSED], batch_size or [1, 32], sequence_length)
-    comparison = compare_models(models, cases, num_repeats=repeats, num_threads=threads)
-    typer.echo(", ".join(f"{label} {value}" for label, value in comparison.machine.items()))
-    typer.echo(comparison)
-    if json_file is not None:
-        json_file.write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"Written to {json_file}.")

@@ -2,14 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import torch
 import transformers
-import typer
 from peft import PeftModel
 from transformers import AutoConfig
 
-from peft_jactus.cli.options import DtypeOption, OverwriteOption, StorageOption, to_dtype
 from peft_jactus.cli.hub import (
     find_processor,
     load_adapter_config,
@@ -17,8 +16,10 @@ from peft_jactus.cli.hub import (
     model_class,
     read_adapter_shapes,
 )
+from peft_jactus.deployment.atomic_folder import check_target
+from peft_jactus.deployment.export import export_compressed
+from peft_jactus.numerics.allocation import Storage
 from peft_jactus.tuner.config import JactusConfig
-from peft_jactus.deployment.export import check_target, export_compressed
 
 _CLASS_BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -87,24 +88,18 @@ def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:
         raise ValueError("--repo-id says where to upload to; give --push-to-hub, too.")
 
 
-def export(
-    adapter_dir: Annotated[str, typer.Argument(help="What `model.save_pretrained` wrote: a directory or Hub name.")],
-    output_dir: Annotated[Path, typer.Argument(help="Where to write the compressed checkpoint.")],
-    base_model: Annotated[
-        str | None, typer.Option(help="Directory or Hub name. Default: what the adapter's config says.")
-    ] = None,
-    storage: StorageOption = None,
-    dtype: DtypeOption = None,
-    overwrite: OverwriteOption = False,
-    push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Upload the checkpoint, too.")] = False,
-    repo_id: Annotated[
-        str | None, typer.Option(help="Where to upload to, user/name. Default: the name of OUTPUT_DIR.")
-    ] = None,
+def export_adapter(
+    adapter_dir: str,
+    output_dir: Path,
+    *,
+    base_model: str | None,
+    storage: Storage | None,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    push_to_hub: bool,
+    repo_id: str | None,
 ) -> None:
-    """Write a trained adapter as a compressed checkpoint, which loads without the base model.
-
-    The tokenizer or processor beside the adapter, or else that of the base model, goes with it.
-    """
+    """Load an adapter from a directory or the Hub and write it as a compressed checkpoint, see `export_compressed`."""
     check_target(output_dir, overwrite=overwrite)
     _check_upload(push_to_hub, repo_id)
     folder = local_folder(adapter_dir)
@@ -114,10 +109,9 @@ def export(
         model,
         output_dir,
         storage=storage,
-        dtype=to_dtype(dtype),
+        dtype=dtype,
         processor=find_processor(adapter_dir, str(config.base_model_name_or_path)),
         overwrite=overwrite,
         push_to_hub=push_to_hub,
         repo_id=repo_id,
     )
-    typer.echo(f"Written to {output_dir}; look at it with `peft-jactus inspect {output_dir}`.")

@@ -7,10 +7,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import has_file
 
+from peft_jactus._files import opened_safetensors
 from peft_jactus.tuner.config import JactusConfig
 
 
@@ -81,9 +81,5 @@ def load_adapter_config(folder: Path) -> JactusConfig:
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an adapter's tensors; a `ValueError` says if they cannot be read."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    try:
-        with safe_open(path, framework="pt") as reader:
-            names = reader.keys()  # not a mapping
-            return {name: tuple(reader.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}. Save or download it again.") from error
+    with opened_safetensors(path, remedy="Save or download it again.") as reader:
+        return {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118  # no mapping

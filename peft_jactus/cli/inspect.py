@@ -3,15 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from transformers import AutoConfig
 
-from peft_jactus.cli.hub import load_adapter_config, local_folder, read_adapter_shapes
-from peft_jactus.deployment.config import CompressionConfig
+from peft_jactus.cli.hub import load_adapter_config, read_adapter_shapes
+from peft_jactus.deployment.config import CompressionConfig, is_compression
+from peft_jactus.deployment.extensions import find_extension
 from peft_jactus.deployment.integrity import CheckpointFiles
-from peft_jactus.deployment.ranks import RankSummary, plot_ranks, summary_of_adapter, summary_of_checkpoint
+from peft_jactus.deployment.ranks import summary_of_adapter, summary_of_checkpoint
+from peft_jactus.tuner.rank_table import RankSummary
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ def _is_compressed(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        quantization = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-        return quantization is not None and quantization["quant_method"] == "jactus"
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        return is_compression(json.loads(path.read_text(encoding="utf-8")).get("quantization_config"))
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as the config of a model.") from error
 
 
@@ -84,11 +83,10 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
         "format version": f"{compression.format_version}, written by peft-jactus {compression.peft_jactus_version} "
         f"and transformers {compression.transformers_version}",
     }
-    if compression.router is not None:
-        facts["router"] = (
-            f"{compression.router.router_kind}, experts of {compression.router.expert_size} ranks; runs "
-            f"{compression.router.active_ratio:.0%} of the dense parameters ({compression.router.allocation})"
-        )
+    for field, settings in compression.extensions.items():
+        entry = find_extension(field)
+        assert entry is not None
+        facts[field] = entry.load().describe(settings)
     return Inspection(folder, facts, summary, files)
 
 
@@ -114,29 +112,6 @@ def _inspect_adapter(folder: Path) -> Inspection:
 
 def _in_bytes(size: int) -> str:
     return f"{size:,} bytes"
-
-
-def inspect(
-    directory: Annotated[str, typer.Argument(help="An adapter or a compressed checkpoint: a directory or Hub name.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read all of a compressed checkpoint, and compare it with its digests.")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write the plot of the ranks to this file, e.g. ranks.png.", dir_okay=False)
-    ] = None,
-) -> None:
-    """Show the ranks, the origin and the size of an adapter or a compressed checkpoint.
-
-    Reads only headers of the weights, unless --verify is given.
-    """
-    inspection = inspect_folder(local_folder(directory))
-    typer.echo(inspection)
-    if plot is not None:
-        plot_ranks(inspection.summary).savefig(plot, dpi=120)
-        typer.echo(f"Plotted to {plot}.")
-    if verify:
-        verify_contents(inspection)
-        typer.echo("All tensors are what was saved.")
 
 
 def verify_contents(inspection: Inspection) -> None:

@@ -10,15 +10,17 @@ import transformers
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_jactus._version import __version__
+from peft_jactus.deployment.extensions import find_extension
 from peft_jactus.deployment.layers import FORMS
-from peft_jactus.routing import RouterConfig
+from peft_jactus.numerics.allocation import DENSE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from peft_jactus.deployment.extensions import ExtensionConfig
+
 QUANT_METHOD = "jactus"
 FORMAT_VERSION = 1
-DENSE = "dense"  # storage of a targeted layer for which factors don't pay
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ class LayerForm:
         return form
 
 
+def is_compression(quantization: object) -> bool:
+    """Whether the ``quantization_config`` of a model is that of a compressed checkpoint, parsed or not."""
+    if isinstance(quantization, dict):
+        return quantization.get("quant_method") == QUANT_METHOD
+    return isinstance(quantization, CompressionConfig)
+
+
 class CompressionConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed checkpoint.
 
@@ -63,7 +72,7 @@ class CompressionConfig(QuantizationConfigMixin):
         peft_jactus_version: Package that wrote the checkpoint.
         transformers_version: Package that the checkpoint was written with.
         quant_method: ``"jactus"``.
-        router: `RouterConfig`, or its JSON, of a model that chooses ranks by prompt.
+        **extensions: Settings of extensions, or their JSON, by field; see `deployment.extensions`.
 
     Raises:
         ValueError: If a value is not what this package writes.
@@ -80,8 +89,7 @@ class CompressionConfig(QuantizationConfigMixin):
         peft_jactus_version: str = __version__,
         transformers_version: str = transformers.__version__,
         quant_method: str = QUANT_METHOD,
-        router: RouterConfig | Mapping[str, Any] | None = None,
-        **unknown: Any,
+        **extensions: Any,
     ) -> None:
         if type(format_version) is not int or format_version != FORMAT_VERSION:  # JSON also has booleans and floats
             raise ValueError(
@@ -89,6 +97,7 @@ class CompressionConfig(QuantizationConfigMixin):
                 f"peft-jactus {reprlib.repr(peft_jactus_version)}); this is peft-jactus {__version__}, which reads "
                 f"version {FORMAT_VERSION}. Upgrade peft-jactus."
             )
+        unknown = [field for field in extensions if find_extension(field) is None]
         if quant_method != QUANT_METHOD or unknown:
             raise ValueError(f"config.json: `quantization_config` has fields that it cannot have: {sorted(unknown)}.")
         if not isinstance(layers, dict) or not layers:
@@ -107,22 +116,27 @@ class CompressionConfig(QuantizationConfigMixin):
         self.base_model = base_model
         self.peft_jactus_version = peft_jactus_version
         self.transformers_version = transformers_version
-        self.router = _parse_router(router)
+        self.extensions = {
+            field: _parse_extension(field, values) for field, values in extensions.items() if values is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into ``config.json``."""
         values = {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
-        router = values.pop("router")
-        return values if router is None else {**values, "router": router.to_dict()}
+        extensions = values.pop("extensions")
+        return {**values, **{field: config.to_dict() for field, config in extensions.items()}}
 
 
-def _parse_router(router: RouterConfig | Mapping[str, Any] | None) -> RouterConfig | None:
-    if router is None or isinstance(router, RouterConfig):
-        return router
+def _parse_extension(field: str, values: Any) -> ExtensionConfig:
+    entry = find_extension(field)
+    assert entry is not None
+    if hasattr(values, "to_dict"):  # made by this process: JSON has no such thing
+        config: ExtensionConfig = values
+        return config
     try:
-        return RouterConfig.parse(router)
+        return entry.load().parse(values)
     except ValueError as error:
-        raise ValueError(f"config.json: `quantization_config.router`: {error}") from error
+        raise ValueError(f"config.json: `quantization_config.{field}`: {error}") from error
 
 
 def _check_field(field: str, value: object, holds: bool, must: str) -> None:

@@ -10,8 +10,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.deployment.layers import FactorizedLinear
+from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import tempfile
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,19 +16,23 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from peft_jactus.numerics.allocation import Storage, stays_dense
-from peft_jactus.deployment.config import DENSE, LayerForm
-from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
+from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import cast_, forget_adapters_, structural_copy, untie_, unwrap_trained_modules_
-from peft_jactus.tuner.layer import JactusLayer, make_dense_layer
-from peft_jactus.numerics.linalg import NumericalWarning, to_decomposition_dtype
-from peft_jactus.deployment.quantizer import attach_compression
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear, arrange_parts_
 from peft_jactus.deployment.model_card import write_model_card
-from peft_jactus.deployment.ranks import plot_ranks, rank_summary
+from peft_jactus.deployment.plots import plot_ranks
+from peft_jactus.deployment.quantizer import attach_compression
+from peft_jactus.deployment.ranks import rank_summary
+from peft_jactus.errors import NumericalWarning
+from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
+from peft_jactus.numerics.linalg import to_decomposition_dtype
+from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.tuner.layer import JactusLayer, make_dense_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    import os
+    from collections.abc import Mapping
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -68,7 +69,7 @@ def export_compressed(
         model: A `PeftModel` with a JACTUS adapter, trained or not, or a transformers model that loaded one.
         save_directory: Where to. Must not exist, or be empty, unless ``overwrite``.
         storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers a layer, ``"factored"`` stores
-            ``rank * (out + in)``. Default: the form that the config's budget was reckoned in.
+            ``rank * (out + in)``. Default: the form that the config's budget was counted in.
         dtype: Of the checkpoint. Default: the model's. In a bfloat16 checkpoint, the parts of pivoted layers are
             float16, which keeps them as accurate as bfloat16 factors.
         processor: Tokenizer, image processor or processor to write beside the model.
@@ -115,44 +116,6 @@ def export_compressed(
     if push_to_hub:
         _upload(target, repo_id or target.name, **hub_kwargs)
     return target
-
-
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `ValueError` if a checkpoint must not be written to this directory."""
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"`save_directory` {target} is a file; give a directory.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"`save_directory` {target} is not empty. Give another one, or `overwrite=True`.")
-    # What `appearing_whole` does at the very end.
-    if target.is_mount():
-        raise ValueError(f"`save_directory` {target} is a mount point, which cannot be renamed; give a folder in it.")
-    parent = next(folder for folder in target.resolve().parents if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"`save_directory` {target} cannot be made: {parent} is not writable. Give another one.")
-
-
-@contextmanager
-def appearing_whole(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``target``, and move it there once everything is in it."""
-    target = target.resolve()  # a link stays a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
-    try:
-        folder.chmod(0o755)  # as mkdir would make it; mkdtemp makes folders for one user
-        yield folder
-        if target.exists():
-            replaced = folder.with_suffix(".replaced")
-            target.rename(replaced)
-            try:
-                folder.rename(target)
-            except BaseException:
-                replaced.rename(target)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_plot(model: nn.Module, path: Path) -> bool:
@@ -224,14 +187,14 @@ def compressed_copy(
         copied,
         forms,
         conv1d_layers,
-        retained_ratio=config.retained_ratio,
+        retained_ratio=config.asked_ratio,
         base_model=_model_name(config.base_model_name_or_path or base.config.name_or_path),
     )
-    kept = rank_summary(copied).retained_ratio
-    if storage != config.storage and kept > config.retained_ratio:
+    planned, kept = (rank_summary(summarized).retained_ratio for summarized in (model, copied))
+    if storage != config.storage and kept > planned:
         warnings.warn(
-            f"The ranks were chosen for `storage`={config.storage!r}, to keep {config.retained_ratio:.0%}; stored "
-            f"{storage}, the targeted layers keep {kept:.0%}, and those that would grow stay dense. Compress with "
+            f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}; stored {storage}, the "
+            f"targeted layers keep {kept:.0%}, and those that would grow stay dense. Compress with "
             f"`JactusConfig(storage={storage!r})` to meet the budget.",
             stacklevel=3,
         )

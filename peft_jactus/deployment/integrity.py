@@ -7,20 +7,19 @@ everything also finds a flipped bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from peft_jactus._files import bytes_of, opened_safetensors, sha256_of
+from peft_jactus.errors import DamagedCheckpointError
 
 if TYPE_CHECKING:
+    import contextlib
     import os
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,10 +31,6 @@ _EDGE_BYTES = 4096
 _EDGE_DIGEST_LENGTH = 16  # hex digits
 _HASHING_THREADS = 4  # hashlib releases the GIL
 _REMEDY = "Download or export it again."
-
-
-class DamagedCheckpointError(ValueError):
-    """A file of a checkpoint is not what was saved."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +182,14 @@ class CheckpointFiles:
             for name in reader.keys():  # noqa: SIM118  # not a mapping
                 edges, whole = self.digests[name]
                 tensor = reader.get_tensor(name)
-                if edges != _edge_digest(tensor) or (all_bytes and whole != _digest(tensor)):
+                if edges != _edge_digest(tensor) or (all_bytes and whole != sha256_of(bytes_of(tensor))):
                     found.append(name)
         return found
 
 
 def digest_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the header entry for a checkpoint of these tensors; all of them, also if they go to several files."""
-    digests = {name: (_edge_digest(tensor), _digest(tensor)) for name, tensor in tensors.items()}
+    digests = {name: (_edge_digest(tensor), sha256_of(bytes_of(tensor))) for name, tensor in tensors.items()}
     return {METADATA_KEY: json.dumps(digests)}
 
 
@@ -203,31 +198,14 @@ def _described(shape: Sequence[int], *, is_floating: bool) -> str:
     return f"{'floating' if is_floating else 'integer'} {list(shape)}"
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor as safetensors stores them; without a copy where that is possible."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
-
-
 def _edge_digest(tensor: Tensor) -> str:
-    data = _bytes_of(tensor)
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(data[:_EDGE_BYTES])
-    digest.update(data[-_EDGE_BYTES:])
-    return digest.hexdigest()[:_EDGE_DIGEST_LENGTH]
+    data = bytes_of(tensor)
+    edges = (data[:_EDGE_BYTES], data[-_EDGE_BYTES:])
+    return sha256_of(f"{tensor.dtype} {list(tensor.shape)} ", *edges)[:_EDGE_DIGEST_LENGTH]
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            yield reader
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be read as safetensors: {error}. {_REMEDY}") from error
+def _opened(file: Path) -> contextlib.AbstractContextManager[Any]:
+    return opened_safetensors(file, remedy=_REMEDY, error_type=DamagedCheckpointError)
 
 
 def _check_names(files: Sequence[Path], folder: Path | None) -> None:

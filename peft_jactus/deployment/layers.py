@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft_jactus._dtypes import output_dtype
 from peft_jactus.numerics.interpolation import interpolate_rows
-from peft_jactus.numerics.linalg import output_dtype, to_decomposition_dtype
+from peft_jactus.numerics.linalg import to_decomposition_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,15 +258,14 @@ class RowPivotedLinear(PivotedLinear):
         cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
     ) -> RowPivotedLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
-        interpolation = interpolate_rows(left)
+        basis = interpolate_rows(left)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
-        rows = (wide_left[interpolation.rows] @ wide_core) @ wide_right.mT  # (rank, in)
-        order = torch.cat([interpolation.rows, interpolation.others])
+        rows = (wide_left[basis.rows] @ wide_core) @ wide_right.mT  # (rank, in)
         part = pivoted_dtype(dtype)
         return cls(
             _linear(rows, None, part, left.device),
-            _linear(interpolation.coefficients, None, part, left.device),
-            order.argsort().to(left.device, torch.int32),
+            _linear(basis.coefficients, None, part, left.device),
+            basis.order.argsort().to(left.device, torch.int32),
             None if bias is None else bias.detach().to(dtype, copy=True),
             dtype=dtype,
         )
@@ -324,15 +324,14 @@ class ColumnPivotedLinear(PivotedLinear):
         cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
     ) -> ColumnPivotedLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
-        interpolation = interpolate_rows(right)
+        basis = interpolate_rows(right)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
-        columns = wide_left @ (wide_core @ wide_right[interpolation.rows].mT)  # (out, rank)
-        order = torch.cat([interpolation.rows, interpolation.others])
+        columns = wide_left @ (wide_core @ wide_right[basis.rows].mT)  # (out, rank)
         part = pivoted_dtype(dtype)
         return cls(
-            _linear(interpolation.coefficients.mT, None, part, left.device),
+            _linear(basis.coefficients.mT, None, part, left.device),
             _linear(columns, bias, part, left.device),
-            order.to(left.device, torch.int32),
+            basis.order.to(left.device, torch.int32),
             dtype=dtype,
         )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from peft_jactus.deployment.config import CompressionConfig
-    from peft_jactus.deployment.ranks import RankSummary
+    from peft_jactus.tuner.rank_table import RankSummary
 
 
 def write_model_card(

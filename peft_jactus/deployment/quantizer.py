@@ -21,19 +21,14 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig, LayerForm
+from peft_jactus.deployment.extensions import extension_configs, extensions_in, find_extension
+from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
+from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
 from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
-from peft_jactus.deployment.config import DENSE, QUANT_METHOD, CompressionConfig, LayerForm
-from peft_jactus.deployment.integrity import (
-    METADATA_KEY,
-    NOT_COMPUTED,
-    CheckpointFiles,
-    DamagedCheckpointError,
-    check_index,
-    digest_metadata,
-)
+from peft_jactus.errors import DamagedCheckpointError
+from peft_jactus.numerics.allocation import DENSE
 from peft_jactus.tuner.layer import make_dense_layer
-from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear, arrange_parts_
-from peft_jactus.routing import ROUTER_NAME, install_router, remove_router, router_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from peft_jactus.routing import RouterConfig
+    from peft_jactus.deployment.extensions import ExtensionConfig
 
 
 @dataclass(frozen=True)
@@ -150,28 +145,28 @@ class JactusQuantizer(HfQuantizer):
             if files is not None:
                 files.check_layer(name, layer.state_dict(), f"{form.storage} layer of rank {form.rank}")
             model.set_submodule(module_name, layer)
-        if self.quantization_config.router is not None:
-            self._install_router(model, self.quantization_config.router, layers, files)
+        for field, config in self.quantization_config.extensions.items():
+            self._install_extension(model, field, config, layers, files)
         return model
 
-    def _install_router(
+    def _install_extension(
         self,
         model: PreTrainedModel,
-        config: RouterConfig,
+        field: str,
+        config: ExtensionConfig,
         layers: Mapping[str, str | None],
         files: CheckpointFiles | None,
     ) -> None:
-        if self.options.dense:  # all ranks run
-            ignored = rf"^{ROUTER_NAME}\."
+        entry = find_extension(field)
+        assert entry is not None
+        if self.options.dense:  # plain layers only
+            ignored = rf"^{entry.module_name}\."
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
             return
-        ordered = (layers[name] for name in sorted(layers))
-        names = [name for name in ordered if name and isinstance(model.get_submodule(name), LowRankLinear)]
-        if not names:
-            raise DamagedCheckpointError("config.json describes a router, but no layer that it could steer.")
-        router = install_router(model, names, config)
+        ordered = [name for _, name in sorted(layers.items()) if name is not None]
+        module = entry.load().install(model, ordered, config)
         if files is not None:
-            files.check_layer(ROUTER_NAME, router.state_dict(), f"router of {len(router.table)} experts")
+            files.check_layer(entry.module_name, module.state_dict(), f"{field} as {type(module).__name__}")
 
     def _check_class(
         self, model: PreTrainedModel, layers: Mapping[str, str | None], without_tensors: Sequence[str]
@@ -247,7 +242,8 @@ class JactusQuantizer(HfQuantizer):
                 raise ValueError(f"{name} is offloaded to disk; load the model without offloading to make it dense.")
             weight = layer.dense_weight().to(layer.weight.dtype)
             model.set_submodule(name, make_dense_layer(weight, layer.bias, is_conv1d=name in self.conv1d_layers))
-        remove_router(model)
+        for entry in extensions_in(model):
+            entry.load().remove(model)
         return model
 
     # -- saving -------------------------------------------------------------------------------------------
@@ -259,8 +255,7 @@ class JactusQuantizer(HfQuantizer):
             # Not those of the checkpoint that was loaded, if that was of another class, with or without a head.
             names = checkpoint_names(model, self.module_forms) if asked.save_original_format else {}
             self.quantization_config.layers = {names.get(name, name): form for name, form in self.module_forms.items()}
-        router = router_of(model)
-        self.quantization_config.router = None if router is None else router.router_config
+        self.quantization_config.extensions = extension_configs(model)
         saved = _state_dict_of(model) if asked.state_dict is None else dict(asked.state_dict)
         if any(tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in saved.values()):
             return saved, {METADATA_KEY: NOT_COMPUTED}
@@ -286,8 +281,8 @@ class JactusQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """That `torch.compile` works: not with a router, which chooses by values."""
-        return self.quantization_config.router is None
+        """That `torch.compile` works: not with an extension, such as a router, which chooses by values."""
+        return not self.quantization_config.extensions
 
 
 def attach_compression(
@@ -295,7 +290,7 @@ def attach_compression(
     forms: Mapping[str, LayerForm],
     conv1d_layers: Iterable[str],
     *,
-    retained_ratio: float,
+    retained_ratio: float | None,
     base_model: str | None,
 ) -> None:
     """Make a model whose layers have been replaced the same as one that was loaded from its checkpoint.

@@ -19,9 +19,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_jactus._version import __version__
-from peft_jactus.deployment.export import appearing_whole, check_target
+from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
+from peft_jactus.deployment.extensions import extensions_in
 from peft_jactus.deployment.layers import FactorizedLinear
-from peft_jactus.routing import router_of
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +29,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _MODULE = "modeling_low_rank"
+# What the model's own file has after the layers.
+_CLASSES = """# -- of this checkpoint, written by peft-jactus $version
+
+from transformers import $causal_class, $base_class
+
+
+class LowRank$base_class($base_class):
+    def __init__(self, config):
+        super().__init__(config)
+        put_low_rank_layers(self, config.low_rank_layers)
+        self._tp_plan = {}  # the family's plan cuts whole layers, and would cut their low-rank parts in the same way
+
+
+class LowRank$causal_class($causal_class):
+    def __init__(self, config):
+        super().__init__(config)
+        put_low_rank_layers(self.base_model, config.low_rank_layers)
+"""
 # What a tokenizer or processor, and the settings for generation, are stored in.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 _NOT_COMPANIONS = ("config.json", "model.safetensors.index.json")
@@ -65,10 +83,10 @@ def export_remote_code(
         raise ValueError(f"`checkpoint_dir` {source} has no config.json; give what `export_compressed` wrote.")
     _check_architecture(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    if router_of(model) is not None:
+    if extensions := extensions_in(model):
         raise ValueError(
-            f"`checkpoint_dir` {source} has a router, which vLLM's code would not run. Export the compressed "
-            "checkpoint that it was added to."
+            f"`checkpoint_dir` {source} has a {extensions[0].field}, which vLLM's code would not run. Export the "
+            "compressed checkpoint that it was added to."
         )
     layers = _low_rank_layers(source, model)
     with appearing_whole(target) as folder:
@@ -133,7 +151,8 @@ def _remote_config(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) ->
 
 
 def _model_code(model: PreTrainedModel) -> str:
-    template = files("peft_jactus").joinpath(f"{_MODULE}.py.txt").read_text(encoding="utf-8")
-    return Template(template).substitute(
+    layers = files("peft_jactus.deployment").joinpath("remote_modeling.py").read_text(encoding="utf-8")
+    classes = Template(_CLASSES).substitute(
         base_class=type(model.base_model).__name__, causal_class=type(model).__name__, version=__version__
     )
+    return f"{layers}\n\n{classes}"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Storage = Literal["factored", "pivoted"]
+DENSE = "dense"  # storage of a targeted layer for which factors don't pay
 
 # A multiple of ranks is kept to in layers whose full rank is so many times as large: it costs them little.
 _COARSEST = 32
@@ -104,6 +105,12 @@ class LayerGains:
         """Return what the ranks of this layer are multiples of: 1 where ``rank_multiple`` would be coarse."""
         return rank_multiple if _COARSEST * rank_multiple <= self.full_rank else 1
 
+    def energy_kept(self, rank: int) -> float:
+        """Return the share of the gain of full rank that ``rank`` has, in [0, 1]."""
+        if rank == self.full_rank or not self.dense_gain > 0:
+            return 1.0
+        return min(1.0, float(self.gains[:rank].sum()) / self.dense_gain)
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -125,11 +132,11 @@ def allocate(
     layers: Mapping[str, LayerGains],
     *,
     retained_ratio: float,
-    strategy: Literal["global", "uniform"] = "global",
-    storage: Storage = "factored",
-    rank_floor: float = 0.5,
-    rank_multiple: int = 1,
-    fixed_ranks: Mapping[str, int] | None = None,
+    strategy: Literal["global", "uniform"],
+    storage: Storage,
+    rank_floor: float,
+    rank_multiple: int,
+    fixed_ranks: Mapping[str, int],
 ) -> Allocation:
     """Choose the rank of every layer under one budget.
 
@@ -148,7 +155,7 @@ def allocate(
     Raises:
         ValueError: If the fixed ranks leave too little for one rank in each other layer.
     """
-    fixed = dict(fixed_ranks or {})
+    fixed = dict(fixed_ranks)
     free = {name: layer for name, layer in layers.items() if name not in fixed}
     budget = _floor(retained_ratio * sum(layer.num_parameters for layer in layers.values()))
     remaining = budget - sum(_cost(layers[name], rank, storage) for name, rank in fixed.items())

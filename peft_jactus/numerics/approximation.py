@@ -34,35 +34,34 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from peft_jactus.numerics.linalg import (
-    cholesky_root,
-    eigh_descending,
-    leading_singular_subspaces,
-    singular_spectrum,
-    to_decomposition_dtype,
-    union_with_leading_eigenvectors,
-)
+from peft_jactus.numerics.linalg import cholesky_root, eigh_descending, singular_spectrum, to_decomposition_dtype
 from peft_jactus.numerics.metrics import activation_scales, fisher_row_scales, regularized_covariance
+from peft_jactus.numerics.subspaces import leading_singular_subspaces, union_with_leading_eigenvectors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peft_jactus.numerics.linalg import Subspace
     from peft_jactus.numerics.moments import LayerStatistics
+    from peft_jactus.numerics.subspaces import Subspace
 
 Decomposition = Literal["jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd"]
 
 
 @dataclass(frozen=True)
 class DecompositionOptions:
-    """How one weight is approximated; `JactusConfig` documents each field."""
+    """How one weight is approximated; `JactusConfig` documents each field and has the defaults."""
 
-    decomposition: Decomposition = "jactus"
-    weight_energy: float = 1.0
-    input_energy: float = 0.99
-    gradient_energy: float = 0.99
-    shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
-    damping: float = 1e-6
+    decomposition: Decomposition
+    weight_energy: float
+    input_energy: float
+    gradient_energy: float
+    shrinkage: float | Literal["ledoit-wolf"]
+    damping: float
+
+    @property
+    def estimates_loss(self) -> bool:
+        """Whether the error that is minimised is an estimate of the loss: it weighs both sides."""
+        return self.decomposition in ("jactus", "kfac")
 
     @property
     def needs_statistics(self) -> bool:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peft_jactus._dtypes import autocast_dtype
 from peft_jactus.numerics.interpolation import InterpolativeBasis
-from peft_jactus.numerics.linalg import autocast_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

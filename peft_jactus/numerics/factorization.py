@@ -1,27 +1,23 @@
-"""From the weights of all targeted layers to their factors, one layer at a time.
+"""From the weight of one layer to its factors, and the ranks of all layers.
 
-Two passes: `plan_ranks` needs the spectrum of every layer, `factorize` then makes the factors of one layer at its
-rank. Of the first pass's work so much is kept for the second as fits into a stated memory; of a large model only the
-first layers', so that the extra memory does not grow with the model.
+Two passes over the layers: `layer_gains` says what each rank of a layer is worth, `choose_ranks` needs that of all of
+them; `factorize` then makes the factors of one layer at its rank.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from tqdm.auto import tqdm
-
+from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import Allocation, LayerGains, Storage, allocate
 from peft_jactus.numerics.approximation import DecompositionOptions, project, project_weight
-from peft_jactus._processes import broadcast_, from_all, process_index
 from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
-from peft_jactus.numerics.linalg import NumericalWarning, to_decomposition_dtype
+from peft_jactus.numerics.linalg import to_decomposition_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -29,36 +25,17 @@ if TYPE_CHECKING:
     from peft_jactus.numerics.moments import LayerStatistics
 
 
-# Memory for what the first pass leaves to the second: 22 million parameters (MiniLM) take 0.2 GB.
-KEEP_BYTES = 2**29
-
-
 @dataclass(frozen=True)
 class FactorizationOptions:
-    """How weights are approximated and ranks allocated; `JactusConfig` documents each field."""
+    """How weights are approximated and ranks allocated; `JactusConfig` documents each field and has the defaults."""
 
-    decomposition: DecompositionOptions = field(default_factory=DecompositionOptions)
-    retained_ratio: float = 0.8
-    allocation: Literal["global", "uniform"] = "global"
-    storage: Storage = "factored"
-    rank_floor: float = 0.5
-    rank_multiple: int = 8
-    bias_correction: bool = True
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """Ranks of all layers and what they keep.
-
-    Attributes:
-        allocation: Rank of each layer, and the budget.
-        energy_kept: Share of each layer's weighted energy that its rank keeps, in [0, 1].
-        projections: What `factorize` then needs not compute again, of the layers that there was memory for.
-    """
-
-    allocation: Allocation
-    energy_kept: dict[str, float]
-    projections: dict[str, ProjectedWeight]
+    decomposition: DecompositionOptions
+    retained_ratio: float
+    allocation: Literal["global", "uniform"]
+    storage: Storage
+    rank_floor: float
+    rank_multiple: int
+    bias_correction: bool
 
 
 @dataclass(frozen=True)
@@ -87,52 +64,20 @@ class LayerFactors:
         return self.left.dense() @ self.core @ self.right.dense().mT
 
 
-def plan_ranks(
-    weights: Mapping[str, Callable[[], Tensor]],
-    statistics: Mapping[str, LayerStatistics] | None,
-    options: FactorizationOptions,
-    *,
-    with_bias: Collection[str] = (),
-    fixed_ranks: Mapping[str, int] | None = None,
-    keep_bytes: int = KEEP_BYTES,
-    owners: Mapping[str, int] | None = None,
-    progress_bar: bool = True,
-) -> RankPlan:
-    """Choose the ranks of all layers.
+def choose_ranks(
+    gains: Mapping[str, LayerGains], options: FactorizationOptions, fixed_ranks: Mapping[str, int]
+) -> Allocation:
+    """Choose the ranks of all layers under the budget; a `NumericalWarning` says if it is out of reach.
 
     Args:
-        weights: By module name, a function that returns the weight ``(out, in)``; called once, and the weight is let
-            go before the next one is asked for.
-        statistics: By module name; ``None`` for a data-free decomposition.
-        options: Decomposition, budget and allocation.
-        with_bias: Names of the layers that have a bias.
+        gains: By module name, see `layer_gains`.
+        options: Budget and allocation.
         fixed_ranks: Ranks that the user decided, by module name.
-        keep_bytes: Memory for `RankPlan.projections`.
-        owners: Which process looks at which layer; all of them get the same plan. Default: each at all layers.
-        progress_bar: Show a bar over the layers.
 
     Returns:
-        The plan. A `ValueError` says if the budget cannot be met, or which module's statistics cannot be used.
+        The ranks. A `ValueError` says if the fixed ones leave too little for the others.
     """
-    gains: dict[str, LayerGains] = {}
-    projections: dict[str, ProjectedWeight] = {}
-    mine = [name for name in weights if owners is None or owners[name] == process_index()]
-    for name in tqdm(mine, desc="Ranking directions", unit="layer", disable=not progress_bar):
-        # One call a layer, so that its weight is let go before the next one is asked for.
-        gains[name], projected = layer_gains(
-            name,
-            weights[name](),
-            None if statistics is None else statistics[name],
-            options.decomposition,
-            centred=options.bias_correction and name in with_bias,
-        )
-        if projected.num_bytes <= keep_bytes:
-            keep_bytes -= projected.num_bytes
-            projections[name] = projected
-    if owners is not None:
-        of_all = {name: found for part in from_all(gains) for name, found in part.items()}
-        gains = {name: of_all[name] for name in weights}
-    fixed_ranks = {name: _cap_to_subspace(name, rank, gains[name]) for name, rank in (fixed_ranks or {}).items()}
+    fixed_ranks = {name: _cap_to_subspace(name, rank, gains[name]) for name, rank in fixed_ranks.items()}
     allocation = allocate(
         gains,
         retained_ratio=options.retained_ratio,
@@ -150,8 +95,7 @@ def plan_ranks(
             NumericalWarning,
             stacklevel=2,
         )
-    energy_kept = {name: _energy_kept(gains[name], rank) for name, rank in allocation.ranks.items()}
-    return RankPlan(allocation, energy_kept, projections)
+    return allocation
 
 
 def layer_gains(
@@ -200,12 +144,6 @@ def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
     return max_rank
 
 
-def _energy_kept(gains: LayerGains, rank: int) -> float:
-    if rank == gains.full_rank or not gains.dense_gain > 0:
-        return 1.0
-    return min(1.0, float(gains.gains[:rank].sum()) / gains.dense_gain)
-
-
 def factorize(
     weight: Tensor,
     bias: Tensor | None,
@@ -223,7 +161,7 @@ def factorize(
         statistics: The layer's; ``None`` for a data-free decomposition.
         rank: As planned; capped at the dimension of the subspaces, but full rank reproduces the weight.
         options: Decomposition and bias correction.
-        projected: From `plan_ranks`, if it was kept.
+        projected: From `layer_gains`, if it was kept.
 
     Returns:
         Factors in float64 on the weight's device. With ``bias_correction``, the bias takes up the mean error:
@@ -243,31 +181,3 @@ def factorize(
     left, from_left = interpolative_basis(factors.left)
     right, from_right = interpolative_basis(factors.right)
     return LayerFactors(left, from_left @ factors.core @ from_right.mT, right, bias)
-
-
-def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *, bias: bool) -> LayerFactors:
-    """Return the factors of process ``owner``.
-
-    Args:
-        factors: There, what it made; elsewhere ``None``.
-        owner: Who has them.
-        weight: ``(out, in)``.
-        bias: Whether they have one.
-    """
-    rank = from_all(0 if factors is None else factors.rank)[owner]
-    if factors is None:
-        (out_features, in_features), device = weight.shape, weight.device
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float64, device=device)
-
-        left, right = (
-            InterpolativeBasis(torch.empty(dim, dtype=torch.int64, device=device), empty(dim - rank, rank))
-            for dim in (out_features, in_features)
-        )
-        factors = LayerFactors(left, empty(rank, rank), right, empty(out_features) if bias else None)
-    tensors = [factors.left.order, factors.left.coefficients, factors.core]
-    tensors += [factors.right.order, factors.right.coefficients, *([] if factors.bias is None else [factors.bias])]
-    for tensor in tensors:
-        broadcast_(tensor, owner)
-    return factors

@@ -26,62 +26,11 @@ _GATHER_COST = 100
 
 
 @dataclass(frozen=True)
-class RowInterpolation:
-    """All rows of a matrix as combinations of some of them: ``A[others] = coefficients @ A[rows]``.
-
-    Attributes:
-        rows: ``(rank,)``, int64: indices of the rows that span the others.
-        others: ``(dim - rank,)``, int64, ascending.
-        coefficients: ``(dim - rank, rank)``, float64; largest absolute value close to 1.
-    """
-
-    rows: Tensor
-    others: Tensor
-    coefficients: Tensor
-
-
-def interpolate_rows(basis: Tensor) -> RowInterpolation:
-    """Choose rows of a tall matrix that span all rows well.
-
-    LU with partial pivoting chooses rows, then rows are exchanged while that makes the determinant of the chosen ones
-    at least 1.05 times as large (maxvol), which bounds the coefficients by 1.05.
-
-    Args:
-        basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
-
-    Returns:
-        The choice, on the device of ``basis``.
-
-    Raises:
-        ValueError: If ``basis`` has more columns than rows, or does not have full column rank.
-
-    References:
-        Goreinov et al., "How to find a good submatrix", 2010.
-    """
-    basis = to_decomposition_dtype(basis)
-    dim, rank = basis.shape
-    if rank > dim:
-        raise ValueError(f"`basis` must have at least as many rows as columns; got {tuple(basis.shape)=}.")
-    factors, pivots, _ = torch.linalg.lu_factor_ex(basis)  # a zero pivot is seen below
-    diagonal = factors.diagonal().abs()
-    if not bool(diagonal.min() > torch.finfo(torch.float64).eps * dim * diagonal.max()):
-        raise ValueError(f"`basis` must have full column rank; got a singular one with {tuple(basis.shape)=}.")
-    order = _permutation(pivots, dim)
-    lower = factors.tril(-1)
-    lower.diagonal().fill_(1.0)
-    coefficients = torch.linalg.solve_triangular(  # (dim - rank, rank)
-        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
-    )
-    _exchange_rows_(order, coefficients, rank)
-    rows, others = order[:rank], order[rank:].sort().values
-    # Once more from the matrix itself: exchanges accumulate rounding.
-    coefficients = torch.linalg.solve(basis[rows], basis[others], left=False)
-    return RowInterpolation(rows, others, coefficients)
-
-
-@dataclass(frozen=True)
 class InterpolativeBasis:
     """A basis ``[I; T]`` of a subspace, with its rows in another order: some of them are those of the identity.
+
+    For a matrix ``A`` whose columns it spans, the rows of the identity are rows that span all others:
+    ``A[others] = T A[rows]``.
 
     Attributes:
         order: ``(dim,)``, an integer type: where the ``rank`` rows of the identity belong, then where the others do;
@@ -91,6 +40,16 @@ class InterpolativeBasis:
 
     order: Tensor
     coefficients: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Which rows are those of the identity ``(rank,)``."""
+        return self.order[: self.rank]
+
+    @property
+    def others(self) -> Tensor:
+        """Which rows are combinations of those ``(dim - rank,)``."""
+        return self.order[self.rank :]
 
     @property
     def dim(self) -> int:
@@ -136,6 +95,45 @@ class InterpolativeBasis:
         return self.rank * self.rank < _GATHER_COST * self.dim
 
 
+def interpolate_rows(basis: Tensor) -> InterpolativeBasis:
+    """Choose rows of a tall matrix that span all rows well: ``basis = found.dense() @ basis[found.rows]``.
+
+    LU with partial pivoting chooses rows, then rows are exchanged while that makes the determinant of the chosen ones
+    at least 1.05 times as large (maxvol), which bounds the coefficients by 1.05.
+
+    Args:
+        basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
+
+    Returns:
+        The choice, on the device of ``basis``, with ascending `others`.
+
+    Raises:
+        ValueError: If ``basis`` has more columns than rows, or does not have full column rank.
+
+    References:
+        Goreinov et al., "How to find a good submatrix", 2010.
+    """
+    basis = to_decomposition_dtype(basis)
+    dim, rank = basis.shape
+    if rank > dim:
+        raise ValueError(f"`basis` must have at least as many rows as columns; got {tuple(basis.shape)=}.")
+    factors, pivots, _ = torch.linalg.lu_factor_ex(basis)  # a zero pivot is seen below
+    diagonal = factors.diagonal().abs()
+    if not bool(diagonal.min() > torch.finfo(torch.float64).eps * dim * diagonal.max()):
+        raise ValueError(f"`basis` must have full column rank; got a singular one with {tuple(basis.shape)=}.")
+    order = _permutation(pivots, dim)
+    lower = factors.tril(-1)
+    lower.diagonal().fill_(1.0)
+    coefficients = torch.linalg.solve_triangular(  # (dim - rank, rank)
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    _exchange_rows_(order, coefficients, rank)
+    rows, others = order[:rank], order[rank:].sort().values
+    # Once more from the matrix itself: exchanges accumulate rounding.
+    coefficients = torch.linalg.solve(basis[rows], basis[others], left=False)
+    return InterpolativeBasis(torch.cat([rows, others]), coefficients)
+
+
 def interpolative_basis(basis: Tensor) -> tuple[InterpolativeBasis, Tensor]:
     """Change to another basis of the same subspace.
 
@@ -151,7 +149,7 @@ def interpolative_basis(basis: Tensor) -> tuple[InterpolativeBasis, Tensor]:
     if rank == dim:
         return InterpolativeBasis(torch.arange(dim, device=basis.device), basis.new_empty(0, rank)), basis
     found = interpolate_rows(basis)
-    return InterpolativeBasis(torch.cat([found.rows, found.others]), found.coefficients), basis[found.rows]
+    return found, basis[found.rows]
 
 
 def _permutation(pivots: Tensor, dim: int) -> Tensor:

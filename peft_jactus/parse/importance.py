@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from peft_jactus.calibration.batches import IGNORED_LABEL
-from peft_jactus.routing import router_of
+from peft_jactus.parse.installation import router_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def expert_importance(
     """
     router = router_of(model)
     if router is None:
-        raise ValueError("`model` has no router; use `add_router`.")
+        raise ValueError("`model` has no router; use `routed_copy`.")
     num_rows = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
     gates = torch.ones(num_rows, len(router.table), device=router.weight.device, requires_grad=True)
     with torch.enable_grad(), router.gated(gates):

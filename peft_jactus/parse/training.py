@@ -13,10 +13,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
+from peft_jactus.parse.experts import relaxed_gates
 from peft_jactus.parse.importance import counted_positions, expert_importance, logits_of
-from peft_jactus.routing import router_of
-from peft_jactus.routing.router import pool_embeddings
-from peft_jactus.routing.selection import relaxed_gates
+from peft_jactus.parse.installation import router_of
+from peft_jactus.parse.router import pool_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
 
     from peft_jactus.calibration.batches import Batch
-    from peft_jactus.routing import RankRouter
+    from peft_jactus.parse.router import RankRouter
 
 # Least importance of an expert, as a share of the mean: the logarithm needs one.
 _IMPORTANCE_FLOOR = 1e-6
@@ -52,7 +52,7 @@ class RouterTrainer(Trainer):
     learning rate schedules and the rest are those of the Trainer.
 
     Args:
-        model: What `add_router` returned, or loaded from its checkpoint.
+        model: What `routed_copy` returned, or loaded from its checkpoint.
         teacher: The dense model, with the same vocabulary or classes. Frozen and in evaluation mode.
         args: As for the Trainer. Default: those of `default_arguments`.
         train_dataset: Broad text, or other inputs of the model; not just what the model was calibrated on.
@@ -84,7 +84,7 @@ class RouterTrainer(Trainer):
     ) -> None:
         router = router_of(model)
         if router is None:
-            raise ValueError("`model` has no router; use `add_router`.")
+            raise ValueError("`model` has no router; use `routed_copy`.")
         if isinstance(train_dataset, Sized) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -202,7 +202,7 @@ def initialize_router_(
     """
     router = router_of(model)
     if router is None:
-        raise ValueError("`model` has no router; use `add_router`.")
+        raise ValueError("`model` has no router; use `routed_copy`.")
     generator = torch.Generator(router.weight.device).manual_seed(seed)
     importance, pooled = [], []
     for batch in tqdm(batches, desc="Weighing experts", unit="batch", disable=not progress_bar):

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-from peft_jactus.tuner.peft_type import jactus_peft_type
 from peft_jactus._version import __version__
-from peft_jactus.tuner.adapter_format import ADAPTER_FORMAT
 from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions
 from peft_jactus.numerics.factorization import FactorizationOptions
-
-if TYPE_CHECKING:
-    from peft_jactus.calibration.statistics import CalibrationStatistics
-
-# What a saved config says instead of the user's `init_weights`: shapes come from `layer_ranks`, values from
-# the checkpoint, nothing is decomposed.
-FROM_CHECKPOINT = "empty"
-
-_CHOICES = {
-    "allocation": ("global", "uniform"),
-    "storage": ("factored", "pivoted"),
-    "decomposition": get_args(Decomposition),
-}
-_NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
+from peft_jactus.numerics.moments import LayerStatistics
+from peft_jactus.tuner.adapter_format import ADAPTER_FORMAT
+from peft_jactus.tuner.config_checks import FROM_CHECKPOINT, check_config
+from peft_jactus.tuner.peft_type import jactus_peft_type
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def targets_all_linear(target_modules: object) -> bool:
+    """Whether ``target_modules`` is PEFT's word for all linear layers, in whatever case."""
+    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 @dataclass
@@ -89,6 +80,24 @@ class JactusConfig(PeftConfig):
             )
         },
     )
+    model_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "In place of `retained_ratio`: fraction of the whole model's parameters that is kept, in (0, 1]. What "
+                "is not targeted (embeddings, norms, heads) is kept whole and counts."
+            )
+        },
+    )
+    max_model_size: int | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "In place of `retained_ratio`: how large the weights of the compressed checkpoint may be, in bytes or "
+                "as in '60MB' or '1.5GB', in the dtype that the model has when it is compressed."
+            )
+        },
+    )
     allocation: Literal["global", "uniform"] = field(
         default="global",
         metadata={
@@ -102,7 +111,7 @@ class JactusConfig(PeftConfig):
         default="pivoted",
         metadata={
             "help": (
-                "Deployed form whose parameter count the budget is reckoned in. 'factored': two factors, rank * "
+                "Deployed form whose parameter count the budget is counted in. 'factored': two factors, rank * "
                 "(out + in). 'pivoted': rows of the weight and coefficients, rank * (out + in - rank), which pays for "
                 "higher ranks at the same budget; training then needs more memory and time."
             )
@@ -231,67 +240,31 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={"help": "Written on saving: what the adapter's tensors mean, so that others are not misread."},
     )
+    statistics: Mapping[str, LayerStatistics] | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={
+            "help": (
+                "What `calibrate` returned, which sets this field. Copies of the config share it; it is never saved. "
+                "`get_peft_model` takes it from the config that it is given, so that its memory can be used for "
+                "training: give it a copy (`dataclasses.replace`) to keep it."
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # peft has no annotations
         self.peft_type = jactus_peft_type()
-        self.statistics: CalibrationStatistics | None = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        self._check_targets()
-        self._check_choices()
-        self._check_numbers()
+        check_config(self)
 
-    def _check_targets(self) -> None:
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str; put the layer indices into the "
-                "regular expression."
-            )
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}; got {getattr(self, name)!r}.")
-        if self.init_weights not in (True, False, FROM_CHECKPOINT):
-            raise ValueError(
-                f"`init_weights` must be True or False; got {self.init_weights!r}. For a start without "
-                'calibration data use `decomposition="svd"`.'
-            )
-
-    def _check_numbers(self) -> None:
-        for name in _NUMBERS:
-            if not _is_number(getattr(self, name)):
-                raise TypeError(f"`{name}` must be a number; got {getattr(self, name)!r}.")
-        if not 0 < self.retained_ratio <= 1:
-            raise ValueError(
-                f"`retained_ratio` must be in (0, 1]; got {self.retained_ratio}. It is the kept fraction: 0.8 "
-                "keeps 80% of the parameters."
-            )
-        if not 0 < self.weight_energy <= 1:
-            raise ValueError(f"`weight_energy` must be in (0, 1]; got {self.weight_energy}.")
-        for name in ("input_energy", "gradient_energy", "rank_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1]; got {getattr(self, name)}.")
-        if self.shrinkage != "ledoit-wolf" and not (_is_number(self.shrinkage) and 0 <= float(self.shrinkage) <= 1):
-            raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {self.shrinkage!r}.")
-        if not 0 < self.damping < math.inf:
-            raise ValueError(f"`damping` must be positive and finite; got {self.damping}.")
-        if type(self.rank_multiple) is not int or self.rank_multiple < 1:
-            raise ValueError(f"`rank_multiple` must be an integer of at least 1; got {self.rank_multiple!r}.")
-        self._check_rank_pattern()
-
-    def _check_rank_pattern(self) -> None:
-        if not isinstance(self.rank_pattern, dict):
-            raise TypeError(f"`rank_pattern` must be a dict of ranks by module name; got {self.rank_pattern!r}.")
-        for pattern, rank in self.rank_pattern.items():
-            if type(rank) is not int or rank < 1:  # JSON also gives floats and booleans
-                raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
+    @property
+    def asked_ratio(self) -> float | None:
+        """`retained_ratio`, unless the budget is given in another way."""
+        return self.retained_ratio if self.model_ratio is None and self.max_model_size is None else None
 
     @property
     def from_checkpoint(self) -> bool:
@@ -338,12 +311,14 @@ class JactusConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they are saved.
 
-        Once ranks are decided, the saved form asks for the checkpoint's values; this object stays as it is, so
-        that it can make a further adapter.
+        Once ranks are decided, the saved form asks for the checkpoint's values and names its layers. This object stays
+        as it is, so that it can make a further adapter.
         """
-        values = asdict(self)
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "statistics"}
         if self.layer_ranks:
             values["init_weights"] = FROM_CHECKPOINT
+            if targets_all_linear(self.target_modules):  # which other models have under other names
+                values["target_modules"] = set(self.layer_ranks)
             values["peft_jactus_version"] = __version__
             values["adapter_format"] = ADAPTER_FORMAT
         return values

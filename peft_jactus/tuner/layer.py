@@ -12,6 +12,10 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus._dtypes import output_dtype
+from peft_jactus.errors import BaseWeightsFreedError
+from peft_jactus.numerics.core_product import core_product
+from peft_jactus.numerics.interpolation import InterpolativeBasis
 from peft_jactus.tuner.adapter_format import (
     TENSOR_NAMES,
     factors_of,
@@ -21,22 +25,11 @@ from peft_jactus.tuner.adapter_format import (
     tensors_of,
     unfilled,
 )
-from peft_jactus.numerics.core_product import core_product
-from peft_jactus.numerics.interpolation import InterpolativeBasis
-from peft_jactus.numerics.linalg import output_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.numerics.factorization import LayerFactors
-
-
-def raise_base_weights_freed(action: str) -> NoReturn:
-    """Raise the error for what only works with the dense weights."""
-    raise ValueError(
-        f"Cannot {action}: the dense weights were freed. Create the adapter with `keep_base_weights=True` to keep "
-        "them."
-    )
 
 
 class FreedBase(nn.Module):
@@ -55,7 +48,7 @@ class FreedBase(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise `ValueError`: there is no dense layer any more."""
         del args, kwargs
-        raise_base_weights_freed("run the base layer")
+        raise BaseWeightsFreedError("run the base layer")
 
     def extra_repr(self) -> str:
         """Show the features."""
@@ -188,7 +181,7 @@ class JactusLayer(BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch between the adapters and the dense layer."""
         if not enabled and self.base_weights_freed:
-            raise_base_weights_freed("disable the adapter")
+            raise BaseWeightsFreedError("disable the adapter")
         super().enable_adapters(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -217,7 +210,7 @@ class JactusLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight less the dense one, as the base layer stores it."""
         if self.base_weights_freed:
-            raise_base_weights_freed("compute the difference to the base weight")
+            raise BaseWeightsFreedError("compute the difference to the base weight")
         return self.get_dense_weight(adapter_name) - self._dense_parameters()[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -244,13 +237,16 @@ class JactusLayer(BaseTunerLayer):
         Args:
             safe_merge: Raise if the result is not finite, instead of merging it.
             adapter_names: Default: the active ones.
+
+        Raises:
+            BaseWeightsFreedError: For several adapters, if the dense weight is gone.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.jactus_core]
         if not names:
             return
         if self.base_weights_freed:
             if len(names) > 1 or self.merged:
-                raise_base_weights_freed("merge several adapters")
+                raise BaseWeightsFreedError("merge several adapters")
             self._merge_freed(names[0], safe_merge=safe_merge)
             return
         base = self._base()

@@ -14,13 +14,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_jactus.tuner.adapter_format import TENSOR_NAMES, tensor_shapes
+from peft_jactus._processes import gather_objects, num_processes, process_index, share_out
+from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
-from peft_jactus.calibration import check_statistics
-from peft_jactus.tuner.config import JactusConfig
-from peft_jactus._processes import from_all, num_processes, process_index, share_out
-from peft_jactus.numerics.factorization import KEEP_BYTES, LayerFactors, factorize, factors_for_all, plan_ranks
-from peft_jactus.tuner.layer import JactusLayer, Linear, raise_base_weights_freed
+from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
+from peft_jactus.tuner.adapter_format import TENSOR_NAMES, tensor_shapes
+from peft_jactus.tuner.config import JactusConfig, targets_all_linear
+from peft_jactus.tuner.layer import JactusLayer, Linear
+from peft_jactus.tuner.model_size import ModelSize, budget_ratio
+from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
+from peft_jactus.tuner.replication import factors_for_all
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
     check_supported,
@@ -33,7 +36,7 @@ from peft_jactus.tuner.targeting import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Set
+    from collections.abc import Iterator, Mapping, Set
 
     from peft import PeftConfig
     from torch import Tensor
@@ -89,16 +92,19 @@ class JactusModel(BaseTuner):
         self._replaceable = {
             module for module, count in places.items() if count == 1 and not isinstance(module, JactusLayer)
         }
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, JactusConfig)
+        asked = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
+            if targets_all_linear(asked):  # PEFT writes names of this model into the user's config
+                config.target_modules = asked
             self._prepared = None
             self._replaceable = set()
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, JactusConfig)
         config.statistics = None
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -107,14 +113,14 @@ class JactusModel(BaseTuner):
         config.check_format()
         freed = [layer.module_name for layer in self._layers() if layer.base_weights_freed]
         if freed and not config.from_checkpoint:
-            raise_base_weights_freed("compute a further adapter")
+            raise BaseWeightsFreedError("compute a further adapter")
         if any(layer.merged for layer in self._layers()) and not config.from_checkpoint:
             raise ValueError(
                 "An adapter is merged into the dense weights, which a further one would be computed from. Call "
                 "`unmerge_adapter` first."
             )
         if left_out := sorted(set(freed) - set(config.layer_ranks)):
-            raise_base_weights_freed(f"load an adapter that leaves {left_out} as they were")
+            raise BaseWeightsFreedError(f"load an adapter that leaves {left_out} as they were")
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Decide the ranks of all layers, before the first one is replaced."""
@@ -125,37 +131,24 @@ class JactusModel(BaseTuner):
         resolve_all_linear_(peft_config, model)
         targets = targeted_modules(model, peft_config)
         options = peft_config.factorization_options()
-        statistics = peft_config.statistics
-        if not options.decomposition.needs_statistics:
-            statistics = peft_config.statistics = None
-        elif statistics is None:
-            raise ValueError(
-                "This JactusConfig has no calibration statistics. Call `peft_jactus.calibrate(model, config, "
-                "batches)` before `get_peft_model`, or assign saved ones to `config.statistics`; "
-                '`decomposition="svd"` starts without data.'
-            )
-        else:
-            row_fisher = options.decomposition.needs_row_fisher
-            check_statistics(statistics, targets, row_fisher=row_fisher, source="`config.statistics`")
-        limit = None if statistics is None else statistics.memory_limit
-        fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
+        statistics = peft_config.statistics = usable_statistics(peft_config, targets, peft_config.statistics)
+        limit = getattr(statistics, "memory_limit", None)
+        ratio = budget_ratio(peft_config, ModelSize.of(model, targets))
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
         owners = _share_out_layers(targets) if num_processes() > 1 else None
-        with torch.no_grad():
-            plan = plan_ranks(
-                {name: _weight_getter(module) for name, module in targets.items()},
-                statistics,
-                options,
-                with_bias={name for name, module in targets.items() if dense_weight_and_bias(module)[1] is not None},
-                fixed_ranks=fixed_ranks,
-                keep_bytes=KEEP_BYTES if limit is None else min(limit, KEEP_BYTES),
-                owners=owners,
-                progress_bar=show_bar,
-            )
-        ranks = plan.allocation.ranks
+        measured = measure_gains(
+            targets,
+            statistics,
+            options,
+            keep_bytes=KEEP_BYTES if limit is None else min(limit, KEEP_BYTES),
+            owners=owners,
+            progress_bar=show_bar,
+        )
+        options = dataclasses.replace(options, retained_ratio=ratio)
+        ranks = choose_ranks(measured.gains, options, match_ranks(targets, peft_config.rank_pattern)).ranks
         peft_config.layer_ranks = dict(ranks)
-        peft_config.layer_energy = {name: round(share, 6) for name, share in plan.energy_kept.items()}
-        self._prepared = _Prepared(plan.projections, owners or {})
+        peft_config.layer_energy = measured.energy_kept(ranks)
+        self._prepared = _Prepared(measured.projections, owners or {})
         mine = [name for name, owner in self._prepared.owners.items() if owner == process_index()]
         num_steps = len(ranks) + len(mine)
         self._factorizing_bar = tqdm(total=num_steps, desc="Factorizing", unit="layer", disable=not show_bar)
@@ -277,7 +270,7 @@ class JactusModel(BaseTuner):
         frozen = {
             name: buffer for name, buffer in self.named_buffers() if not set(TENSOR_NAMES).isdisjoint(name.split("."))
         }
-        if len({tuple(digests) for digests in from_all([_digest(buffer) for buffer in frozen.values()])}) > 1:
+        if len({tuple(digests) for digests in gather_objects([_digest(buffer) for buffer in frozen.values()])}) > 1:
             return []
         return [prefix + name for name in frozen for prefix in ("", "base_model.")]  # with a PeftModel around this
 
@@ -318,19 +311,19 @@ class JactusModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; the last one only if the dense weights are there to fall back on."""
         if len(self.peft_config) == 1 and adapter_name in self.peft_config and self._base_weights_freed():
-            raise_base_weights_freed("delete the last adapter")
+            raise BaseWeightsFreedError("delete the last adapter")
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
         """Return the dense model as it was before."""
         if self._base_weights_freed():
-            raise_base_weights_freed("unload without merging; use `merge_and_unload`")
+            raise BaseWeightsFreedError("unload without merging; use `merge_and_unload`")
         return super().unload()
 
     def disable_adapter_layers(self) -> None:
         """Run the dense model."""
         if self._base_weights_freed():
-            raise_base_weights_freed("disable the adapter")
+            raise BaseWeightsFreedError("disable the adapter")
         super().disable_adapter_layers()
 
     @contextmanager
@@ -370,14 +363,6 @@ def _share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return which process factorizes which layer; the time grows with the cube of its sides."""
     shapes = {name: dense_weight(module).shape for name, module in targets.items()}
     return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
-
-
-def _weight_getter(module: nn.Module) -> Callable[[], Tensor]:
-    def get() -> Tensor:
-        with loaded(module):
-            return dense_weight(module)
-
-    return get
 
 
 def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:

@@ -19,6 +19,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus.tuner.config import targets_all_linear
+from peft_jactus.tuner.layer import JactusLayer
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -72,13 +75,13 @@ def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
     PEFT's own rule keeps the output layer of language models and, for one of the tasks, that of classifiers. Quantized
     layers stay in, so that they are refused by name.
     """
-    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+    if not targets_all_linear(config.target_modules):
         return
     _maybe_include_all_linear_layers(config, model)  # in place
     heads = set(head_names(config))
     config.target_modules = {
         name
-        for name in config.target_modules
+        for name in config.target_modules or ()
         if heads.isdisjoint(name.split(".")) and not _has_own_forward(model.get_submodule(name))
     }
 
@@ -96,11 +99,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
     """Return a copy of ``config`` whose ``target_modules`` are names, as `get_peft_model` will resolve them."""
-    statistics, config.statistics = config.statistics, None  # never copied
-    try:
-        resolved = copy.deepcopy(config)
-    finally:
-        config.statistics = statistics
+    resolved = copy.copy(config)
     if resolved.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         defaults = DEFAULT_TARGET_MODULES.get(str(model_type))
@@ -116,9 +115,9 @@ def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
 
 def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
     """Raise `TypeError` if ``module`` cannot be replaced by factors; say why and what to do."""
+    if isinstance(module, JactusLayer):
+        return
     if isinstance(module, BaseTunerLayer):
-        if type(module).__module__.startswith("peft_jactus."):
-            return
         raise TypeError(
             f"{name} already carries a {type(module).__module__}.{type(module).__name__}. Merge that adapter first "
             "(`merge_and_unload`), or add the name to `exclude_modules`."

@@ -1,0 +1,51 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise `ValueError` if a checkpoint must not be written to this directory."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"`save_directory` {target} is a file; give a directory.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"`save_directory` {target} is not empty. Give another one, or `overwrite=True`.")
+    # What `appearing_whole` does at the very end.
+    if target.is_mount():
+        raise ValueError(f"`save_directory` {target} is a mount point, which cannot be renamed; give a folder in it.")
+    parent = next(folder for folder in target.resolve().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"`save_directory` {target} cannot be made: {parent} is not writable. Give another one.")
+
+
+@contextmanager
+def appearing_whole(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``target``, and move it there once everything is in it."""
+    target = target.resolve()  # a link stays a link
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    try:
+        folder.chmod(0o755)  # as mkdir would make it; mkdtemp makes folders for one user
+        yield folder
+        if target.exists():
+            replaced = folder.with_suffix(".replaced")
+            target.rename(replaced)
+            try:
+                folder.rename(target)
+            except BaseException:
+                replaced.rename(target)
+                raise
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

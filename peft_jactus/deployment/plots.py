@@ -1,0 +1,117 @@
+"""Pictures of ranks, for people who would rather look than read."""
+
+from __future__ import annotations
+
+import re
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from peft_jactus.deployment.ranks import rank_summary
+from peft_jactus.tuner.rank_table import RankSummary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from torch import nn
+
+    from peft_jactus.tuner.planning import RankPlan
+    from peft_jactus.tuner.rank_table import LayerRank
+
+
+def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") -> Figure:
+    """Plot rank by depth, a line for each projection, as Figure 3 of arXiv:2605.02829; needs matplotlib.
+
+    Args:
+        model: A model as for `rank_summary`, or its result.
+        adapter_name: Which adapter.
+
+    Returns:
+        A matplotlib figure; ``figure.savefig("ranks.png")`` writes it. Rings are layers that stay dense.
+    """
+    Figure, MaxNLocator = _matplotlib()
+    summary = model if isinstance(model, RankSummary) else rank_summary(model, adapter_name)
+    lines: dict[str, list[tuple[int, LayerRank]]] = {}
+    for row in summary.rows:
+        depth, projection = _depth_and_projection(row.name)
+        lines.setdefault(projection, []).append((depth, row))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for projection, points in lines.items():
+        depths = [depth for depth, _ in points]
+        ranks = [row.rank for _, row in points]
+        (line,) = axes.plot(depths, ranks, marker="o", markersize=4, label=projection)
+        dense = [(depth, row.rank) for depth, row in points if row.stays_dense]
+        if dense:
+            axes.plot(
+                *zip(*dense, strict=True),
+                "o",
+                color=line.get_color(),
+                markersize=9,
+                fillstyle="none",
+            )
+    axes.set_xlabel("block")
+    axes.set_ylabel("rank")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"Ranks at {summary.retained_ratio:.0%} retained parameters ({summary.storage})")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _depth_and_projection(name: str) -> tuple[int, str]:
+    """Split ``encoder.layer.3.attention.self.query`` into block 3 and the projection's name within the block."""
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    if match is None:
+        return 0, name
+    return int(match.group(1)), name[match.end() :]
+
+
+def plot_plan(plan: RankPlan) -> Figure:
+    """Plot what is kept and what it costs, for all budgets: a picture to choose a ratio by; needs matplotlib.
+
+    Args:
+        plan: From `plan_ranks`.
+
+    Returns:
+        A matplotlib figure. Left: the expected rise of the loss; the share of the weights' energy that is lost, where
+        that is not known. Right: the size of the checkpoint. The ring is the plan itself.
+    """
+    Figure, _ = _matplotlib()
+    curve = plan.curve()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    cost_axes, size_axes = figure.subplots(1, 2)
+    ratios = [at.retained_ratio for at in curve]
+    name, costs = _costs([*curve, plan])
+    cost_axes.plot(ratios, costs[:-1], marker="o", markersize=3)
+    cost_axes.plot(plan.retained_ratio, costs[-1], "o", color="tab:red", markersize=10, fillstyle="none")
+    if all(cost > 0 for cost in costs if cost != costs[-2]):  # at 1 nothing is lost
+        cost_axes.set_yscale("log", nonpositive="mask")
+    cost_axes.set_ylabel(name)
+    size_axes.plot(ratios, [at.num_bytes / 1e6 for at in curve], marker="o", markersize=3)
+    size_axes.plot(plan.retained_ratio, plan.num_bytes / 1e6, "o", color="tab:red", markersize=10, fillstyle="none")
+    size_axes.axhline(plan.dense_bytes / 1e6, color="gray", linewidth=1, linestyle="--", label="dense model")
+    size_axes.set_ylim(bottom=0)
+    size_axes.set_ylabel("size of the whole model, MB")
+    size_axes.legend(fontsize="small")
+    for axes in (cost_axes, size_axes):
+        axes.set_xlabel("kept of the targeted layers' parameters")
+        axes.grid(visible=True, alpha=0.3)
+    figure.suptitle(f"{plan.retained_ratio:.0%} of the targeted layers, {plan.model_ratio:.0%} of the whole model")
+    return figure
+
+
+def _costs(plans: list[RankPlan]) -> tuple[str, list[float]]:
+    rises = [plan.loss_rise for plan in plans]
+    if None not in rises:
+        return "expected rise of the loss, nats", [rise for rise in rises if rise is not None]
+    rows = [plan.summary.rows for plan in plans]
+    return "energy lost, mean over layers", [1 - mean(row.energy_kept or 0 for row in table) for table in rows]
+
+
+def _matplotlib() -> tuple[type[Figure], type[MaxNLocator]]:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'peft-jactus[plot]'.") from error
+    return Figure, MaxNLocator

@@ -1,0 +1,76 @@
+"""How a compressed model chooses ranks: fields and checks, nothing computed."""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from peft_jactus.parse.experts import ExpertAllocation
+
+RouterKind = Literal["linear", "mlp"]
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Rank experts, their router and its cache (PARSE: Zhu et al., arXiv:2605.08568).
+
+    Attributes:
+        active_ratio: Parameters that run for one prompt, as a share of the dense weights of the routed layers, in (0,
+            1]. Can be changed at any time: one router serves all budgets.
+        expert_size: Consecutive rank-one terms that are chosen together. Smaller ones choose finer, and make the
+            router larger, which has a weight for each expert and each of the model's hidden features: 16 suits a width
+            of 1,000, 64 one of 4,000. A multiple of 8 keeps the products fast.
+        allocation: ``"global"``: one budget for all layers; ``"uniform"``: every layer runs the same share.
+        router_kind: From the mean of the prompt's token embeddings to a score of each expert: ``"linear"``, or
+            ``"mlp"`` with one hidden layer.
+        hidden_features: Width of that hidden layer.
+        cache_entries: Prompts whose choice is remembered, at most; 0 remembers none.
+        cache_bytes: Memory that the gathered factors of remembered choices may take. Default: as much as the dense
+            weights of the routed layers; one choice takes about ``active_ratio`` of that.
+        cache_similarity: A prompt takes the choice of a remembered one if the cosine between their (standardised)
+            router inputs is at least this, in (0, 1].
+    """
+
+    active_ratio: float = 0.6
+    expert_size: int = 16
+    allocation: ExpertAllocation = "global"
+    router_kind: RouterKind = "linear"
+    hidden_features: int = 256
+    cache_entries: int = 64
+    cache_bytes: int | None = None
+    cache_similarity: float = 0.98
+
+    def __post_init__(self) -> None:
+        self._check("active_ratio", _is_number(self.active_ratio) and 0 < self.active_ratio <= 1, "be in (0, 1]")
+        for name, least in (("expert_size", 1), ("hidden_features", 1), ("cache_entries", 0)):
+            value = getattr(self, name)
+            self._check(name, type(value) is int and value >= least, f"be an integer of at least {least}")
+        limit = self.cache_bytes
+        self._check("cache_bytes", limit is None or (type(limit) is int and limit >= 0), "be null or not negative")
+        similarity = self.cache_similarity
+        self._check("cache_similarity", _is_number(similarity) and 0 < similarity <= 1, "be in (0, 1]")
+        hints = get_type_hints(type(self))
+        for name in ("allocation", "router_kind"):
+            choices = get_args(hints[name])
+            self._check(name, getattr(self, name) in choices, f"be one of {choices}")
+
+    def _check(self, name: str, holds: bool, must: str) -> None:
+        if not holds:
+            raise ValueError(f"`{name}` must {must}; got {reprlib.repr(getattr(self, name))}.")
+
+    @classmethod
+    def parse(cls, values: object) -> RouterConfig:
+        """Return the config that a ``config.json`` holds; a `ValueError` says what is wrong with it."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= known:
+            raise ValueError(f"must have no other fields than {sorted(known)}; got {reprlib.repr(values)}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into ``config.json``."""
+        return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,105 @@
+"""Put a router into a model, find it there, and take it out again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft_jactus.deployment.extensions import CheckpointExtension
+from peft_jactus.deployment.layers import LowRankLinear
+from peft_jactus.errors import DamagedCheckpointError
+from peft_jactus.parse.config import RouterConfig
+from peft_jactus.parse.layer import RoutedLinear, RoutingState
+from peft_jactus.parse.router import RankRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Name of the router in a model, and so of its tensors in a checkpoint; and of its settings in ``quantization_config``.
+ROUTER_NAME = "rank_router"
+ROUTER_FIELD = "router"
+
+
+def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterConfig) -> RankRouter:
+    """Make low-rank layers of ``model`` routed ones, in place, and give it a router that steers them.
+
+    Args:
+        model: With a `LowRankLinear` of each name; its tensors may be on the meta device.
+        names: Full names, in the order of the experts.
+        config: Of the router.
+
+    Returns:
+        The router, which is ``model.rank_router``: untrained, all scores zero. A `TypeError` says if the model is not
+        one that can be routed.
+    """
+    check_routable(model)
+    embeddings = model.get_input_embeddings()
+    state = RoutingState()
+    layers = []
+    for position, name in enumerate(names):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LowRankLinear)
+        layers.append(RoutedLinear(layer.down, layer.up, position, state))
+        model.set_submodule(name, layers[-1])
+    width = getattr(embeddings, "embedding_dim", None) or model.config.hidden_size
+    router = RankRouter(config, layers, width, device=layers[0].weight.device)
+    model.add_module(ROUTER_NAME, router)
+    router.attach(model)
+    router.train(model.training)
+    return router
+
+
+class RouterExtension(CheckpointExtension):
+    """How the loader meets a router: see `CheckpointExtension`."""
+
+    def parse(self, values: object) -> RouterConfig:
+        """Return the settings that a ``config.json`` holds; a `ValueError` says what is wrong with them."""
+        return RouterConfig.parse(values)
+
+    def install(self, model: PreTrainedModel, layers: Sequence[str], config: RouterConfig) -> RankRouter:
+        """Give ``model`` a router of its two-factor layers; a `DamagedCheckpointError` says if it has none."""
+        names = [name for name in layers if isinstance(model.get_submodule(name), LowRankLinear)]
+        if not names:
+            raise DamagedCheckpointError("config.json describes a router, but no layer that it could steer.")
+        return install_router(model, names, config)
+
+    def config_of(self, module: nn.Module) -> RouterConfig:
+        """Return the settings of a router."""
+        assert isinstance(module, RankRouter)
+        return module.router_config
+
+    def remove(self, model: nn.Module) -> None:
+        """Take the router out of ``model``; the layers run all their ranks from then on."""
+        remove_router(model)
+
+    def describe(self, config: RouterConfig) -> str:
+        """Return a line about the settings, for people."""
+        return (
+            f"{config.router_kind}, experts of {config.expert_size} ranks; runs {config.active_ratio:.0%} of the "
+            f"dense parameters ({config.allocation})"
+        )
+
+
+def check_routable(model: PreTrainedModel) -> None:
+    """Raise `TypeError` if a model is not one that can be routed."""
+    if model.config.is_encoder_decoder or model.get_input_embeddings() is None:
+        raise TypeError(
+            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start "
+            "with; not the two together."
+        )
+
+
+def remove_router(model: nn.Module) -> None:
+    """Take the router and its hooks from a model, if it has one; layers that are left run all their ranks."""
+    router = router_of(model)
+    if router is not None:
+        router.detach_from(model)
+        delattr(model, ROUTER_NAME)
+
+
+def router_of(model: nn.Module) -> RankRouter | None:
+    """Return the router of a model, if it has one."""
+    router = getattr(model, ROUTER_NAME, None)
+    return router if isinstance(router, RankRouter) else None

@@ -1,0 +1,159 @@
+"""The factorised layer that runs a part of its ranks, and who tells it which."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from peft_jactus.deployment.layers import LowRankLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache
+
+    from peft_jactus.parse.patterns import PatternBatch
+
+
+class ActiveExperts(ABC):
+    """What runs in the calls of one thread: a choice of experts for each row of the batch."""
+
+    @abstractmethod
+    def apply(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """Return the output of ``layer`` for ``x`` ``(batch, ..., in)``, with the experts of each row."""
+
+
+@dataclass
+class RoutedCall:
+    """What is known of a call of the model.
+
+    Attributes:
+        modules: The model and its base model, as far as they have been entered.
+        mask: Its attention mask.
+        cache: Its key-value cache.
+        patterns: What was chosen.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    mask: Tensor | None = None
+    cache: Cache | None = None
+    patterns: PatternBatch | None = None
+
+
+class RoutingState(threading.local):
+    """The current choice of one model, for each thread. The layers and the router of a model share one.
+
+    Attributes:
+        gates: What runs whatever the router would choose, if anything.
+        call: The router's notes on the call of the model that is running.
+    """
+
+    gates: ActiveExperts | None = None
+    call: RoutedCall | None = None
+
+    @property
+    def active(self) -> ActiveExperts | None:
+        """What the layers run; ``None`` runs all experts."""
+        if self.gates is not None or self.call is None:
+            return self.gates
+        return self.call.patterns
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingState:
+        # A copied model runs for itself; all its layers find the same copy in `memo`.
+        return RoutingState()
+
+    def __reduce__(self) -> tuple[type[RoutingState], tuple[()]]:
+        return RoutingState, ()
+
+
+class RoutedLinear(LowRankLinear):
+    """A low-rank layer whose rank-one terms stand in order and run as experts: ``y = up(gates * down(x))``.
+
+    Without a router at work it runs all of them, and is a `LowRankLinear`.
+
+    Args:
+        down: ``in`` to ``rank`` features, no bias: rows of the rank-one terms.
+        up: ``rank`` to ``out`` features: their columns.
+        position: Number of the layer in its router's table.
+        state: Of the model.
+    """
+
+    def __init__(self, down: nn.Linear, up: nn.Linear, position: int, state: RoutingState) -> None:
+        super().__init__(down, up)
+        self.position = position
+        self.state = state
+        self._product: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(batch, ..., in)`` to ``(batch, ..., out)``."""
+        active = self.state.active
+        return self.run_all(x) if active is None else active.apply(self, x)
+
+    def run_all(self, x: Tensor) -> Tensor:
+        """Run all terms, as one dense product where that is cheaper: the static layer."""
+        is_cheaper_dense = self.rank * (self.in_features + self.out_features) > self.in_features * self.out_features
+        if is_cheaper_dense and self.has_plain_parts and not self.needs_gradients:
+            return functional.linear(x, self._dense_product(), self.up.bias)
+        return super().forward(x)
+
+    def _dense_product(self) -> Tensor:
+        product = self._product
+        if product is None:
+            with torch.inference_mode(False), torch.no_grad():  # what inference mode makes is of use nowhere else
+                product = self._product = self.dense_weight().to(self.up.weight.dtype)
+        return product
+
+    def forget_product(self) -> None:
+        """Let go of what was computed from the factors: they have changed."""
+        self._product = None
+
+    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Run all terms, each times its gate.
+
+        Args:
+            x: ``(batch, ..., in)``.
+            gates: ``(batch or 1, rank)``.
+
+        Returns:
+            ``(batch, ..., out)``, differentiable by ``x``, the gates and the parts, whatever the parts are.
+        """
+        hidden = self.down(x)
+        gates = gates.to(hidden.dtype).reshape(len(gates), *[1] * (hidden.dim() - 2), self.rank)
+        output: Tensor = self.up(hidden * gates)
+        return output
+
+    @property
+    def has_plain_parts(self) -> bool:
+        """Whether terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them."""
+        parts = (self.down, self.up)
+        return all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in parts)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the parts train now, so that copies of them won't do."""
+        return torch.is_grad_enabled() and any(part.weight.requires_grad for part in (self.down, self.up))
+
+    def gather(self, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of some terms, each in one piece of memory.
+
+        Terms that stand in a row are in one piece already, and not copied; a trained router mostly takes the leading
+        ones.
+
+        Args:
+            terms: ``(active,)``, int64, ascending.
+
+        Returns:
+            ``down`` ``(active, in)`` and ``up`` ``(out, active)``, the latter laid out as `arrange_parts_` does.
+        """
+        down, up = self.down.weight.detach(), self.up.weight.detach()
+        first, last = int(terms[0]), int(terms[-1])
+        if last - first + 1 == len(terms):
+            return down[first : last + 1], up[:, first : last + 1]
+        terms = terms.to(down.device)
+        # Columns in one piece are copied in long runs, and read in long runs by products with few vectors.
+        return down.index_select(0, terms), up.mT.index_select(0, terms).mT

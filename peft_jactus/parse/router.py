@@ -1,0 +1,338 @@
+"""The router, and how it steers a model: through hooks, so that calls and ``generate`` stay as they are.
+
+A prompt is routed once, when its embeddings are computed, and keeps its experts as long as its key-value cache lives:
+the choice travels on the cache object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Cache
+
+from peft_jactus.errors import RoutingWarning
+from peft_jactus.parse.cache import CacheInfo, PatternCache
+from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
+from peft_jactus.parse.layer import RoutedCall
+from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from peft_jactus.parse.config import RouterConfig
+    from peft_jactus.parse.layer import RoutedLinear, RoutingState
+
+# Where a key-value cache keeps the choice of its prompts.
+_ON_CACHE = "_jactus_patterns"
+
+
+# Length of the router's input. Adam moves every weight alike, and a short input makes the sum of many weights move as
+# slowly as the bias: with length one, routers of a small Llama were worse on text of another kind than no router.
+FEATURE_LENGTH = 0.1
+
+
+class RankRouter(nn.Module):
+    """Scores every rank expert for a prompt, from the mean of its token embeddings, and makes the model run the best.
+
+    Args:
+        config: Budget, kind and cache.
+        layers: The layers to steer, in the order of the experts.
+        in_features: Width of the embeddings.
+        device: Of the parameters.
+
+    Attributes:
+        layers: As given.
+        table: Their experts.
+        input_mean: ``(in,)``: subtracted from the router's input; the mean over prompts.
+        input_scale: ``(in,)``: multiplied with it; one over the standard deviation.
+        weight: ``(experts, in)``, or ``(experts, hidden)`` of a two-layer router.
+        bias: ``(experts,)``: scores of the average prompt.
+        hidden_weight: ``(hidden, in)``, of a two-layer router.
+        hidden_bias: ``(hidden,)``, of a two-layer router.
+
+    References:
+        Zhu et al., "Different Prompts, Different Ranks", arXiv:2605.08568.
+    """
+
+    input_mean: Tensor
+    input_scale: Tensor
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        layers: Sequence[RoutedLinear],
+        in_features: int,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.router_config = config
+        # In a tuple: they are not the router's own modules.
+        self.layers = tuple(layers)
+        self.table = ExpertTable([LayerShape.of(layer) for layer in self.layers], config.expert_size)
+        self._state = self.layers[0].state
+        self._budgets = self.table.budgets(config.active_ratio, config.allocation)
+        num_bytes = config.cache_bytes
+        if num_bytes is None:
+            num_bytes = int(self.table.dense_costs.sum()) * self.layers[0].down.weight.element_size()
+        self._patterns = PatternCache(config.cache_entries, num_bytes, config.cache_similarity)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.register_buffer("input_mean", torch.zeros(in_features, **options))
+        self.register_buffer("input_scale", torch.ones(in_features, **options))
+        features = in_features
+        if config.router_kind == "mlp":
+            features = config.hidden_features
+            hidden = torch.empty(features, in_features, **options)
+            nn.init.normal_(hidden, std=math.sqrt(2) / FEATURE_LENGTH)
+            self.hidden_weight = nn.Parameter(hidden)
+            self.hidden_bias = nn.Parameter(torch.zeros(features, **options))
+        self.weight = nn.Parameter(torch.zeros(len(self.table), features, **options))
+        self.bias = nn.Parameter(torch.zeros(len(self.table), **options))
+
+    # -- scoring and choosing -----------------------------------------------------------------------------
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """Return the router's input ``(batch, in)``, float32: standardised over prompts, then brought to one length.
+
+        The length would say how unusual a prompt is; without it, the router cannot extrapolate to ones unlike any it
+        has seen.
+        """
+        standardized = (pooled.float() - self.input_mean) * self.input_scale
+        return FEATURE_LENGTH * functional.normalize(standardized, dim=1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return a score for each expert.
+
+        Args:
+            pooled: ``(batch, in)``: mean embeddings of prompts, see `pool_embeddings`.
+
+        Returns:
+            ``(batch, experts)``, float32: the log of the worth of a parameter, on no particular scale.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            features = self.features(pooled)
+            if self.router_config.router_kind == "mlp":
+                hidden = functional.linear(features, self.hidden_weight.float(), self.hidden_bias.float())
+                features = functional.relu(hidden) / math.sqrt(hidden.shape[1])
+            return functional.linear(features, self.weight.float(), self.bias.float())
+
+    @property
+    def active_ratio(self) -> float:
+        """The budget: parameters that run, over those of the dense layers. Set it to serve with another one."""
+        return self.router_config.active_ratio
+
+    @active_ratio.setter
+    def active_ratio(self, value: float) -> None:
+        config = dataclasses.replace(self.router_config, active_ratio=value)
+        self._budgets = self.table.budgets(value, config.allocation)
+        self.router_config = config
+        self._patterns.clear()
+
+    def budgets(self, active_ratio: float) -> Tensor:
+        """Return the budgets of another active ratio; see `ExpertTable.budgets`."""
+        return self.table.budgets(active_ratio, self.router_config.allocation)
+
+    @torch.no_grad()
+    def select(self, pooled: Tensor) -> Tensor:
+        """Return ``(batch, experts)``, bool: the choice for each prompt, of mean embeddings ``(batch, in)``."""
+        return select_experts(self(pooled), self.table, self._budgets, self.router_config.allocation)
+
+    @torch.no_grad()
+    def choose(self, pooled: Tensor) -> PatternBatch:
+        """Return the patterns of prompts: remembered ones for prompts that are similar to earlier ones.
+
+        Args:
+            pooled: ``(batch, in)``.
+        """
+        keys = self.features(pooled)
+        patterns: list[ExpertPattern | None] = [self._patterns.find(key) for key in keys]
+        missing = [row for row, pattern in enumerate(patterns) if pattern is None]
+        if missing:
+            for row, selected in zip(missing, self.select(pooled[missing]).cpu(), strict=True):
+                pattern = self._patterns.find_equal(selected.numpy().tobytes())
+                pattern = pattern or ExpertPattern(selected, self.table, self.layers)
+                self._patterns.add(keys[row], pattern)
+                patterns[row] = pattern
+        return PatternBatch([pattern for pattern in patterns if pattern is not None])
+
+    def cache_info(self) -> CacheInfo:
+        """Return what the pattern cache holds, and how often it helped."""
+        return self._patterns.info()
+
+    def clear_cache(self) -> None:
+        """Forget all remembered prompts; needed after the factors have been changed by hand."""
+        self._patterns.clear()
+        for layer in self.layers:
+            layer.forget_product()
+
+    # Whatever changes weights, or where the layers have them, passes through one of these.
+
+    def train(self, mode: bool = True) -> RankRouter:
+        """Set the mode; training changes weights."""
+        self.clear_cache()
+        return super().train(mode)
+
+    # torch has no annotation of this method
+    def _apply(self, *args: Any, **kwargs: Any) -> RankRouter:
+        self.clear_cache()
+        module: RankRouter = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()  # layers lay out their factors anew, and patterns would keep the old ones
+        super()._save_to_state_dict(*args, **kwargs)
+
+    # -- running the model with given experts -------------------------------------------------------------
+
+    @contextmanager
+    def gated(self, gates: Tensor) -> Iterator[None]:
+        """Make the layers run all experts, each times its gate, instead of what the router would choose.
+
+        Args:
+            gates: ``(batch, experts)``; gradients reach them, also if the backward pass runs in the block.
+        """
+        previous, self._state.gates = self._state.gates, GateBatch(gates, self.table)
+        try:
+            yield
+        finally:
+            self._state.gates = previous
+
+    # -- hooks --------------------------------------------------------------------------------------------
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Register the hooks that route each call of ``model``."""
+        for module in dict.fromkeys((model, model.base_model)):
+            module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            module.register_forward_hook(self._end, always_call=True)
+        model.get_input_embeddings().register_forward_hook(self._route_embeddings)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._state.gates is not None:
+            return
+        call = self._state.call
+        # A model is not called by itself: that call was interrupted (Ctrl-C), where torch runs no hooks.
+        if call is None or module in call.modules or self in module.children():
+            call = self._state.call = RoutedCall()
+        call.modules.append(module)
+        arguments = kwargs
+        if args:
+            arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        mask = arguments.get("attention_mask")
+        call.mask = call.mask if mask is None else mask
+        call.cache = next((value for value in arguments.values() if isinstance(value, Cache)), call.cache)
+        if call.patterns is not None:
+            return
+        embeddings = arguments.get("inputs_embeds")
+        kept: KeptPatterns | None = getattr(call.cache, _ON_CACHE, None)
+        if call.cache is not None and kept is not None and kept.state is self._state and call.cache.get_seq_length():
+            inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
+            call.patterns = kept.repeated(len(inputs))
+        elif embeddings is not None:
+            self._route(call, embeddings)
+
+    def _route_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        del module, args
+        call = self._state.call
+        if call is not None and call.patterns is None:
+            self._route(call, output)
+
+    def _route(self, call: RoutedCall, embeddings: Tensor) -> None:
+        call.patterns = self.choose(pool_embeddings(embeddings, call.mask))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del args
+        call = self._state.call
+        if call is None or module not in call.modules:
+            return
+        while call.modules.pop() is not module:  # an exception may have skipped some
+            pass
+        if call.patterns is not None and output is not None:
+            cache = _cache_of(output) if call.cache is None else call.cache
+            if cache is not None:
+                setattr(cache, _ON_CACHE, KeptPatterns(call.patterns, self._state))
+        if call.modules:
+            return
+        self._state.call = None
+        if call.patterns is None and output is not None:
+            warnings.warn(
+                f"{type(module).__name__} was called without computing its input embeddings, so that nothing was "
+                "routed and all ranks ran.",
+                RoutingWarning,
+                stacklevel=2,
+            )
+
+    def detach_from(self, model: nn.Module) -> None:
+        """Remove the hooks of this router from all modules of ``model``."""
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "__self__", None) is self:
+                        del hooks[key]  # what torch notes beside them (`with_kwargs`) has no effect without
+
+
+@dataclass(frozen=True)
+class KeptPatterns:
+    """The patterns of the prompts in a key-value cache; a copied cache shares them.
+
+    Attributes:
+        batch: One pattern for each row.
+        state: Of the model that they were chosen for.
+    """
+
+    batch: PatternBatch
+    state: RoutingState
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptPatterns:
+        return self
+
+    def repeated(self, num_rows: int) -> PatternBatch:
+        """Return a pattern for each row of a batch; see `PatternBatch.repeated`."""
+        return self.batch.repeated(num_rows)
+
+
+def _cache_of(output: Any) -> Cache | None:
+    values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, Mapping | tuple):
+        return None
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def pool_embeddings(embeddings: Tensor, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor:
+    """Return the mean of each row's embeddings over the positions that the mask keeps.
+
+    Args:
+        embeddings: ``(batch, ..., dim)``.
+        mask: ``(batch, positions)``, zero for padding; or as `generate` makes it for static caches, ``(batch, 1,
+            queries, keys)``, true or zero where a query sees a key, perhaps several by name. ``None`` keeps all.
+
+    Returns:
+        ``(batch, dim)``; float64, so that padding does not show in the last digit (float32 where there is no float64).
+    """
+    wide = torch.float32 if embeddings.device.type == "mps" else torch.float64
+    embeddings = embeddings.detach().flatten(1, -2).to(wide)
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is not None and mask.dim() == 4:
+        seen_by_last = mask[:, 0, -1, : embeddings.shape[1]]
+        mask = seen_by_last if seen_by_last.dtype == torch.bool else seen_by_last == 0
+    if mask is None or mask.shape[-1] < embeddings.shape[1]:
+        return embeddings.mean(1)
+    kept = mask[:, -embeddings.shape[1] :].to(embeddings).unsqueeze(2)  # (batch, positions, 1)
+    return (embeddings * kept).sum(1) / kept.sum(1).clamp(min=1)

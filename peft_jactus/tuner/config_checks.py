@@ -1,0 +1,106 @@
+"""What a `JactusConfig` must hold; each check names the field, what it must be and what it is."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, get_args
+
+from peft_jactus.numerics.allocation import Storage
+from peft_jactus.numerics.approximation import Decomposition
+from peft_jactus.tuner.sizes import parse_size
+
+if TYPE_CHECKING:
+    from peft_jactus.tuner.config import JactusConfig
+
+# What a saved config says instead of the user's `init_weights`: shapes come from `layer_ranks`, values from
+# the checkpoint, nothing is decomposed.
+FROM_CHECKPOINT = "empty"
+
+_CHOICES = {
+    "allocation": ("global", "uniform"),
+    "storage": get_args(Storage),
+    "decomposition": get_args(Decomposition),
+}
+_NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
+
+
+def check_config(config: JactusConfig) -> None:
+    """Raise `ValueError` or `TypeError` for a value that a field cannot have."""
+    _check_targets(config)
+    _check_choices(config)
+    _check_numbers(config)
+
+
+def _check_targets(config: JactusConfig) -> None:
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise ValueError(
+            "`layers_to_transform` cannot be used when `target_modules` is a str; put the layer indices into the "
+            "regular expression."
+        )
+    if isinstance(config.target_modules, str) and config.layers_pattern is not None:
+        raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+
+def _check_choices(config: JactusConfig) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}; got {getattr(config, name)!r}.")
+    if config.init_weights not in (True, False, FROM_CHECKPOINT):
+        raise ValueError(
+            f"`init_weights` must be True or False; got {config.init_weights!r}. For a start without "
+            'calibration data use `decomposition="svd"`.'
+        )
+
+
+def _check_numbers(config: JactusConfig) -> None:
+    for name in _NUMBERS:
+        if not _is_number(getattr(config, name)):
+            raise TypeError(f"`{name}` must be a number; got {getattr(config, name)!r}.")
+    if not 0 < config.retained_ratio <= 1:
+        raise ValueError(
+            f"`retained_ratio` must be in (0, 1]; got {config.retained_ratio}. It is the kept fraction: 0.8 "
+            "keeps 80% of the parameters."
+        )
+    _check_budget(config)
+    if not 0 < config.weight_energy <= 1:
+        raise ValueError(f"`weight_energy` must be in (0, 1]; got {config.weight_energy}.")
+    for name in ("input_energy", "gradient_energy", "rank_floor"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"`{name}` must be in [0, 1]; got {getattr(config, name)}.")
+    if config.shrinkage != "ledoit-wolf" and not (_is_number(config.shrinkage) and 0 <= float(config.shrinkage) <= 1):
+        raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {config.shrinkage!r}.")
+    if not 0 < config.damping < math.inf:
+        raise ValueError(f"`damping` must be positive and finite; got {config.damping}.")
+    if type(config.rank_multiple) is not int or config.rank_multiple < 1:
+        raise ValueError(f"`rank_multiple` must be an integer of at least 1; got {config.rank_multiple!r}.")
+    _check_rank_pattern(config)
+
+
+def _check_budget(config: JactusConfig) -> None:
+    if config.model_ratio is not None and not (_is_number(config.model_ratio) and 0 < config.model_ratio <= 1):
+        raise ValueError(f"`model_ratio` must be in (0, 1], or None; got {config.model_ratio!r}.")
+    if config.max_model_size is not None:
+        try:
+            parse_size(config.max_model_size)
+        except ValueError as error:
+            raise ValueError(f"`max_model_size` {error}") from error
+    other = [name for name in ("model_ratio", "max_model_size") if getattr(config, name) is not None]
+    if len(other) > 1 or (other and config.retained_ratio != type(config).retained_ratio):
+        raise ValueError(
+            f"Give one budget: `{other[0]}` takes the place of `retained_ratio`={config.retained_ratio:g} and of "
+            "any other. Leave the others at their defaults."
+        )
+
+
+def _check_rank_pattern(config: JactusConfig) -> None:
+    if not isinstance(config.rank_pattern, dict):
+        raise TypeError(f"`rank_pattern` must be a dict of ranks by module name; got {config.rank_pattern!r}.")
+    for pattern, rank in config.rank_pattern.items():
+        if type(rank) is not int or rank < 1:  # JSON also gives floats and booleans
+            raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

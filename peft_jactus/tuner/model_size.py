@@ -1,0 +1,111 @@
+"""How large a model is before and after compression, and the budget that a size leaves to the targeted layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peft_jactus.tuner.sizes import parse_size
+from peft_jactus.tuner.targeting import dense_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft_jactus.tuner.config import JactusConfig
+    from peft_jactus.tuner.rank_table import RankSummary
+
+# Of a tensor's entry in the headers of safetensors files, beside its name, which stands there twice: shape and
+# offsets, and the digest that a compressed checkpoint carries. Rather too many than too few.
+_ENTRY_BYTES = 180
+_INDEX_BYTES = 4  # a pivoted layer stores where each of its rows (or columns) belongs, int32
+# A factorised layer has so many tensors more than a dense one: a second part, one number in the place of the weight,
+# and the index of a pivoted one.
+_MORE_TENSORS = {"factored": 2, "pivoted": 3}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a dense model.
+
+    Attributes:
+        num_parameters: Of the whole model; shared ones count once.
+        num_bytes: Of its parameters and saved buffers, with the headers of the files.
+        shapes: ``(out, in)`` of each targeted layer, by full module name.
+        itemsize: Bytes of one number of a targeted weight.
+    """
+
+    num_parameters: int
+    num_bytes: int
+    shapes: dict[str, tuple[int, int]]
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Mapping[str, nn.Module]) -> ModelSize:
+        """Measure ``model``; adapters that are there already do not count."""
+        state = model.state_dict(keep_vars=True)
+        saved = {name.replace(".base_layer", ""): state[name] for name in state if ".jactus_" not in name}
+        unique = {id(tensor): (name, tensor) for name, tensor in saved.items()}.values()
+        weights = {name: dense_weight(module) for name, module in targets.items()}
+        return cls(
+            num_parameters=sum(tensor.numel() for _, tensor in unique if isinstance(tensor, nn.Parameter)),
+            num_bytes=sum(tensor.nbytes + _entry_bytes(name) for name, tensor in unique),
+            shapes={name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()},
+            itemsize=max(weight.itemsize for weight in weights.values()),
+        )
+
+    @property
+    def targeted_parameters(self) -> int:
+        """Parameters of the targeted layers' weights."""
+        return sum(out_features * in_features for out_features, in_features in self.shapes.values())
+
+    def compressed_parameters(self, summary: RankSummary) -> int:
+        """Return the parameters of the whole model, with the targeted layers at these ranks."""
+        return self.num_parameters + sum(row.num_stored - row.num_dense for row in summary.rows)
+
+    def compressed_bytes(self, summary: RankSummary) -> int:
+        """Return the bytes of the whole checkpoint, with the targeted layers at these ranks."""
+        num_bytes = self.num_bytes
+        for row in summary.rows:
+            num_bytes += (row.num_stored - row.num_dense) * self.itemsize
+            if not row.stays_dense:
+                num_bytes += _extra_bytes(row.name, min(row.out_features, row.in_features), row.storage)
+        return num_bytes
+
+
+def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
+    """Return the share of the targeted layers' parameters that the config's budget allows, in (0, 1].
+
+    Raises:
+        ValueError: If what is not targeted takes all of the budget.
+    """
+    if config.model_ratio is not None:
+        untargeted = size.num_parameters - size.targeted_parameters
+        allowed = config.model_ratio * size.num_parameters - untargeted
+        asked = f"`model_ratio`={config.model_ratio:g}"
+        least = f"{untargeted / size.num_parameters:.1%} of the parameters"
+    elif config.max_model_size is not None:
+        extra = sum(_extra_bytes(name, min(shape), config.storage) for name, shape in size.shapes.items())
+        untargeted = size.num_bytes - size.targeted_parameters * size.itemsize + extra
+        allowed = (parse_size(config.max_model_size) - untargeted) / size.itemsize
+        asked = f"`max_model_size`={config.max_model_size!r}"
+        least = f"{untargeted / 1e6:.1f} MB"
+    else:
+        return config.retained_ratio
+    if allowed <= 0:
+        raise ValueError(
+            f"{asked} is out of reach: what is not targeted (embeddings, heads, norms) takes {least} by itself. Raise "
+            "the budget, or target more layers."
+        )
+    return min(1.0, allowed / size.targeted_parameters)
+
+
+def _entry_bytes(name: str) -> int:
+    return 2 * len(name) + _ENTRY_BYTES
+
+
+def _extra_bytes(name: str, short_side: int, storage: str) -> int:
+    """Return what a factorised layer stores beside its numbers."""
+    index = _INDEX_BYTES * short_side if storage == "pivoted" else 0
+    return index + _MORE_TENSORS[storage] * _entry_bytes(f"{name}.others.weight")

@@ -1,0 +1,92 @@
+"""Ranks of all targeted layers, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from peft_jactus.numerics.allocation import DENSE, stored_parameters
+
+if TYPE_CHECKING:
+    from peft_jactus.numerics.allocation import Storage
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """One row of a `RankSummary`.
+
+    Attributes:
+        name: Full module name.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        rank: Rank of the layer; full where it stays dense.
+        storage: How it is stored when deployed: ``"factored"``, ``"pivoted"`` or ``"dense"``.
+        energy_kept: Share of the weighted energy that is kept, in [0, 1]; ``None`` if it is not known.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    storage: str
+    energy_kept: float | None
+
+    @property
+    def num_dense(self) -> int:
+        """Parameters of the dense weight."""
+        return self.out_features * self.in_features
+
+    @property
+    def num_stored(self) -> int:
+        """Parameters that the deployed layer stores."""
+        if self.stays_dense:
+            return self.num_dense
+        return stored_parameters(self.rank, self.out_features, self.in_features, cast("Storage", self.storage))
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether factors don't pay, so that the layer is deployed as one weight."""
+        return self.storage == DENSE
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """Ranks of all targeted layers; prints as a table.
+
+    Attributes:
+        rows: One for each targeted layer, in the model's order.
+        asked_ratio: ``retained_ratio`` of the config; ``None`` if it is not known.
+    """
+
+    rows: list[LayerRank]
+    asked_ratio: float | None
+
+    @property
+    def storage(self) -> str:
+        """Form of most factorised layers."""
+        forms = [row.storage for row in self.rows if not row.stays_dense]
+        return max(set(forms), key=forms.count) if forms else DENSE
+
+    @property
+    def retained_ratio(self) -> float:
+        """Parameters that are kept, as a share of all targeted ones."""
+        return sum(row.num_stored for row in self.rows) / sum(row.num_dense for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(row.name) for row in self.rows))
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {'rank':>5}  {'kept':>6}  {'energy':>7}"]
+        for row in self.rows:
+            energy = "" if row.energy_kept is None else f"{row.energy_kept:.4f}"
+            lines.append(
+                f"{row.name:<{width}}  {f'{row.out_features} x {row.in_features}':>13}  "
+                f"{'dense' if row.stays_dense else row.rank:>5}  {row.num_stored / row.num_dense:>6.1%}  {energy:>7}"
+            )
+        stored, dense = (
+            sum(row.num_stored for row in self.rows),
+            sum(row.num_dense for row in self.rows),
+        )
+        lines.append(
+            f"{len(self.rows)} targeted layers keep {stored:,} of {dense:,} parameters: {self.retained_ratio:.1%} "
+            f"({self.storage})" + ("" if self.asked_ratio is None else f", asked for {self.asked_ratio:.1%}")
+        )
+        return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""The model, and the random generators, are after `calibrate` as they were before; also if it fails."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from peft_jactus import JactusConfig, calibrate
+from tests.support.tiny_models import classified_texts, tiny_bert
+
+HEAD = "classifier"
+
+
+class UserError(Exception):
+    pass
+
+
+@pytest.fixture
+def model():
+    """A model in use: some frozen parameters, some gradients, mixed modes, a hook of its own."""
+    model = tiny_bert(hidden_dropout_prob=0.1)
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].train()
+    for parameter in model.classifier.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.bert.pooler.register_forward_hook(lambda *_: None)
+    return model
+
+
+def run(model, batches, **options):
+    config = JactusConfig(target_modules="all-linear", exclude_modules=[HEAD])
+    return calibrate(model, config, batches, progress_bar=False, **options)
+
+
+def failing_after(num_batches):
+    yield from classified_texts()[:num_batches]
+    raise UserError
+
+
+def failing_loss(model, batch):
+    model(**batch)
+    raise UserError
+
+
+def failing_inside(model, batch):
+    """In the middle of the forward pass, with hooks of the first block fired and those of the second not."""
+
+    def fail(*_):
+        raise UserError
+
+    with model.bert.encoder.layer[1].register_forward_pre_hook(fail):
+        return model(**batch).loss
+
+
+FAILURES = {
+    "nothing": (classified_texts, {}),
+    "dropout": (classified_texts, {"train_mode": True}),
+    "batches": (lambda: failing_after(2), {}),
+    "dropout_and_batches": (lambda: failing_after(2), {"train_mode": True}),
+    "loss": (classified_texts, {"loss_fn": failing_loss}),
+    "forward": (classified_texts, {"loss_fn": failing_inside}),
+    "backward": (classified_texts, {"loss_fn": lambda model, batch: model(**batch).loss * torch.nan}),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def calibrated(request, model):
+    """Calibrate, with one of the failures, after the test has looked at the model."""
+    batches, options = FAILURES[request.param]
+
+    def calibrate_it():
+        if request.param in {"nothing", "dropout"}:
+            run(model, batches(), **options)
+        else:
+            error = ValueError if request.param == "backward" else UserError
+            with pytest.raises(error):
+                run(model, batches(), **options)
+
+    return calibrate_it
+
+
+def hooks(model):
+    attributes = [
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ]
+    return {
+        (name, attribute): list(getattr(module, attribute).items())
+        for name, module in model.named_modules()
+        for attribute in attributes
+    }
+
+
+def test_hooks_are_removed(model, calibrated):
+    before = hooks(model)
+    calibrated()
+    assert hooks(model) == before
+
+
+def test_modes_and_requires_grad_are_restored(model, calibrated):
+    def state():
+        modes = {name: module.training for name, module in model.named_modules()}
+        trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        return modes, trainable
+
+    before = state()
+    assert set(before[0].values()) == set(before[1].values()) == {True, False}
+    calibrated()
+    assert state() == before
+
+
+def test_gradients_are_neither_added_nor_changed(model, calibrated):
+    before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    calibrated()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is before[name]
+        assert parameter.grad is None or bool((parameter.grad == 1).all())
+
+
+def test_weights_and_buffers_are_untouched(model, calibrated):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrated()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+
+def test_random_generators_come_back_as_they_were(calibrated):
+    before = random_states()
+    calibrated()
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("limit", [None, 4_000], ids=["one pass", "groups"])
+def test_random_numbers_drawn_by_the_batches_are_given_back(model, limit):
+    def drawing():
+        for batch in classified_texts():
+            states.append(random_states())
+            torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002  # the global one
+            yield batch
+
+    states = []
+    before = random_states()
+    run(model, drawing(), max_statistics_memory=limit)
+    assert all(one != other for one, other in zip(states[0], states[-1], strict=True))
+    assert random_states() == before
+
+
+def test_no_weight_gradient_is_allocated_on_the_way(model):
+    """Not between two batches, and not during a backward pass: nothing but activations requires a gradient."""
+    model.zero_grad(set_to_none=True)
+
+    def watched():
+        for batch in classified_texts():
+            yield batch
+            assert all(parameter.grad is None for parameter in model.parameters())
+
+    def loss_fn(model, batch):
+        loss = model(**batch).loss
+        assert loss.requires_grad
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        return loss
+
+    assert run(model, watched(), loss_fn=loss_fn).num_batches == 4
+
+
+def test_a_failed_calibration_leaves_no_statistics_on_the_config(model):
+    config = JactusConfig(target_modules="all-linear")
+    with pytest.raises(UserError):
+        calibrate(model, config, failing_after(2), progress_bar=False)
+    assert config.statistics is None

@@ -1,0 +1,617 @@
+"""The command line: what each command prints, writes and refuses."""
+
+import json
+import random
+import re
+import runpy
+import shutil
+import sys
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import peft_jactus
+from peft_jactus import JactusConfig, calibrate, export_compressed, loading_options, rank_summary
+from peft_jactus.cli import calibration, hub
+from peft_jactus.cli import export as exporting
+from peft_jactus.cli.data import DataOptions, make_batches
+from peft_jactus.deployment.ranks import summary_of_adapter
+from peft_jactus.tuner.adapter_format import tensor_shapes
+from peft_jactus_cli import app
+from tests.support.compressed_models import (
+    VOCABULARY,
+    compressed,
+    logits_of,
+    perturb_cores_,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+# One adapter is exported in both forms.
+pytestmark = pytest.mark.filterwarnings("ignore:The ranks were chosen for `storage`='pivoted'")
+
+BUILDERS = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2}
+AUTO_CLASSES = {
+    "bert": AutoModelForSequenceClassification,
+    "llama": AutoModelForCausalLM,
+    "gpt2": AutoModelForCausalLM,
+}
+COMMANDS = get_command(app).commands
+
+
+def run(*arguments, fails=False):
+    """Run a command; return what it printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == (1 if fails else 0), result.output
+    return result.output
+
+
+def refusal(*arguments):
+    """Return the message of an expected error."""
+    output = run(*arguments, fails=True)
+    assert "Traceback" not in output
+    return output[output.index("Error: ") :].replace("\n", " ")
+
+
+def words(generator, number):
+    return " ".join(f"w{generator.randrange(2, VOCABULARY)}" for _ in range(number))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Base models with a tokenizer, trained adapters, compressed checkpoints, and rows to calibrate on."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, build in BUILDERS.items():
+        build().save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+        # 0.95 leaves some layers dense, and GPT-2 stores those transposed.
+        fields = {"retained_ratio": 0.95} if name == "gpt2" else {}
+        model = compressed(type(build()).from_pretrained(folder / name), **fields)
+        perturb_cores_(model)
+        model.save_pretrained(folder / f"{name}-adapter")
+        export_compressed(model, folder / f"{name}-pivoted", progress_bar=False)
+        export_compressed(model, folder / f"{name}-factored", storage="factored", progress_bar=False)
+    generator = random.Random(0)
+    rows = [{"text": words(generator, 5 + i % 9), "topic": "LABEL_1", "label": i % 3} for i in range(48)]
+    (folder / "rows").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(folder / "rows" / "train.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Don't let `datasets` wait for its threads, which takes five seconds."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+@pytest.fixture
+def nothing_expensive(monkeypatch):
+    """Let the test fail as soon as a model is loaded."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a model was loaded before the options were checked")
+
+    monkeypatch.setattr(calibration, "load_pretrained", forbidden)
+    monkeypatch.setattr(exporting, "load_adapter", forbidden)
+
+
+def loaded(name, folder):
+    return AUTO_CLASSES[name].from_pretrained(folder)
+
+
+# -- the command itself -----------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_python_m_runs_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peft-jactus", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("peft_jactus", run_name="__main__", alter_sys=True)
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("inspect", "export", "compress", "bench"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_for(name):
+    assert COMMANDS[name].help
+    for parameter in COMMANDS[name].params:
+        assert parameter.name == "help" or parameter.help, f"{name} {parameter.name}"
+
+
+def test_version_is_that_of_the_package():
+    assert run("--version").strip() == f"peft-jactus {peft_jactus.__version__}"
+
+
+def test_traceback_is_shown_if_asked_for(tmp_path):
+    result = CliRunner().invoke(app, ["--traceback", "inspect", str(tmp_path)])
+    assert isinstance(result.exception, ValueError)
+    assert "neither a compressed checkpoint" in str(result.exception)
+
+
+# -- inspect ----------------------------------------------------------------------------------------------
+
+
+def table_of(text):
+    """Return the lines of a rank table, in no order: headers don't know that of the model."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer  "))
+    end = next(i for i, line in enumerate(lines) if " targeted layers keep " in line)
+    return lines[start], set(lines[start + 1 : end]), lines[end]
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_inspect_reads_off_the_headers_what_the_loaded_model_says(home, name, storage):
+    folder = home / f"{name}-{storage}"
+    output = run("inspect", folder)
+    assert table_of(output) == table_of(str(rank_summary(loaded(name, folder))))
+    size = (folder / "model.safetensors").stat().st_size
+    assert re.search(rf"model\.safetensors +{size:,} bytes", output)
+    assert "compressed checkpoint" in output
+    assert "format version" in output
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_inspect_reads_off_an_adapter_what_the_loaded_one_says(home, name):
+    folder = home / f"{name}-adapter"
+    model = PeftModel.from_pretrained(loaded(name, home / name), folder)
+    output = run("inspect", folder)
+    assert table_of(output) == table_of(str(rank_summary(model)))
+    assert str(home / name) in output, "the base model"
+
+
+def test_blocks_are_in_the_order_of_their_numbers():
+    names = [f"layers.{block}.{name}" for block in range(12) for name in ("a", "b")]
+    config = JactusConfig(target_modules="all-linear", layer_ranks=dict.fromkeys(reversed(names), 2))
+    shapes = {
+        f"base_model.model.{name}.{tensor}": shape
+        for name in names
+        for tensor, shape in tensor_shapes(8, 8, 2, bias=False).items()
+    }
+    assert [row.name for row in summary_of_adapter(config, shapes).rows] == names
+
+
+def overwrite_a_tensor(path, name):
+    """Flip one bit in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    header_length = int.from_bytes(data[:8], "little")
+    start, end = json.loads(data[8 : 8 + header_length])[name]["data_offsets"]
+    data[8 + header_length + (start + end) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_names_a_tensor_with_a_flipped_bit_which_headers_do_not_show(home, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(home / "llama-pivoted", folder)
+    run("inspect", folder, "--verify")
+    overwrite_a_tensor(folder / "model.safetensors", "model.embed_tokens.weight")
+    run("inspect", folder)
+    message = refusal("inspect", folder, "--verify")
+    assert "1 tensors" in message
+    assert "model.embed_tokens.weight" in message
+
+
+def test_verify_refuses_an_adapter(home):
+    assert "an adapter carries no digests" in refusal("inspect", home / "bert-adapter", "--verify")
+
+
+def test_inspect_refuses_a_checkpoint_that_lacks_a_described_layer(home, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(home / "llama-factored", folder)
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    layers["model.layers.7.mlp.up_proj"] = layers["model.layers.0.mlp.up_proj"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "model.layers.7.mlp.up_proj: config.json describes a factored layer" in refusal("inspect", folder)
+
+
+def test_inspect_refuses_an_adapter_whose_file_has_other_ranks(home, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(home / "llama-adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    name = "model.layers.0.mlp.up_proj"
+    config["layer_ranks"][name] += 1
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert f"{name}: adapter_config.json gives it rank {config['layer_ranks'][name]}" in refusal("inspect", folder)
+
+
+def test_inspect_refuses_other_directories(home, tmp_path):
+    assert "neither a compressed checkpoint" in refusal("inspect", home / "rows")
+    assert "neither a compressed checkpoint" in refusal("inspect", home / "bert")
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    assert "LORA adapter, not a JACTUS one" in refusal("inspect", tmp_path / "lora")
+    assert "neither a directory nor a name on the Hub" in refusal("inspect", tmp_path / "missing")
+
+
+def test_plot_is_written(home, tmp_path):
+    run("inspect", home / "llama-pivoted", "--plot", tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_of_a_hub_name_downloads_nothing_but_json_and_safetensors(home, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(home / "llama-pivoted")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert table_of(run("inspect", "user/name")) == table_of(run("inspect", home / "llama-pivoted"))
+    assert asked == {"name": "user/name", "allow_patterns": ["*.json", "*.safetensors"]}
+
+
+# -- export -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_export_writes_what_export_compressed_writes(home, tmp_path, name):
+    run("export", home / f"{name}-adapter", tmp_path / "out")
+    expected = logits_of(loaded(name, home / f"{name}-pivoted"))
+    torch.testing.assert_close(logits_of(loaded(name, tmp_path / "out")), expected, rtol=0, atol=0)
+
+
+def test_export_takes_storage_and_dtype(home, tmp_path):
+    out = tmp_path / "out"
+    run("export", home / "llama-adapter", out, "--storage", "factored", "--dtype", "bfloat16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    with safe_open(out / "model.safetensors", "pt") as reader:
+        assert "model.layers.0.mlp.up_proj.down.weight" in reader.keys()  # noqa: SIM118  # not a mapping
+
+
+def test_export_takes_the_tokenizer_beside_the_adapter_before_that_of_the_base_model(home, tmp_path):
+    run("export", home / "llama-adapter", tmp_path / "without")
+    assert AutoTokenizer.from_pretrained(tmp_path / "without").bos_token is None
+    shutil.copytree(home / "llama-adapter", tmp_path / "adapter")
+    tiny_tokenizer(bos_token="w2").save_pretrained(tmp_path / "adapter")
+    run("export", tmp_path / "adapter", tmp_path / "with")
+    assert AutoTokenizer.from_pretrained(tmp_path / "with").bos_token == "w2"
+
+
+def test_export_restores_a_head_with_another_number_of_classes_than_the_base_model(tmp_path):
+    base = tiny_bert().bert
+    base.config.num_labels = 2
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model = compressed(model)
+    perturb_cores_(model)
+    model.save_pretrained(tmp_path / "adapter")
+    run("export", tmp_path / "adapter", tmp_path / "out")
+    result = loaded("bert", tmp_path / "out")
+    assert result.config.num_labels == 3
+    torch.testing.assert_close(logits_of(result), logits_of(model), rtol=1e-4, atol=1e-5)
+
+
+def test_export_loads_an_adapter_without_task_type_by_the_class_of_its_base_model(home, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(home / "bert")
+    config = JactusConfig(target_modules=["query"], decomposition="svd", retained_ratio=0.5)
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    run("export", tmp_path / "adapter", tmp_path / "out")
+    result = loaded("bert", tmp_path / "out")
+    torch.testing.assert_close(logits_of(result), logits_of(model.eval()), rtol=1e-4, atol=1e-5)
+
+
+def test_export_needs_a_base_model_and_takes_another_one(home, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    shutil.copytree(home / "llama-adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert "give --base-model" in refusal("export", folder, tmp_path / "out")
+    run("export", folder, tmp_path / "out", "--base-model", home / "llama")
+    assert "llama" in run("inspect", tmp_path / "out")
+
+
+def test_export_passes_the_upload_on(home, tmp_path, monkeypatch):
+    passed = {}
+    monkeypatch.setattr(exporting, "export_compressed", lambda model, out, **options: passed.update(options))
+    run("export", home / "llama-adapter", tmp_path / "out", "--push-to-hub", "--repo-id", "user/name")
+    assert passed["push_to_hub"] is True
+    assert passed["repo_id"] == "user/name"
+
+
+@pytest.mark.usefixtures("nothing_expensive")
+def test_export_checks_before_it_loads(home, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    assert "is not empty" in refusal("export", home / "llama-adapter", tmp_path / "full")
+    assert "is no adapter" in refusal("export", home / "llama", tmp_path / "out")
+    assert "give --push-to-hub, too" in refusal("export", home / "llama-adapter", tmp_path / "out", "--repo-id", "a/b")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["export", "out"]], ids=lambda command: command[0])
+def test_damaged_and_unknown_adapters_are_refused(home, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    command, *target = command
+    for name in ("torn", "unknown"):
+        shutil.copytree(home / "llama-adapter", tmp_path / name)
+    weights, config = tmp_path / "torn" / SAFETENSORS_WEIGHTS_NAME, tmp_path / "unknown" / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config.write_text(config.read_text().replace("JACTUS", "NEWEST"))
+    assert f"{SAFETENSORS_WEIGHTS_NAME} cannot be read as safetensors" in refusal(command, "torn", *target)
+    assert "a 'NEWEST' adapter, which this version of PEFT does not know" in refusal(command, "unknown", *target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_what_was_there(home, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    run("export", home / "llama-adapter", tmp_path, "--overwrite")
+    assert not (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "config.json").exists()
+
+
+# -- compress ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """Record the batches that `calibrate` gets."""
+    record = SimpleNamespace(batches=[], options={})
+
+    def recording(model, config, batches, **options):
+        record.batches = list(batches)
+        record.options = options
+        record.blocks_checkpoint = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        return calibrate(model, config, record.batches, **options)
+
+    monkeypatch.setattr(calibration, "calibrate", recording)
+    return record
+
+
+def compress(home, name, out, *options):
+    return run("compress", home / name, out, "--retained-ratio", "0.6", *options)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_compress_writes_what_calibrating_and_exporting_by_hand_writes(home, tmp_path, name, calibrated):
+    out = tmp_path / "out"
+    compress(home, name, out, "--data-dir", home / "rows", "--max-length", "16", "--batch-size", "4")
+    base = loaded(name, home / name)
+    task_type = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
+    config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6)
+    calibrate(base, config, calibrated.batches, max_batches=16, progress_bar=False)
+    export_compressed(get_peft_model(base, config), tmp_path / "by-hand", progress_bar=False)
+    result = loaded(name, out)
+    assert rank_summary(result) == rank_summary(loaded(name, tmp_path / "by-hand"))
+    torch.testing.assert_close(logits_of(result), logits_of(loaded(name, tmp_path / "by-hand")), rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(out).vocab_size == VOCABULARY
+    assert 0.5 < rank_summary(result).retained_ratio <= 0.6
+
+
+def test_causal_batches_are_all_texts_in_blocks_and_their_labels_are_the_tokens(home):
+    generator = random.Random(0)
+    rows = [{"text": text} for text in ("", *(words(generator, number) for number in (3, 30, 1, 9)))]
+    tokenizer = tiny_tokenizer()
+    config = transformers.AutoConfig.from_pretrained(home / "llama")
+    batches = list(make_batches(rows, "causal-lm", DataOptions(batch_size=2, max_length=8), config, tokenizer))
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 8), (2, 8), (1, 8)]
+    tokens = [token for row in rows[1:] for token in (*tokenizer(row["text"])["input_ids"], 1)]
+    assert torch.cat([batch["input_ids"].flatten() for batch in batches]).tolist() == tokens[:40]
+    for batch in batches:
+        assert torch.equal(batch["labels"], batch["input_ids"])
+        assert bool((batch["attention_mask"] == 1).all())
+
+
+def test_few_short_texts_are_one_short_block(home):
+    config = transformers.AutoConfig.from_pretrained(home / "llama")
+    (batch,) = make_batches([{"text": "w2 w3"}], "causal-lm", DataOptions(), config, tiny_tokenizer())
+    assert batch["input_ids"].tolist() == [[2, 3, 1]]
+
+
+def test_classification_batches_are_padded_rows_with_their_labels(home):
+    config = transformers.AutoConfig.from_pretrained(home / "bert")
+    rows = [{"text": "w2 w3 w4 w5", "label": 2}, {"text": "w6", "label": "LABEL_1"}]
+    options = DataOptions(batch_size=2, max_length=3)
+    (batch,) = make_batches(rows, "sequence-classification", options, config, tiny_tokenizer())
+    assert batch["input_ids"].tolist() == [[2, 3, 4], [6, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [2, 1]
+
+
+def test_pairs_of_texts_are_one_input(home):
+    config = transformers.AutoConfig.from_pretrained(home / "bert")
+    options = DataOptions(text_columns=("text", "pair"))
+    rows = [{"text": "w2", "pair": "w3 w4", "label": 0}]
+    (batch,) = make_batches(rows, "sequence-classification", options, config, tiny_tokenizer())
+    assert batch["input_ids"].tolist() == [[2, 3, 4]]
+
+
+def test_regression_labels_are_numbers(home):
+    config = transformers.AutoConfig.from_pretrained(home / "bert", num_labels=1)
+    (batch,) = make_batches(
+        [{"text": "w2", "label": 2.5}], "sequence-classification", DataOptions(), config, tiny_tokenizer()
+    )
+    assert batch["labels"].tolist() == [2.5]
+
+
+def test_image_batches_are_pixels_with_their_labels():
+    class Processor:
+        def __call__(self, images, return_tensors):
+            assert return_tensors == "pt"
+            return {"pixel_values": torch.stack([torch.full((3, 2, 2), image.value) for image in images])}
+
+    class Image:
+        def __init__(self, value):
+            self.value = value
+
+        def convert(self, mode):
+            assert mode == "RGB"
+            return self
+
+    config = transformers.ViTConfig(num_labels=4)
+    rows = [{"image": Image(0.5), "label": 3}, {"image": Image(1.5), "label": 0}]
+    (batch,) = make_batches(rows, "image-classification", DataOptions(), config, Processor())
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0.5, 1.5]
+    assert batch["labels"].tolist() == [3, 0]
+
+
+def test_compress_calibrates_on_as_many_batches_as_asked_for_in_shuffled_order(home, tmp_path, calibrated):
+    options = (
+        "--data-dir",
+        home / "rows",
+        "--batch-size",
+        "3",
+        "--max-batches",
+        "5",
+        "--max-statistics-memory",
+        "1MB",
+        "--gradient-checkpointing",
+    )
+    compress(home, "bert", tmp_path / "out", *options)
+    assert calibrated.blocks_checkpoint
+    assert calibrated.options["max_batches"] == 5
+    assert calibrated.options["max_statistics_memory"] == "1MB"
+    assert len(calibrated.batches[0]["labels"]) == 3
+    labels = torch.cat([batch["labels"] for batch in calibrated.batches]).tolist()
+    assert sorted(labels) == sorted([i % 3 for i in range(48)])
+    assert labels != [i % 3 for i in range(48)]
+
+
+def test_compress_without_data_is_a_truncated_svd_and_leaves_the_head_alone(home, tmp_path):
+    compress(home, "bert", tmp_path / "out", "--data-free", "--storage", "factored", "--allocation", "uniform")
+    result, base = loaded("bert", tmp_path / "out"), loaded("bert", home / "bert")
+    assert torch.equal(result.classifier.weight, base.classifier.weight)
+    summary = rank_summary(result)
+    assert summary.storage == "factored"
+    weight = base.bert.encoder.layer[0].attention.self.query.weight
+    layer = result.bert.encoder.layer[0].attention.self.query
+    vectors, values, covectors = torch.linalg.svd(weight.double())
+    best = (vectors[:, : layer.rank] * values[: layer.rank]) @ covectors[: layer.rank]
+    torch.testing.assert_close(layer.dense_weight().double(), best, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama", {"q_proj", "up_proj"}), ("bert", {"query"})])
+def test_compress_targets_only_the_named_layers(home, tmp_path, name, targets):
+    compress(home, name, tmp_path / "out", "--data-free", "--target-modules", ",".join(targets))
+    names = {row.name.rpartition(".")[2] for row in rank_summary(loaded(name, tmp_path / "out")).rows}
+    assert names == targets
+
+
+def test_compress_refuses_a_model_whose_head_was_never_trained(home, tmp_path):
+    tiny_bert().bert.save_pretrained(tmp_path / "body")
+    tiny_tokenizer().save_pretrained(tmp_path / "body")
+    message = refusal(
+        "compress",
+        tmp_path / "body",
+        tmp_path / "out",
+        "--data-dir",
+        home / "rows",
+        "--task",
+        "sequence-classification",
+    )
+    assert "classifier.weight" in message
+    assert "Fine-tune it first" in message
+
+
+REFUSED = {
+    "no data": ((), "one of --dataset, --data-dir, or else --data-free"),
+    "two kinds of data": (("--data-dir", "{home}/rows", "--dataset", "a/b"), "one of --dataset"),
+    "data and data-free": (("--data-dir", "{home}/rows", "--data-free"), "--data-free excludes"),
+    "directory without parquet": (("--data-dir", "{home}/bert"), r"has no \*\.parquet file"),
+    "unknown text column": (("--data-dir", "{home}/rows", "--text-column", "body"), r"no columns \['body'\]"),
+    "unknown label column": (("--data-dir", "{home}/rows", "--label-column", "x"), "it has .*'label'.*--label-column"),
+    "unknown split": (("--data-dir", "{home}/rows", "--split", "test"), "split"),
+    "ratio": (("--data-free", "--retained-ratio", "1.5"), "`retained_ratio` must be in"),
+    "device": (("--data-free", "--device", "nonsense"), "--device nonsense cannot be used"),
+    "three text columns": (("--data-dir", "{home}/rows", *(("--text-column", "text") * 3)), "--text-column must be"),
+}
+
+
+@pytest.mark.usefixtures("nothing_expensive")
+@pytest.mark.parametrize("case", REFUSED)
+def test_compress_checks_before_it_loads(home, tmp_path, case):
+    options, message = REFUSED[case]
+    options = [option.format(home=home) for option in options]
+    assert re.search(message, refusal("compress", home / "bert", tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_expensive")
+def test_compress_refuses_models_and_directories_before_it_loads(home, tmp_path):
+    rows = ("--data-dir", home / "rows")
+    assert "is not empty" in refusal("compress", home / "bert", home / "rows", *rows)
+    assert "compressed already" in refusal("compress", home / "bert-pivoted", tmp_path / "out", *rows)
+    shutil.copytree(home / "bert", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    (tmp_path / "bare" / "tokenizer_config.json").unlink()
+    assert "has no tokenizer" in refusal("compress", tmp_path / "bare", tmp_path / "out", *rows)
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    config["architectures"] = ["BertModel"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    assert "Give --task" in refusal("compress", tmp_path / "bare", tmp_path / "out", *rows)
+
+
+def test_compress_refuses_labels_that_the_model_does_not_have(home):
+    config = transformers.AutoConfig.from_pretrained(home / "bert")
+    for label in (3, -1, "LABEL_3"):
+        batches = make_batches(
+            [{"text": "w2", "label": label}], "sequence-classification", DataOptions(), config, tiny_tokenizer()
+        )
+        with pytest.raises(ValueError, match=r"The model has 3 classes .*Set --label-column"):
+            next(batches)
+
+
+def test_compress_refuses_inputs_longer_than_the_model_takes(home):
+    config = transformers.AutoConfig.from_pretrained(home / "llama")
+    batches = make_batches([{"text": "w2"}], "causal-lm", DataOptions(max_length=65), config, tiny_tokenizer())
+    with pytest.raises(ValueError, match="--max-length must be at most 64"):
+        next(batches)
+
+
+def test_compress_refuses_to_pad_without_a_padding_token(home):
+    config = transformers.AutoConfig.from_pretrained(home / "bert")
+    tokenizer = tiny_tokenizer(pad_token=None)
+    with pytest.raises(ValueError, match="use --batch-size 1"):
+        make_batches([], "sequence-classification", DataOptions(), config, tokenizer)
+
+
+# -- bench ------------------------------------------------------------------------------------------------
+
+
+def test_bench_prints_sizes_and_times_and_writes_them(home, tmp_path):
+    file = tmp_path / "bench.json"
+    sizes = ("--batch-size", "1", "--batch-size", "2", "--sequence-length", "8")
+    output = run("bench", home / "llama-pivoted", *sizes, "--repeats", "2", "--device", "cpu", "--json", file)
+    figures = json.loads(file.read_text())
+    model = loaded("llama", home / "llama-pivoted")
+    with loading_options(dense=True):
+        dense = loaded("llama", home / "llama-pivoted")
+    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in (("dense", dense), ("compressed", model))}
+    assert figures["num_parameters"] == counts
+    assert f"{counts['compressed'] / counts['dense']:.3f}" in output
+    cases = [f"{what} {size} x 8 tokens" for size in (1, 2) for what in ("prefill,", "decode a token, after")]
+    assert [(t["case"], t["model"]) for t in figures["timings"]] == [
+        (case, name) for case in cases for name in ("dense", "compressed")
+    ]
+    assert all(0 < t["min_seconds"] <= t["median_seconds"] < 1 for t in figures["timings"])
+    assert all(case in output for case in cases)
+    assert figures["machine"]["threads"] == 1
+
+
+def test_bench_takes_a_dense_model(home, tmp_path):
+    file = tmp_path / "bench.json"
+    options = ("--batch-size", "1", "--sequence-length", "4", "--repeats", "1", "--json", file)
+    output = run("bench", home / "bert-factored", "--dense", home / "bert", *options)
+    assert "forward, 1 x 4 tokens" in output
+    assert "decode" not in output
+    assert json.loads(file.read_text())["num_parameters"]["dense"] == tiny_bert().num_parameters()
+
+
+def test_bench_refuses_what_it_cannot_time(home):
+    assert "is no compressed checkpoint" in refusal("bench", home / "bert")
+    # 64 positions, 16 of which are for the tokens that are decoded.
+    assert "--sequence-length must be at most 48" in refusal(
+        "bench", home / "llama-pivoted", "--sequence-length", "49", "--device", "cpu"
+    )

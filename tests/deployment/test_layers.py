@@ -1,0 +1,391 @@
+"""The deployed layers against dense products in float64, and what tools for PyTorch models make of them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
+
+from peft_jactus import LowRankLinear, PivotedLinear
+from peft_jactus.deployment.layers import (
+    FORMS,
+    ColumnPivotedLinear,
+    FactorizedLinear,
+    RowPivotedLinear,
+    arrange_parts_,
+    balanced_factors,
+)
+from peft_jactus.numerics.allocation import stays_dense, stored_parameters
+from tests.support.strategies import dims, orthonormal, randn, random_orthonormal, seeds, spectra, weights
+
+FLOAT64 = 1e-12
+FLOAT32 = 2e-6
+LARGEST_COEFFICIENT = 1.05
+# Exchanges stop on coefficients that rounding has touched; they are then computed once more.
+ROUNDING = 1e-9
+SHAPES = [(7, 12), (12, 7), (9, 9), (2, 5), (5, 2), (2, 2)]
+KINDS = [LowRankLinear, RowPivotedLinear, ColumnPivotedLinear]
+
+
+def relative_error(actual, expected):
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+# -- balanced factors -------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), out_features=dims, in_features=dims)
+def test_factors_have_equal_norms_and_the_product_of_the_core(data, out_features, in_features):
+    rank = data.draw(st.integers(1, min(out_features, in_features)))
+    left = random_orthonormal(data.draw(seeds), out_features, rank)
+    right = random_orthonormal(data.draw(seeds), in_features, rank)
+    core = data.draw(weights(rank, rank))
+    up, down = balanced_factors(left, core, right)
+    assert up.shape == (out_features, rank)
+    assert down.shape == (rank, in_features)
+    torch.testing.assert_close(up @ down, left @ core @ right.mT, rtol=0, atol=FLOAT64)
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=0, atol=FLOAT64)
+
+
+def test_factors_are_float64_whatever_comes_in():
+    up, down = balanced_factors(*(torch.eye(3, 2, dtype=torch.bfloat16)[: 2 if core else 3] for core in (0, 1, 0)))
+    assert up.dtype == down.dtype == torch.float64
+
+
+# -- layers -----------------------------------------------------------------------------------------------
+
+
+def factors_for(out_features, in_features, rank, *, seed=0, exponent=2):
+    """Return left, core, right and bias as a trained adapter has them."""
+    left = random_orthonormal(seed, out_features, rank)
+    right = random_orthonormal(seed + 1, in_features, rank)
+    singular_values = torch.logspace(0, -exponent, rank, dtype=torch.float64)
+    core = random_orthonormal(seed + 2, rank, rank) * singular_values @ random_orthonormal(seed + 3, rank, rank)
+    return left, core, right, randn(seed + 4, out_features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
+@given(data=st.data(), out_features=st.integers(2, 12), in_features=st.integers(2, 12), has_bias=st.booleans())
+def test_output_is_that_of_the_dense_weight(kind, dtype, tolerance, data, out_features, in_features, has_bias):
+    rank = data.draw(st.integers(1, min(out_features, in_features) - 1))
+    left = data.draw(orthonormal(out_features, min_columns=rank))[:, :rank]
+    right = data.draw(orthonormal(in_features, min_columns=rank))[:, :rank]
+    core = data.draw(weights(rank, rank))
+    bias = randn(data.draw(seeds), out_features) if has_bias else None
+    layer = kind.from_factors(left, core, right, bias, dtype=dtype)
+    weight = left @ core @ right.mT
+    x = randn(data.draw(seeds), 2, 3, in_features).to(dtype)
+    expected = linear(x.double(), weight, None if bias is None else bias.to(dtype).double())
+    scale = float(x.norm()) + float(expected.norm())
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(layer.dense_weight().double(), weight, rtol=0, atol=tolerance)
+    assert (layer.in_features, layer.out_features, layer.rank) == (in_features, out_features, rank)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), exponent=st.integers(0, 8))
+def test_a_core_of_any_condition_keeps_its_weight(kind, data, exponent):
+    left, _, right, _ = factors_for(10, 8, 5, seed=data.draw(st.integers(0, 999)))
+    core = torch.diag(data.draw(spectra(5, max_exponent=exponent)))
+    layer = kind.from_factors(left, core, right, None, dtype=torch.float64)
+    torch.testing.assert_close(layer.dense_weight(), left @ core @ right.mT, rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (0, 3), (2, 0, 3), (2, 4, 5, 3)])
+def test_inputs_may_have_any_leading_dimensions(kind, shape):
+    left, core, right, bias = factors_for(4, 3, 2)
+    layer = kind.from_factors(left, core, right, bias, dtype=torch.float64)
+    x = randn(0, *shape)
+    torch.testing.assert_close(layer(x), linear(x, left @ core @ right.mT, bias), rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_is_not_written_to(kind):
+    layer = kind.from_factors(*factors_for(6, 5, 3), dtype=torch.float64)
+    x = randn(0, 4, 5)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_parts_do_not_share_memory_with_the_factors(kind, dtype):
+    left, core, right, bias = (tensor.to(dtype) for tensor in factors_for(6, 5, 3))
+    layer = kind.from_factors(left, core, right, bias, dtype=dtype)
+    sources = {tensor.data_ptr() for tensor in (left, core, right, bias)}
+    assert not sources & {tensor.data_ptr() for tensor in layer.state_dict().values()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dense_layer(kind):
+    left, core, right, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(left, core, right, bias, dtype=torch.float64)
+    x = randn(0, 5, 7).requires_grad_()
+    dense = x.detach().clone().requires_grad_()
+    cotangent = randn(1, 5, 6)
+    layer(x).backward(cotangent)
+    linear(dense, left @ core @ right.mT, bias).backward(cotangent)
+    torch.testing.assert_close(x.grad, dense.grad, rtol=0, atol=FLOAT64)
+    torch.testing.assert_close(layer.bias.grad, cotangent.sum(0), rtol=0, atol=FLOAT64)
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_parts_agree_with_finite_differences(kind):
+    layer = kind.from_factors(*factors_for(4, 5, 2), dtype=torch.float64)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def run(*values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), randn(3, 3, 5))
+
+    assert torch.autograd.gradcheck(run, values)
+
+
+# -- what is stored ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", list(FORMS))
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_stored_numbers_are_those_of_the_budget(storage, out_features, in_features, has_bias):
+    for rank in range(1, min(out_features, in_features)):
+        if stays_dense(rank, out_features, in_features, storage):
+            continue
+        left, core, right, bias = factors_for(out_features, in_features, rank)
+        layer = FORMS[storage].from_factors(left, core, right, bias if has_bias else None, dtype=torch.float32)
+        marker = 1
+        index = min(out_features, in_features) if storage == "pivoted" else 0
+        weights_and_bias = stored_parameters(rank, out_features, in_features, storage) + has_bias * out_features
+        stored = layer.state_dict()
+        assert sum(tensor.numel() for tensor in stored.values()) == weights_and_bias + index + marker
+        assert sum(parameter.numel() for parameter in layer.parameters()) == weights_and_bias
+        assert stored["weight"].shape == (1,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_names_and_shapes(kind):
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.bfloat16)
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.state_dict().items()}
+    half, model = torch.float16, torch.bfloat16
+    assert (
+        shapes
+        == {
+            LowRankLinear: {
+                "weight": ((1,), model),
+                "down.weight": ((4, 7), model),
+                "up.weight": ((6, 4), model),
+                "up.bias": ((6,), model),
+            },
+            RowPivotedLinear: {
+                "weight": ((1,), model),
+                "rows.weight": ((4, 7), half),
+                "others.weight": ((2, 4), half),
+                "row_index": ((6,), torch.int32),
+                "bias": ((6,), model),
+            },
+            ColumnPivotedLinear: {
+                "weight": ((1,), model),
+                "others.weight": ((4, 3), half),
+                "columns.weight": ((6, 4), half),
+                "columns.bias": ((6,), half),
+                "column_index": ((7,), torch.int32),
+            },
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_the_shorter_side_is_pivoted(out_features, in_features):
+    kind = RowPivotedLinear if out_features < in_features else ColumnPivotedLinear
+    factors = factors_for(out_features, in_features, 1)
+    assert type(PivotedLinear.from_factors(*factors, dtype=torch.float32)) is kind
+    assert type(PivotedLinear.empty(in_features, out_features, 1, bias=True)) is kind
+
+
+@pytest.mark.parametrize("kind", [*KINDS, PivotedLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_empty_layer_takes_the_values_of_another(kind, dtype, has_bias):
+    *factors, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(*factors, bias if has_bias else None, dtype=dtype)
+    empty = kind.empty(7, 6, 4, bias=has_bias, device="meta", dtype=dtype)
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == wanted
+    assert all(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    filled = kind.empty(7, 6, 4, bias=has_bias, dtype=dtype)
+    filled.load_state_dict(layer.state_dict())
+    x = randn(0, 3, 7).to(dtype)
+    assert torch.equal(filled(x), layer(x))
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "rank"), [(5, 7, 5), (7, 5, 5), (5, 7, 6)])
+def test_ranks_that_are_not_low_are_refused(in_features, out_features, rank):
+    with pytest.raises(ValueError, match="`rank` must be at least 1 and less than both features; got"):
+        LowRankLinear.empty(in_features, out_features, rank, bias=False)
+
+
+def test_printing_a_layer_shows_features_and_rank():
+    assert "in_features=7, out_features=6, rank=4" in repr(LowRankLinear.empty(7, 6, 4, bias=False))
+
+
+# -- reduced precision ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [64, 128, 256, 384])
+@pytest.mark.parametrize("exponent", [0, 3])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_pivoted_parts_are_more_accurate_in_bfloat16_than_factors(dim, exponent, has_bias):
+    for rank in (dim // 8, dim // 2, 3 * dim // 4):
+        left, core, right, bias = factors_for(dim, dim, rank, exponent=exponent)
+        core = 5 * core  # outputs larger than the bias
+        bias = bias.bfloat16().double() if has_bias else None  # as an adapter of a bfloat16 model holds it
+        x = randn(9, 64, dim).bfloat16()
+        expected = linear(x.double(), left @ core @ right.mT, bias)
+        factored, rows, columns = (
+            relative_error(kind.from_factors(left, core, right, bias, dtype=torch.bfloat16)(x), expected)
+            for kind in KINDS
+        )
+        assert max(rows, columns) < factored, rank
+        if bias is None:  # else rounding the sum, which all do, covers part of the difference
+            assert max(rows, columns) < 0.7 * factored, rank
+
+
+@pytest.mark.parametrize("kind", [RowPivotedLinear, ColumnPivotedLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_have_the_dtype_of_the_inputs(kind, dtype):
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.bfloat16)
+    assert layer(randn(0, 2, 7).to(dtype)).dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_outputs_have_the_dtype_of_those_of_a_linear_layer_under_autocast(kind, dtype, autocast, has_bias):
+    *factors, bias = factors_for(6, 7, 4)
+    layer = kind.from_factors(*factors, bias if has_bias else None, dtype=dtype)
+    x = randn(0, 2, 7).to(dtype)
+    dense = torch.nn.Linear(7, 6, bias=has_bias, dtype=dtype)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        output, expected = layer(x), dense(x)
+    assert output.dtype == expected.dtype
+    assert relative_error(output, layer.double()(x.double())) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_without_values_tell_shape_and_dtype(kind):
+    layer = kind.empty(7, 6, 4, bias=True, device="meta", dtype=torch.bfloat16)
+    output = layer(torch.empty(2, 7, device="meta", dtype=torch.bfloat16))
+    assert (output.shape, output.dtype) == ((2, 6), torch.bfloat16)
+
+
+# -- tools ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_to_one_graph(kind, dtype, backend):
+    torch._dynamo.reset()
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=dtype)
+    x = randn(0, 3, 7).to(dtype)
+    run = torch.compile(layer, fullgraph=True, backend=backend)
+    torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
+    run(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_to_one_graph_under_autocast(kind):
+    torch._dynamo.reset()
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=torch.float32)
+    x = randn(0, 3, 7).float()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(run(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exports_with_a_dynamic_batch(kind, dtype):
+    layer = kind.from_factors(*factors_for(6, 7, 4), dtype=dtype)
+    program = torch.export.export(
+        layer, (randn(0, 3, 7).to(dtype),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}}
+    )
+    x = randn(1, 11, 7).to(dtype)
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=0)
+
+
+def test_all_forms_are_tested():
+    def leaves(kind):
+        forms = [form for form in kind.__subclasses__() if form.__module__ == "peft_jactus.deployment.layers"]
+        return set().union(*map(leaves, forms)) if forms else {kind}
+
+    assert leaves(FactorizedLinear) == set(KINDS)
+
+
+# -- layout -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [LowRankLinear, RowPivotedLinear, ColumnPivotedLinear])
+def test_parts_with_more_rows_than_columns_are_laid_out_by_columns_and_compute_the_same(form):
+    layer = form.empty(40, 56 if form is not RowPivotedLinear else 24, 8, bias=True)
+    x = torch.randn(3, 40)
+    expected = layer(x)
+    arrange_parts_(layer)
+    parts = [part for part in layer.children() if isinstance(part, torch.nn.Linear)]
+    tall = [part.out_features > part.in_features for part in parts]
+    assert any(tall)
+    assert [part.weight.mT.is_contiguous() for part in parts] == tall
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def arranged(form):
+    layer = form.from_factors(*factors_for(40, 56 if form is RowPivotedLinear else 24, 8), dtype=torch.float32).eval()
+    arrange_parts_(layer)
+    assert not all(parameter.is_contiguous() for parameter in layer.parameters())
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("is_part", [False, True])
+def test_other_tools_get_contiguous_parameters(form, is_part, tmp_path):
+    layer = arranged(form)
+    model = torch.nn.Sequential(layer) if is_part else layer
+    x = randn(0, 3, layer.in_features).float()
+    expected = model(x)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    filled = arranged(form)
+    torch.nn.utils.vector_to_parameters(flat, filled.train().parameters())
+    torch.testing.assert_close(filled(x), expected, rtol=1e-6, atol=1e-6)
+    for parameter in filled.parameters():
+        parameter.zero_()
+    filled.load_state_dict({
+        name.removeprefix("0."): t for name, t in load_file(tmp_path / "model.safetensors").items()
+    })
+    torch.testing.assert_close(filled(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_an_arranged_layer_keeps_its_parameters_and_shares_them_with_its_state_dict(form):
+    layer = arranged(form)
+    before = dict(layer.named_parameters())
+    with torch.inference_mode():
+        state = layer.state_dict()
+    layer.train()
+    for name, parameter in layer.named_parameters():
+        assert parameter is before[name]
+        assert parameter.data_ptr() == state[name].data_ptr()
+    layer(randn(0, 3, layer.in_features).float()).sum().backward()
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert all(torch.equal(parameter, state[name]) for name, parameter in layer.named_parameters())

@@ -1,0 +1,39 @@
+"""Compressed models go through ONNX; runs where onnx, onnxscript and onnxruntime are installed."""
+
+import pytest
+import torch
+
+from peft_jactus.deployment.export import compressed_copy
+from tests.support.compressed_models import compressed, tiny_bert, tiny_llama
+
+for package in ("onnx", "onnxscript"):
+    pytest.importorskip(package)
+onnxruntime = pytest.importorskip("onnxruntime")
+
+# Float32, summed in another order.
+ROUNDING = 1e-6
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.model.config.use_cache = False
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter has deprecations of its own
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
+def test_onnxruntime_gives_the_logits_at_any_batch_size_and_length(make, storage, tmp_path):
+    model = Logits(compressed_copy(compressed(make(), storage=storage))).eval()
+    ids = torch.randint(2, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.onnx.export(model, (ids[:2, :7],), dynamo=True, dynamic_shapes=(dynamic,))
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(ids), rtol=0, atol=ROUNDING)

@@ -1,0 +1,68 @@
+"""examples/distributed.py in two processes: calibrate, train with the Trainer, die, go on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from tests.support.compressed_models import VOCABULARY, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+CONFIG_FILE = ROOT / "examples" / "accelerate" / "ddp.yaml"
+EXAMPLE = ROOT / "examples" / "distributed.py"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A tiny Llama, and random texts that its tokenizer knows."""
+    folder = tmp_path_factory.mktemp("sources")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    words = np.random.default_rng(0).integers(2, VOCABULARY, (64, 64))
+    texts = [" ".join(f"w{word}" for word in row) for row in words]
+    (folder / "data").mkdir()
+    Dataset.from_dict({"text": texts}).to_parquet(folder / "data" / "train.parquet")
+    return folder
+
+
+def launch(sources, out, *script):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG_FILE)]
+    command += ["--main_process_port", "0", *map(str, script), "--model", str(sources / "model")]
+    command += ["--data-dir", str(sources / "data"), "--output-dir", str(out), "--batch-size", "4", "--length", "32"]
+    command += ["--max-steps", "6", "--save-steps", "2", "--calibration-batches", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_a_process_that_is_killed_in_training_ends_the_run_and_the_next_one_goes_on(sources, tmp_path):
+    process = launch(sources, tmp_path / "whole", EXAMPLE)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("14 targeted layers") == 1  # the main process alone prints
+
+    killed = tmp_path / "killed"
+    started = time.monotonic()
+    process = launch(sources, killed, ROOT / "tests" / "support" / "killed_in_training.py", EXAMPLE)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in process.stderr
+    assert time.monotonic() - started < 120  # it does not hang
+    assert [path.name for path in (killed / "trainer").iterdir()] == ["checkpoint-2"]
+
+    process = launch(sources, killed, EXAMPLE)
+    assert process.returncode == 0, process.stderr
+    losses, expected = (json.loads((out / "losses.json").read_text()) for out in (killed, tmp_path / "whole"))
+    assert [entry["step"] for entry in expected] == [1, 2, 3, 4, 5, 6]
+    assert losses == expected
+    adapter, expected = (
+        load_file(out / "adapter" / "adapter_model.safetensors") for out in (killed, tmp_path / "whole")
+    )
+    assert adapter.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())

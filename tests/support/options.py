@@ -1,0 +1,16 @@
+"""Options of the numerical part, which has no defaults: those of `JactusConfig`, but with two factors a layer."""
+
+import dataclasses
+
+from peft_jactus import JactusConfig
+
+_DEFAULTS = JactusConfig(storage="factored").factorization_options()
+
+
+def decomposition_options(decomposition="jactus", **changes):
+    return dataclasses.replace(_DEFAULTS.decomposition, decomposition=decomposition, **changes)
+
+
+def factorization_options(decomposition=None, **changes):
+    decomposition = _DEFAULTS.decomposition if decomposition is None else decomposition
+    return dataclasses.replace(_DEFAULTS, decomposition=decomposition, **changes)
