@@ -15,3 +15,7 @@ torch.set_num_threads(1)
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("ci" if "CI" in os.environ else "dev")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="Write golden files anew instead of comparing.")

@@ -20,7 +20,7 @@ from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
 from peft_jactus.calibration.reduction import summed_over_processes
 from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
-from peft_jactus.tuner.targeting import dense_weight, loaded
+from peft_jactus.tuner.targeting import dense_weight, weight_loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -266,7 +266,7 @@ def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
 
 def _unreached(module: nn.Module, *, row_fisher: bool) -> LayerStatistics:
     """Return the statistics of a module that saw no token: another part of the data may use it."""
-    with loaded(module):
+    with weight_loaded(module):
         weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)

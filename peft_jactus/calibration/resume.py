@@ -13,7 +13,7 @@ from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
 from peft_jactus.calibration.statistics_files import files_at, index_path, part_path, read_metadata
 from peft_jactus.tuner.planning import check_statistics
-from peft_jactus.tuner.targeting import dense_weight, loaded
+from peft_jactus.tuner.targeting import dense_weight, weight_loaded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,7 +140,7 @@ class StatisticsStore:
 
 def _weight_digest(module: nn.Module) -> str:
     """Return a digest of the first and the last row of a layer's weight, which any training changes."""
-    with loaded(module):
+    with weight_loaded(module):
         weight = dense_weight(module)
         edges = torch.stack([weight[0], weight[-1]]).cpu()
     return sha256_of(f"{edges.dtype} {list(weight.shape)} ", bytes_of(edges))[:16]

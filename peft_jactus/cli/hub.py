@@ -53,7 +53,7 @@ def model_class(config: PreTrainedConfig, name: str | None = None) -> type[PreTr
 
 
 def find_processor(*places: str) -> Any | None:
-    """Return the processor, tokenizer or image processor that lies at the first of these directories or Hub names."""
+    """Return the processor, tokenizer or image processor of the first directory or Hub name that has one."""
     for place in places:
         has_tokenizer, has_features, has_processor = (
             has_file(place, f"{kind}_config.json") for kind in ("tokenizer", "preprocessor", "processor")

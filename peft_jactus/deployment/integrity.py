@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "jactus_digests"
-# In place of digests, where tensors were not at hand when the checkpoint was saved (sharded over devices).
+# In place of digests, where the tensors had no values in memory when the checkpoint was saved (sharded over devices).
 NOT_COMPUTED = "not computed"
 
 _EDGE_BYTES = 4096
@@ -48,7 +48,7 @@ class CheckpointFiles:
     """The headers of all safetensors files of a checkpoint.
 
     Attributes:
-        entries: In which file each tensor lies, its shape and dtype.
+        entries: The file, shape and dtype of each tensor.
         digests: Digests by tensor name, ``(edges, all bytes)``; ``None`` if they were not computed on saving.
     """
 

@@ -101,7 +101,7 @@ class LayerGains:
         """Rank of the dense weight."""
         return min(self.out_features, self.in_features)
 
-    def step(self, rank_multiple: int) -> int:
+    def rank_step(self, rank_multiple: int) -> int:
         """Return what the ranks of this layer are multiples of: 1 where ``rank_multiple`` would be coarse."""
         return rank_multiple if _COARSEST * rank_multiple <= self.full_rank else 1
 
@@ -189,7 +189,7 @@ def _uniform(layer: LayerGains, ratio: float, storage: Storage, rank_multiple: i
     rank = uniform_rank(ratio, layer.out_features, layer.in_features, storage)
     if _cost(layer, rank, storage) == layer.num_parameters:
         return layer.full_rank
-    return _round_down(min(rank, layer.gains.numel()), layer.step(rank_multiple))
+    return _round_down(min(rank, layer.gains.numel()), layer.rank_step(rank_multiple))
 
 
 def _round_down(rank: int, step: int) -> int:
@@ -202,7 +202,7 @@ def _allocate_global(
 ) -> dict[str, int]:
     curves = {}
     for name, layer in layers.items():
-        step = layer.step(rank_multiple)
+        step = layer.rank_step(rank_multiple)
         floor = _round_down(_floor_rank(layer, ratio, storage, rank_floor), step)
         curves[name] = _Curve.build(layer, floor, step, storage)
     remaining = budget - sum(int(curve.costs[0]) for curve in curves.values())

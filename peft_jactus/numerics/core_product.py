@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 STEP_NORM = 40
 
 
-def step(rank: int) -> float:
-    """Return what a step of one in one number of a core changes.
+def step_scale(rank: int) -> float:
+    """Return how much a step of one in one number of a core adds to the weight.
 
     Steps of Adam, of one size for all numbers, add up over a matrix: its best learning rate is inversely
     proportional to its width (Yang et al., arXiv:2203.03466). With this factor one rate serves all cores.
@@ -33,7 +33,7 @@ def step(rank: int) -> float:
 
 def core_scales(left: InterpolativeBasis, right: InterpolativeBasis) -> tuple[Tensor, Tensor]:
     """Return ``(rank, 1)`` and ``(rank,)``: the core is that between the bases, times both."""
-    return left.column_norms().unsqueeze(1) / step(left.rank), right.column_norms()
+    return left.column_norms().unsqueeze(1) / step_scale(left.rank), right.column_norms()
 
 
 class _CoreProduct(torch.autograd.Function):

@@ -39,7 +39,7 @@ class SecondMoment:
         absolute_sum: ``(dim,)``, sum of the absolute values of ``x``, entry by entry; what ASVD scales with.
         num_tokens: How many vectors were added.
         identity: Equal for what is one variable: of this very object, or of those that a file gives for one entry of
-            it. Who collects by it does not have to keep the sums.
+            it. Used as a key in place of the sums, which need not be kept for that.
     """
 
     scatter: Tensor

@@ -25,7 +25,7 @@ _VECTORS_A_PATTERN = 64
 class ExpertPattern:
     """One choice of experts for all layers, with the chosen factors of each layer in one piece of memory.
 
-    Those that lie in one piece already are not copied.
+    Factors that are in one piece already are not copied.
 
     A layer whose parts are not plain, or train, runs all its terms, those that were not chosen times zero: the same
     result, no gain in speed.

@@ -1,4 +1,4 @@
-"""Train a router offline: the routed model's predictions shall be those of the dense one, over a broad corpus."""
+"""Train a router offline, on a broad corpus, to make the routed model predict what the dense one does."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ from peft_jactus.tuner.targeting import (
     check_supported,
     dense_weight,
     dense_weight_and_bias,
-    loaded,
     match_ranks,
     resolve_all_linear_,
     targeted_modules,
+    weight_loaded,
 )
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class JactusModel(BaseTuner):
         del parameter_name  # PEFT's, for experts held in one parameter
         assert isinstance(peft_config, JactusConfig)
         check_supported(current_key, target, parent)
-        with loaded(target):
+        with weight_loaded(target):
             rank = self._rank_of(peft_config, current_key, target)
             factors = None
             if not peft_config.from_checkpoint:
@@ -223,7 +223,7 @@ class JactusModel(BaseTuner):
 
     @torch.no_grad()
     def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
-        with loaded(target):
+        with weight_loaded(target):
             weight, bias = dense_weight_and_bias(target)
         statistics = None if config.statistics is None else config.statistics.get(name)
         projected = None if self._prepared is None else self._prepared.projections.pop(name, None)

@@ -16,7 +16,13 @@ from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.numerics.factorization import choose_ranks, layer_gains
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
-from peft_jactus.tuner.targeting import dense_weight, dense_weight_and_bias, loaded, match_ranks, targeted_modules
+from peft_jactus.tuner.targeting import (
+    dense_weight,
+    dense_weight_and_bias,
+    match_ranks,
+    targeted_modules,
+    weight_loaded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -97,7 +103,7 @@ def measure_gains(
 
 
 def _loaded_weight(module: nn.Module) -> Tensor:
-    with loaded(module):
+    with weight_loaded(module):
         return dense_weight(module)
 
 

@@ -19,7 +19,7 @@ def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *,
 
     Args:
         factors: There, what it made; elsewhere ``None``.
-        owner: Who has them.
+        owner: The process that made them.
         weight: ``(out, in)``.
         bias: Whether they have one.
     """

@@ -153,7 +153,7 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a Linear or Conv1D, adapted or not, as ``(out, in)``, detached.
 
-    That of an offloaded layer has values in `loaded` only.
+    That of an offloaded layer has values in `weight_loaded` only.
     """
     module = _base(module)
     weight: Tensor = module.weight.detach()  # type: ignore[operator]  # checked by check_supported
@@ -166,7 +166,7 @@ def dense_weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return dense_weight(module), None if bias is None else bias.detach()
 
 
-def loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+def weight_loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a layer that accelerate has offloaded has its weight on the device that it runs on."""
     module = _base(module)
     if has_offloaded_params(module) and dense_weight(module).is_meta:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_jactus.numerics import interpolation
-from peft_jactus.numerics.core_product import STEP_NORM, core_product, step
+from peft_jactus.numerics.core_product import STEP_NORM, core_product, step_scale
 from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
 from tests.support.strategies import randn, random_orthonormal, seeds
 
@@ -32,7 +32,7 @@ def problem(seed=0, out_features=7, in_features=9, rank=4, dtype=torch.float64):
 def oracle(x, core, left, right):
     """The same with dense matrices whose columns have one length."""
     left, right = (basis.dense() / basis.dense().norm(dim=0) for basis in (left, right))
-    return x @ right @ (step(len(core)) * core).mT @ left.mT
+    return x @ right @ (step_scale(len(core)) * core).mT @ left.mT
 
 
 @given(seed=seeds, dim=st.integers(1, 8), data=st.data())

@@ -1,7 +1,7 @@
 """What is damaged, and the tools to do it.
 
 A `Damage` changes a directory with a copy of one of two checkpoints: ``bert``, pivoted, in one file, and ``llama``,
-factored, in shards. Beside it lies ``other``, a Llama of the same shapes with other numbers.
+factored, in shards. Beside it is ``other``, a Llama of the same shapes with other numbers.
 """
 
 import json
@@ -144,7 +144,7 @@ def edit_tensor(folder, name, change, *, sign=False):
 
 
 def file_of(folder, tensor):
-    """Return the file in which a tensor of an undamaged checkpoint lies."""
+    """Return the file that has a tensor of an undamaged checkpoint."""
     if (folder / WEIGHTS).exists():
         return folder / WEIGHTS
     return folder / json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"][tensor]
