@@ -144,6 +144,24 @@ def test_what_a_checkpoint_carries_needs_nothing_of_the_package():
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=relative_name)
+def test_modules_and_functions_are_short_enough_to_be_read_at_once(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 400
+    functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: count for node in functions if (count := code_lines(node, lines)) > 40}
+    assert not long
+
+
+def code_lines(function, lines):
+    """Count lines of code of a function's body, without its docstring, comments and blank lines."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    if not body:
+        return 0
+    of_body = (line.strip() for line in lines[body[0].lineno - 1 : function.end_lineno])
+    return sum(bool(line) and not line.startswith("#") for line in of_body)
+
+
+@pytest.mark.parametrize("path", shipped_files(), ids=relative_name)
 def test_imports_are_absolute(path):
     assert not [name for name in imports(path) if name.startswith(".")]
 

@@ -109,12 +109,7 @@ def calibrate(
         CalibrationStatistics(1 layers, 1 batches)
     """
     _check_counts(1, max_batches=max_batches, save_every=save_every)
-    _check_counts(0, head_warmup_steps=head_warmup_steps)
-    if head_warmup_steps > 0 and isinstance(batches, Iterator):
-        raise ValueError(
-            "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
-            "DataLoader or a list."
-        )
+    _check_warmup(head_warmup_steps, batches)
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
@@ -244,6 +239,15 @@ def _check_counts(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < least:
             raise ValueError(f"`{name}` must be at least {least}; got {count}.")
+
+
+def _check_warmup(steps: int, batches: Iterable[Batch]) -> None:
+    _check_counts(0, head_warmup_steps=steps)
+    if steps > 0 and isinstance(batches, Iterator):
+        raise ValueError(
+            "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
+            "DataLoader or a list."
+        )
 
 
 def _check_weights(targets: Mapping[str, nn.Module]) -> None:
