@@ -14,8 +14,13 @@ import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from tests.support.compressed_models import VOCABULARY, tiny_llama
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from benchmarks.compare import __main__ as compare
+from benchmarks.compare import adapting, cases, learning_rates, tables, training
+from benchmarks.compression import loss
+from benchmarks.tasks import language, text, vision
+from benchmarks.tasks.workload import Workload, split_rows
+from tests.compressed_models import VOCABULARY, tiny_llama
+from tests.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
@@ -26,7 +31,7 @@ FURTHER_METHODS = {
 }
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
-MODEL_NAMES = {"text": "MINILM", "vision": "VIT", "language": "LLAMA"}
+MODEL_NAMES = {"text": (text, "MINILM"), "vision": (vision, "VIT"), "language": (language, "LLAMA")}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -70,15 +75,14 @@ def write(folder, rows, features):
 
 @pytest.fixture
 def run(model_dirs, monkeypatch, capsys):
-    """Run a script in this process, which has imported all that takes long; return what it printed."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    for kind, name in MODEL_NAMES.items():
-        monkeypatch.setattr(importlib.import_module(f"_{kind}"), name, str(model_dirs[kind]))
+    """Run a study in this process, which has imported all that takes long; return what it printed."""
+    for kind, (module, name) in MODEL_NAMES.items():
+        monkeypatch.setattr(module, name, str(model_dirs[kind]))
 
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    def run(study, *arguments):
+        monkeypatch.setattr(sys, "argv", [study.__name__, *map(str, arguments)])
         capsys.readouterr()
-        importlib.import_module(script).main()
+        study.main()
         return capsys.readouterr().out
 
     verbosity, progress_bars = transformers.logging.get_verbosity(), datasets.is_progress_bar_enabled()
@@ -90,18 +94,16 @@ def run(model_dirs, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(kind, run, data_dir, tmp_path):
-    out = tmp_path / kind
-    out.mkdir()
     names = ["full", "lora", "lora-embeddings", "dora", "jactus", "jactus+lora", "jactus+full"]
     names += ["lora+jactus", "full+jactus", "svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
     rates = dict.fromkeys(names, 1e-3)  # of others there are none yet
-    (out / "learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
+    (tmp_path / f"{kind}-learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
     methods = [method.format(ours=OURS[kind]) for method in METHODS] + FURTHER_METHODS[kind]
     ours = methods[2]
-    run("compare", "run", kind, *options, "--methods", *methods)
-    files = sorted(out.glob(f"{TASKS[kind]}_*.json"))
-    results = {result["label"]: result for result in map(json.loads, map(Path.read_text, files))}
+    run(compare, "run", kind, *options, "--methods", *methods)
+    path = tmp_path / f"{kind}.jsonl"
+    results = {result["label"]: result for result in map(json.loads, path.read_text().splitlines())}
     assert set(results) == set(methods)
     steps = [result["train_steps"] for result in results.values()]
     assert min(steps) > 0
@@ -110,12 +112,13 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
     assert 0.56 < results["svd-llm+lora 0.6"]["retained_ratio_reached"] <= 0.6  # the next rank is above
     assert results["full"]["trainable_parameters"] > results[ours]["trainable_parameters"]
 
-    files[0].write_text(files[0].read_text().replace('"loss": ', '"loss": 0.123, "was": '))
-    run("compare", "run", kind, *options, "--methods", *methods)
-    assert json.loads(files[0].read_text())["loss"] == 0.123
+    kept = path.read_text().replace('"loss": ', '"loss": 0.123, "was": ')
+    path.write_text(kept)
+    run(compare, "run", kind, *options, "--methods", *methods)
+    assert path.read_text() == kept
     with pytest.raises(SystemExit, match="there is no pissa, but full"):
-        run("compare", "run", kind, *options, "--methods", "full", "pissa")
-    table = run("compare", "report", kind, "--out", tmp_path)
+        run(compare, "run", kind, *options, "--methods", "full", "pissa")
+    table = run(compare, "report", kind, "--out", tmp_path)
     assert all(f"| {method} |" in table for method in methods)
     assert (tmp_path / f"{kind}.md").read_text() == table
     assert (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
@@ -131,16 +134,14 @@ class TwoLayers(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(self.classifier(self.body(x)), labels)}
 
 
-def workload_of_two_layers(training, **fields):
+def workload_of_two_layers(**fields):
     rows = Dataset.from_list([{"x": [float(i)] * 4, "labels": i % 2} for i in range(32)])
     collator = transformers.default_data_collator
-    return training.Workload(rows, rows, collator, TwoLayers, None, task_type=None, head="classifier", **fields)
+    return Workload(rows, rows, collator, TwoLayers, None, task_type=None, head="classifier", **fields)
 
 
-def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    training = importlib.import_module("_training")
-    workload = workload_of_two_layers(training)
+def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(tmp_path):
+    workload = workload_of_two_layers()
 
     def stage(**shares):
         return training.make_trainer(TwoLayers(), workload, tmp_path, learning_rate=1e-3, epochs=4, seed=0, **shares)
@@ -156,10 +157,8 @@ def test_the_last_stage_starts_at_the_learning_rates_where_the_first_one_ended(m
     assert rates(last) == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
-def test_what_trains_whole_beside_an_adapter_has_the_learning_rate_of_a_head(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    adapting, training = importlib.import_module("_adapting"), importlib.import_module("_training")
-    workload = workload_of_two_layers(training)
+def test_what_trains_whole_beside_an_adapter_has_the_learning_rate_of_a_head():
+    workload = workload_of_two_layers()
 
     def rates(method):
         model = adapting.with_lora(tiny_llama(), method, workload)
@@ -179,9 +178,7 @@ def test_what_trains_whole_beside_an_adapter_has_the_learning_rate_of_a_head(mon
 
 @pytest.mark.parametrize(("constant_loss", "rates"), [(1e9, [1e-3]), (1e-9, [1e-3, 5e-4])])
 def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss, rates, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    training = importlib.import_module("_training")
-    workload = workload_of_two_layers(training, constant_loss=constant_loss)
+    workload = workload_of_two_layers(constant_loss=constant_loss)
     tried = []
 
     def make_trainer(*arguments, learning_rate, **options):
@@ -196,8 +193,6 @@ def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss,
 
 
 def test_learning_rates_are_the_best_means_over_tasks_of_complete_grids(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    compare, cases = importlib.import_module("compare"), importlib.import_module("_cases")
     args = argparse.Namespace(kind="text", out=tmp_path, tasks=None)
     base = {"trec": 0.9, "mr": 0.6}
     best = {method: sorted(cases.grid("text", method))[2] for method, *_ in cases.budgets("text")}
@@ -206,17 +201,16 @@ def test_learning_rates_are_the_best_means_over_tasks_of_complete_grids(monkeypa
 
     def run(found, args):
         for case in found:
-            path = case.path(tmp_path / "text")
-            path.parent.mkdir(exist_ok=True)
             if not (case.method == missing and case.task == "mr"):
                 distance = abs(np.log(case.learning_rate / best[case.method]))
-                path.write_text(json.dumps({"accuracy": base[case.task] - 0.01 * distance, "loss": 1.0}))
+                figures = {"accuracy": base[case.task] - 0.01 * distance, "loss": 1.0}
+                cases.results_of(tmp_path, "text").add(case.settings() | figures)
 
-    monkeypatch.setattr(compare, "run", run)
-    chosen = compare.choose_learning_rates(args)
+    monkeypatch.setattr(learning_rates, "run", run)
+    chosen = learning_rates.choose_learning_rates(args)
     del best[missing]
     assert chosen == best | {"dora": 4e-3, "lora": 6.25e-5}
-    written = json.loads((tmp_path / "text" / "learning_rates.json").read_text())
+    written = json.loads((tmp_path / "text-learning_rates.json").read_text())
     assert written["learning_rates"] == chosen
     for method, rate in chosen.items():
         tried = sorted(map(float, written["mean_score"][method]))
@@ -224,9 +218,7 @@ def test_learning_rates_are_the_best_means_over_tasks_of_complete_grids(monkeypa
 
 
 @pytest.mark.parametrize("scored_on", ["test", "held-out"])
-def test_no_row_is_both_trained_on_and_scored_on(scored_on, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    split_rows = importlib.import_module("_training").split_rows
+def test_no_row_is_both_trained_on_and_scored_on(scored_on):
     data = DatasetDict(
         train=Dataset.from_dict({"row": list(range(100))}), test=Dataset.from_dict({"row": list(range(100, 150))})
     )
@@ -242,9 +234,7 @@ def table_result(label, task, seed, accuracy, **fields):
     return {"label": label, "task": task, "seed": seed, "accuracy": accuracy, **sizes, **fields}
 
 
-def test_a_table_compares_the_same_seeds_only(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    tables = importlib.import_module("_tables")
+def test_a_table_compares_the_same_seeds_only():
     of_dora = [table_result("dora", task, seed, 0.5 + 0.1 * seed) for task in ("mr", "trec") for seed in (0, 1)]
     of_lora = [table_result("lora", "mr", 0, 0.6), table_result("lora", "trec", 0, 0.7)]
     *_, dora, lora = tables.markdown(of_dora + of_lora).splitlines()
@@ -252,9 +242,7 @@ def test_a_table_compares_the_same_seeds_only(monkeypatch):
     assert lora == "| lora | 100 % | 2.00 | 60.0 | 70.0 |  | 15.0 | 1 of 1 |"
 
 
-def test_results_that_do_not_belong_in_one_table_are_an_error(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    tables = importlib.import_module("_tables")
+def test_results_that_do_not_belong_in_one_table_are_an_error():
     result = table_result("lora", "trec", 0, 0.9)
     with pytest.raises(ValueError, match="Two results of lora on trec with seed 0"):
         tables.by_seed([result, result])
@@ -265,19 +253,23 @@ def test_results_that_do_not_belong_in_one_table_are_an_error(monkeypatch):
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_loss_right_after_compression_is_measured_for_each_decomposition(kind, run, data_dir, tmp_path):
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
-    run("compression_loss", "run", kind, *options)
-    (path,) = (tmp_path / f"compression_loss-{kind}").glob(f"{TASKS[kind]}_48rows_seed0.json")
-    dense, *rows = json.loads(path.read_text())["rows"]
+    run(loss, "run", kind, *options)
+    (line,) = (tmp_path / f"loss-{kind}.jsonl").read_text().splitlines()
+    dense, *rows = json.loads(line)["rows"]
     assert len(rows) == 6 * 3 * 2 * 2
     assert dense["divergence"] == pytest.approx(0.0, abs=1e-12)
     assert all(row["divergence"] > 0 for row in rows)
     totals = {ratio: sum(row["divergence"] for row in rows if row["retained_ratio"] == ratio) for ratio in (0.8, 0.4)}
     assert totals[0.8] < totals[0.4]
-    table = run("compression_loss", "report", kind, "--out", tmp_path)
+    table = run(loss, "report", kind, "--out", tmp_path)
     assert table.count("| jactus |") == 2 * (1 + 3)  # loss and divergence: a column, and a row for each ratio
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
-def test_every_script_imports(script, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    importlib.import_module(script)
+def names_of_modules():
+    paths = (path.relative_to(BENCHMARKS.parent) for path in BENCHMARKS.rglob("*.py"))
+    return sorted(".".join(path.with_suffix("").parts) for path in paths if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("name", names_of_modules())
+def test_every_module_imports(name):
+    importlib.import_module(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 COLUMNS = {"novels": "text", "ptb": "sentence", "wikitext2": "text", "ag_news": "text", "gsm8k": "question"}
 
 
@@ -27,30 +27,36 @@ def data_dir(tmp_path):
     return folder
 
 
-def run(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def run(module, *arguments):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
 
 def test_a_router_is_trained_on_a_pretrained_model_and_reported(data_dir, tmp_path):
     model, out = tmp_path / "model", tmp_path / "routing"
     sizes = {"hidden-size": 64, "intermediate-size": 96, "layers": 1, "vocab-size": 300, "sequences": 16}
     options = ["--data-dir", data_dir, "--threads", 1]
-    run("pretrain.py", "--out", model, *options, *(f"--{name}={value}" for name, value in sizes.items()))
+    run(
+        "benchmarks.pretrain.language",
+        "--out",
+        model,
+        *options,
+        *(f"--{name}={value}" for name, value in sizes.items()),
+    )
     assert json.loads((model / "pretraining.json").read_text())["num_tokens"] == 16 * 256
-    assert "holds a model already" in run("pretrain.py", "--out", model, *options)
+    assert "holds a model already" in run("benchmarks.pretrain.language", "--out", model, *options)
 
     options += ["--model", model, "--out", out, "--decompositions", "jactus", "--seeds", 0]
     options += ["--test-blocks", 1, "--blocks", 32, "--oracle-steps", 1]
-    run("routing.py", "run", *options)
-    names = {"static_jactus.json", "jactus_linear_broad_32blocks_pool0.99_seed0.json", "patterns_jactus.json"}
-    assert {path.name for path in out.iterdir()} == names
-    result = json.loads((out / "jactus_linear_broad_32blocks_pool0.99_seed0.json").read_text())
+    run("benchmarks.parse.routing", "run", *options)
+    patterns, result, static = map(json.loads, (out / "routing.jsonl").read_text().splitlines())
+    assert [record["kind"] for record in (patterns, result, static)] == ["patterns", "router", "static"]
+    assert (result["decomposition"], result["blocks"], result["pool"], result["seed"]) == ("jactus", 32, 0.99, 0)
     divergences = [figures["divergence"] for by_text in result["routed"].values() for figures in by_text.values()]
     assert len(divergences) == 3 * 3
     assert all(0 < divergence < 1 for divergence in divergences), divergences
-    table = run("routing.py", "report", "--out", out, "--blocks", 32)
+    table = run("benchmarks.parse.routing", "report", "--out", out, "--blocks", 32)
     assert table.count("| jactus | static") == 2 * 2  # a table of divergence, and one of perplexity
     assert table.count("| jactus | routed |") == 2
-    assert (tmp_path / "routing.md").read_text() == table[:-1]
-    assert (tmp_path / "routing.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "routing.md").read_text() == table
+    assert (out / "routing.png").read_bytes()[:4] == b"\x89PNG"

@@ -2,11 +2,11 @@
 
 import time
 
-from _cases import FULL_SIZE
 from peft import LoraConfig, get_peft_model
 from peft_jactus.export import compressed_copy
 from torch import nn
 
+from benchmarks.compare.cases import FULL_SIZE
 from peft_jactus import JactusConfig, calibrate, rank_summary
 
 RANK = 16

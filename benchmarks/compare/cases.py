@@ -1,7 +1,8 @@
-"""The cases of the comparison: what is run, under which settings, and in which file its result lies."""
+"""The cases of the comparison: what is run, and under which settings."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
+
+from benchmarks.harness.records import Table
 
 TASKS = {
     "text": ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news"),
@@ -30,8 +31,8 @@ FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
 FIRST_STAGE_SHARE = 0.8
-# Learning rates are chosen from a grid by `compare.py learning-rates`, on held-out training rows of some tasks, which
-# gives results/KIND/learning_rates.json. A grid goes on where a method's best rate is at its end.
+# Learning rates are chosen from a grid by `compare learning-rates`, on held-out training rows of some tasks, which
+# gives results/compare/KIND-learning_rates.json. A grid goes on where a method's best rate is at its end.
 LEARNING_RATE_TASKS = {
     "text": ("trec", "mr"),
     "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5"),
@@ -49,8 +50,8 @@ UNCOMPRESSED = {
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
-# How JACTUS is run in both storages, by kind: what was best on held-out training rows (NOTES.md); on texts of the
-# ways that need no more memory than LoRA.
+# How JACTUS is run in both storages, by kind: what was best on held-out training rows (see notes/); on texts, the best
+# of the ways that need no more memory than LoRA.
 OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
 # At every ratio, too, in the default storage.
 OURS_WITH_MORE_MEMORY = {"text": ("full+jactus",), "vision": (), "language": ()}
@@ -74,7 +75,7 @@ class Case:
         task: Folder of the data.
         method: One of `FULL_SIZE`, or stages (above).
         retained_ratio: Of the targeted parameters; 1 for methods that keep all.
-        storage: Whose parameter count the budget is reckoned in.
+        storage: Whose parameter count the budget is counted in.
         seed: Of the new head, the order of the batches, and the method.
         learning_rate: Peak of the schedule; a last stage has the end of it.
         num_rows: Training rows at most.
@@ -112,19 +113,13 @@ class Case:
         storage = f" {self.storage}" if is_ours(self.method) else ""
         return f"{self.method}{storage} {self.retained_ratio:g}"
 
-    @property
-    def file_name(self) -> str:
-        """Name of the result file; different settings, different file."""
-        rates = [rate for rate in (self.first_learning_rate, self.learning_rate) if rate is not None]
-        parts = [self.task, self.label.replace(" ", "-"), "lr" + "-".join(f"{rate:g}" for rate in rates)]
-        parts += [f"{self.num_rows}rows", f"ep{self.epochs:g}", *(["held-out"] if self.scored_on != "test" else [])]
-        return "_".join(parts) + f"_seed{self.seed}.json"
-
-    def path(self, folder: Path) -> Path:
-        return folder / self.file_name
-
     def settings(self) -> dict:
         return asdict(self) | {"label": self.label}
+
+
+def results_of(folder, kind):
+    """Return the table of a kind's results, also those of the learning-rate grids."""
+    return Table(folder / f"{kind}.jsonl", key=tuple(field.name for field in fields(Case)))
 
 
 def first_stage(method: str) -> str | None:

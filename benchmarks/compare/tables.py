@@ -1,13 +1,11 @@
-"""From result files to a Markdown table and a plot."""
+"""From the table of results to Markdown and a plot."""
 
-import json
 import math
 import statistics
 import textwrap
-from pathlib import Path
 
-from _cases import METRIC
-from _reporting import markdown_table, mean_and_spread, spread
+from benchmarks.compare.cases import METRIC, results_of
+from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
@@ -34,10 +32,9 @@ COLORS = {
 }
 
 
-def load_results(folder):
-    """Return the results of the table's cases: those that were scored on the test split."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
-    return [result for result in results if result["scored_on"] == "test"]
+def load_results(folder, kind):
+    """Return the results that are reported: those that were scored on the test split."""
+    return [result for result in results_of(folder, kind).read() if result["scored_on"] == "test"]
 
 
 def score(result):
@@ -73,7 +70,7 @@ def by_seed(results):
         if result["task"] in tasks:
             raise ValueError(
                 f"Two results of {result['label']} on {result['task']} with seed {result['seed']}; delete the one "
-                "whose other settings (in its file name) the table shall not have."
+                "whose other settings (rows, epochs, rates) the table shall not have."
             )
         tasks[result["task"]] = score(result)
     return table
@@ -150,10 +147,8 @@ def plot(results, path):
     figure.savefig(path, dpi=150)
 
 
-def write_report(folder: Path):
-    """Write ``text.md`` and ``text.png`` beside the folder of results."""
-    results = load_results(folder)
-    table = markdown(results)
-    folder.with_suffix(".md").write_text(table + "\n")
-    plot(results, folder.with_suffix(".png"))
-    print(table)
+def write_report(folder, kind):
+    """Write ``KIND.md`` and ``KIND.png`` beside the table."""
+    results = load_results(folder, kind)
+    write_markdown(folder / f"{kind}.md", markdown(results))
+    plot(results, folder / f"{kind}.png")

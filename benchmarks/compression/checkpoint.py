@@ -1,45 +1,44 @@
 """What is shipped: accuracy, size and exactness of the compressed checkpoint of a trained MiniLM, in each form.
 
-    python benchmarks/compressed_checkpoint.py
+    python -m benchmarks.compression.checkpoint
 
-For each retained ratio one model is trained (lora+jactus of compare.py, at its learning rates) and exported as pivoted
-and as factored, in float32, in bfloat16, and with int8 weights through torchao, where that is installed. All forms are
-the same function.
+For each retained ratio one model is trained (lora+jactus of the comparison, at its learning rates). It is exported as
+pivoted and as factored, in float32, in bfloat16, and with int8 weights through torchao, where that is installed. All
+forms are the same function.
 """
 
-import argparse
 import importlib.util
-import json
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from _cases import EPOCHS, Case
-from _environment import environment, write_result
-from _text import load_workload
-from _training import trained
 from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.compare.cases import EPOCHS, Case
+from benchmarks.compare.learning_rates import load_learning_rates
+from benchmarks.compare.training import trained
+from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS, write_document
+from benchmarks.tasks.text import load_workload
 from peft_jactus import export_compressed, rank_summary
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
-RESULTS = Path(__file__).parent / "results"
 METHOD = "lora+jactus"
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
+    parser = study_parser(__doc__)
+    add_data_dir(parser)
     parser.add_argument("--task", default="trec")
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
     parser.add_argument("--rows", type=int, default=6000, help="training rows at most")
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compressed_checkpoint.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compression" / "checkpoint.json")
     return parser.parse_args()
 
 
@@ -112,7 +111,7 @@ def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
-    rates = json.loads((RESULTS / "text" / "learning_rates.json").read_text())["learning_rates"]
+    rates = load_learning_rates(RESULTS / "compare", "text")
     workload = load_workload(args.data_dir, args.task, num_rows=args.rows, scored_on="test")
     results = []
     for ratio in args.retained_ratio:
@@ -133,7 +132,7 @@ def main():
             results.append({"retained_ratio": ratio, "accuracy_as_trained": figures["accuracy"], **row})
             print(results[-1], flush=True)
     settings = {name: value for name, value in case.settings().items() if name not in ("retained_ratio", "label")}
-    write_result(args.out, {**settings, "rows": results, "environment": environment()})
+    write_document(args.out, {**settings, "rows": results, "environment": environment()})
 
 
 if __name__ == "__main__":

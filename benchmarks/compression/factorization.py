@@ -1,8 +1,8 @@
 """Time and accuracy of the factorization: JACTUS beside SVD-LLM's procedure, on the same statistics in the same run.
 
-    python benchmarks/factorization.py                              # MiniLM, all layers
-    python benchmarks/factorization.py --against COMMIT             # and the package as it was then
-    python benchmarks/factorization.py --layer 4096 11008           # one layer of random weights, with its peak memory
+    python -m benchmarks.compression.factorization                        # MiniLM, all layers
+    python -m benchmarks.compression.factorization --against COMMIT       # and the package as it was then
+    python -m benchmarks.compression.factorization --layer 4096 11008     # one layer of random weights, and memory
 
 Each is timed from statistics to factors, all methods in turns; a ratio is one of medians over rounds. Memory, of
 one large layer only, is the peak of the process meanwhile, less what it held before. Accuracy is the weighted squared
@@ -11,33 +11,35 @@ decomposition in float64 in the whole space. The package of another commit is ti
 after `calibrate`.
 """
 
-import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from _environment import environment, write_result
-from _memory import peak_mib, reset_peak, resident_mib
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.harness.environment import ROOT, environment
+from benchmarks.harness.memory import peak_mib, reset_peak, resident_mib
+from benchmarks.harness.processes import run_fresh
+from benchmarks.harness.records import RESULTS, write_document
+
 RATIO = 0.4
 SAMPLES = 16384
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--layer", type=int, nargs=2, metavar=("OUT", "IN"), help="default: those of MiniLM")
-    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("JACTUS_DATA", "../shared/data")))
+    add_data_dir(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--against", help="a commit of this repository")
-    parser.add_argument("--out", type=Path, help="default: results/factorization[-OUTxIN].json")
+    parser.add_argument("--out", type=Path, help="default: results/compression/factorization[-OUTxIN].json")
     parser.add_argument("--time-package", action="store_true", help="used internally")
     return parser.parse_args()
 
@@ -187,16 +189,15 @@ def time_package(args):
 
 def time_commit(args, commit):
     """Return what `time_package` finds with the package of a commit."""
-    root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["git", "worktree", "add", "--detach", folder, commit], cwd=root, check=True)
-        try:
-            command = [sys.executable, *sys.argv, "--time-package"]
-            env = {**os.environ, "PYTHONPATH": folder}
-            output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", folder], cwd=root, check=True)
-    return json.loads(output.splitlines()[-1])
+        archive = Path(folder) / "package.tar"
+        subprocess.run(["git", "archive", f"--output={archive}", commit, "peft_jactus"], cwd=ROOT, check=True)
+        shutil.unpack_archive(archive, folder)
+        options = ["--data-dir", args.data_dir.resolve(), "--rounds", args.rounds, "--threads", args.threads]
+        # A module that is run by its name sees the working directory before all else: the package from there, the
+        # benchmarks from here.
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return run_fresh(__spec__.name, *options, "--time-package", cwd=folder, env=environ)
 
 
 def main():
@@ -215,7 +216,8 @@ def main():
         now, then = time_commit(args, "HEAD"), time_commit(args, args.against)
         result["get_peft_model"] = {"commit": args.against, "seconds": then, "seconds_now": now}
     suffix = "-{}x{}".format(*args.layer) if args.layer else ""
-    write_result(args.out or RESULTS / f"factorization{suffix}.json", result | {"environment": environment()})
+    out = args.out or RESULTS / "compression" / f"factorization{suffix}.json"
+    write_document(out, result | {"environment": environment()})
 
 
 if __name__ == "__main__":

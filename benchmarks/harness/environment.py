@@ -1,7 +1,5 @@
-"""What a result depends on, written into every result file."""
+"""What a result depends on, written into every result."""
 
-import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,32 +8,22 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
+ROOT = Path(__file__).parents[2]
 
 
 def environment(device="cpu"):
     """Return versions, device, threads and commit."""
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "../peft_jactus", "*.py"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def git(*arguments):
+        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "peft_jactus", "benchmarks/*.py")
     return {
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else ""),
+        "commit": git("rev-parse", "HEAD") + ("-dirty" if changed else ""),
     }
-
-
-def write_result(path, result):
-    """Write a result file, whole or not at all; several processes may write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)

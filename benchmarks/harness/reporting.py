@@ -18,3 +18,9 @@ def mean_and_spread(values, form=".1f"):
 def markdown_table(head, rows):
     """Return the lines of a table; the cells are strings."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def write_markdown(path, text):
+    """Write a report, and print it."""
+    path.write_text(text + "\n")
+    print(text)

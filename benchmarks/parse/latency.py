@@ -1,7 +1,7 @@
 """How long a routed model takes, in the same run as the dense one and static low-rank ones: a block of Llama-2-7B.
 
-    python benchmarks/routing_latency.py
-    python benchmarks/routing_latency.py --shape small --repeats 2 --out /tmp/routing_latency.json
+    python -m benchmarks.parse.latency
+    python -m benchmarks.parse.latency --shape small --repeats 2 --out /tmp/routing_latency.json
 
 Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
 they are stored; "static" has uniform ranks of the routed model's active share. A *miss* chooses experts and gathers
@@ -9,16 +9,21 @@ their factors, a *hit* finds them remembered. Models take turns on one thread, a
 peft_jactus/benchmarking.py).
 """
 
-import argparse
 import copy
 import dataclasses
 from pathlib import Path
 
 import torch
 import transformers
-from _environment import environment, write_result
-from _reporting import markdown_table
-from latency import tokens, with_random_factors
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.cost.latency import parse_timing_arguments, tokens, with_random_factors
+from benchmarks.harness.arguments import study_parser
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS, write_document
+from benchmarks.harness.reporting import write_markdown
+from benchmarks.parse.latency_tables import WHOLE_DEPTH, markdown
 from peft_jactus.benchmarking import Case, compare, decode_case, forward_case, num_bytes
 from peft_jactus.checkpoint_names import checkpoint_names
 from peft_jactus.compression_config import LayerForm
@@ -27,8 +32,6 @@ from peft_jactus.low_rank import LowRankLinear
 from peft_jactus.routing import RankRouter, RouterConfig, install_router
 from peft_jactus.routing.patterns import ExpertPattern
 from peft_jactus.routing.router import pool_embeddings
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 SHAPES = {
     "llama-7b": {
@@ -42,28 +45,15 @@ SHAPES = {
 RATIOS = (0.8, 0.6, 0.4)
 PROMPTS = (128, 512)
 BATCH = 8
-# Blocks of Llama-2-7B, all of whose experts its router scores.
-WHOLE_DEPTH = 32
 # Scores then have a standard deviation of one.
 WEIGHT_STD = 10.0
 # Eight patterns of a wide block fit.
 CACHE_BYTES = 2**36
 PARTS = ("its router", "its gathering", "router of the whole depth")
 
-NOTES = """\
-Times over the dense model's in the same run; in brackets the speed-up over "native": all ranks of the pool as two
-products. "static" has uniform ranks of the same active share, also as two products. On a GPU, the routed model decodes
-with its fused kernel, which the static ones do not have."""
-ROUTER_NOTES = f"""\
-A miss in parts: "router" pools the embeddings, scores all experts of this model and selects; "gathering" copies the
-chosen factors; both were timed alone, and "rest" is what remains. "router / hit" is measured, of this model as it is.
-"{WHOLE_DEPTH} blocks" is an estimate: a router over the experts of that many such blocks, timed alone, over as many
-times the time of a hit for each block of this model (with its embedding and its head of 1024 tokens)."""
-MEMORY_NOTES = "Memory of a pattern's gathered factors, of the pool and of the router, over the dense linear layers'."
-
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-7b")
     parser.add_argument("--layers", type=int, help="blocks; default: 1 of llama-7b, 4 of small")
     parser.add_argument("--active-ratio", type=float, nargs="+", default=RATIOS)
@@ -75,15 +65,10 @@ def parse_arguments():
         help="of a layer: the leading experts, as trained routers mostly choose, or any, which have to be copied",
     )
     parser.add_argument("--expert-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: results/routing_latency-CHOICE-DEVICE.json")
-    args = parser.parse_args()
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    parser.add_argument("--out", type=Path, help="default: results/parse/latency-CHOICE-DEVICE.json")
+    args = parse_timing_arguments(parser)
     args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
-    args.out = args.out or Path(__file__).parent / "results" / f"routing_latency-{args.choice}-{args.device}.json"
+    args.out = args.out or RESULTS / "parse" / f"latency-{args.choice}-{args.device}.json"
     return args
 
 
@@ -321,41 +306,6 @@ def measure(ratio, dense, native, args):
     return rows, router_rows, memory_row(models, ratio, args)
 
 
-# -- tables -----------------------------------------------------------------------------------------------
-
-
-def times_table(rows, ratios):
-    cells = {(row["case"], row["model"], row["active_ratio"]): row for row in rows}
-    lines = []
-    for case, model in dict.fromkeys((row["case"], row["model"]) for row in rows):
-        found = [cells[case, model, ratio] for ratio in ratios]
-        if model == "dense":
-            values = [f"{row['milliseconds']:.2f} ms" for row in found]
-        else:
-            values = [f"{row['over_dense']:.2f} ({row['speedup_over_native']:.2f} x)" for row in found]
-        lines.append([case, model, *values])
-    return markdown_table(["case", "model", *(f"active {ratio:g}" for ratio in ratios)], lines)
-
-
-def router_table(rows):
-    lines = []
-    for row in rows:
-        miss = row["miss_milliseconds"]
-        parts = [row[f"{name}_milliseconds"] for name in ("router", "gathering", "rest")]
-        shares = [f"{part:.2f} ms ({100 * part / miss:.1f} %)" for part in parts]
-        ratios = [f"{100 * row[name]:.2f} %" for name in ("router_over_hit", "estimated_router_over_hit")]
-        numbers = [f"{row['hit_milliseconds']:.2f} ms", f"{miss:.2f} ms"]
-        lines.append([str(row["prompt_tokens"]), f"{row['active_ratio']:g}", *numbers, *shares, *ratios])
-    header = ["prompt", "active", "hit", "miss", "router", "gathering", "rest", "router / hit"]
-    return markdown_table([*header, f"the same, {WHOLE_DEPTH} blocks"], lines)
-
-
-def memory_table(rows):
-    keys = ("chosen_ratio", "pattern_over_dense", "pool_over_dense", "router_over_dense")
-    lines = [[f"{row['active_ratio']:g}", *(f"{row[key]:.3f}" for key in keys)] for row in rows]
-    return markdown_table(["active", "chosen", "pattern", "pool", "router"], lines)
-
-
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
@@ -364,25 +314,17 @@ def main():
     dense = dense_model(args)
     native = low_rank_model(dense, args.pool_ratio, args)
     measured = [measure(ratio, dense, native, args) for ratio in args.active_ratio]
-    rows = [row for rows, _, _ in measured for row in rows]
-    router_rows = [row for _, rows, _ in measured for row in rows]
-    memory_rows = [row for _, _, row in measured]
     names = ("shape", "layers", "choice", "pool_ratio", "expert_size", "threads", "repeats")
     result = {
         **{name: getattr(args, name) for name in names},
         "dtype": str(args.dtype).removeprefix("torch."),
-        "times": rows,
-        "router": router_rows,
-        "memory": memory_rows,
+        "times": [row for rows, _, _ in measured for row in rows],
+        "router": [row for _, rows, _ in measured for row in rows],
+        "memory": [row for _, _, row in measured],
         "environment": environment(args.device),
     }
-    title = f"{args.shape}, {args.layers} block(s), {args.device}, {result['dtype']}, pool {args.pool_ratio:g}, "
-    title += f"{args.choice} experts"
-    tables = [NOTES, times_table(rows, args.active_ratio), ROUTER_NOTES, router_table(router_rows)]
-    markdown = "\n\n".join([title, *tables, MEMORY_NOTES, memory_table(memory_rows)])
-    write_result(args.out, result)
-    args.out.with_suffix(".md").write_text(markdown + "\n")
-    print(markdown)
+    write_document(args.out, result)
+    write_markdown(args.out.with_suffix(".md"), markdown(result, args.device))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import copy
 import math
 
 import torch
-from _language import as_dataset, load_blocks, mixed_blocks
 from peft import get_peft_model
 from peft_jactus.export import compressed_copy
 from peft_jactus.routing.router import pool_embeddings
@@ -12,6 +11,7 @@ from peft_jactus.routing.selection import relaxed_gates, select_experts
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from benchmarks.tasks.language import as_dataset, load_blocks, mixed_blocks
 from peft_jactus import JactusConfig, calibrate
 from peft_jactus.parse import RouterTrainer, add_router
 from peft_jactus.parse.training import embeddings_of
@@ -70,7 +70,7 @@ def compressed(dense, statistics, decomposition, retained_ratio, *, allocation="
 
 
 def routed_model(dense, statistics, decomposition, pool_ratio, config):
-    """Return an untrained routed model; the ratio of its ranks is in pivoted reckoning, to have many."""
+    """Return an untrained routed model; the ratio of its ranks counts pivoted layers, to have many."""
     pool = compressed(dense, statistics, decomposition, pool_ratio, storage="pivoted")
     return add_router(pool, config, statistics=statistics, decomposition=decomposition, progress_bar=False)
 

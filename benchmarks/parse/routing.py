@@ -1,8 +1,8 @@
 """PARSE on a small Llama: perplexity with ranks chosen for each prompt, against static ranks at equal active share.
 
-    python benchmarks/pretrain.py ...            # once: both commands that its docstring shows
-    python benchmarks/routing.py run             # stop it and run it again: finished cases are skipped
-    python benchmarks/routing.py report          # results/routing.md and plots
+    python -m benchmarks.pretrain.language ...    # once: both commands that its docstring shows
+    python -m benchmarks.parse.routing run        # stop it and run it again: finished cases are skipped
+    python -m benchmarks.parse.routing report     # results/parse/routing.md and plots
 
 A block is 256 tokens: the router sees the first half, the second half is scored. Factors are calibrated on novels.
 Routers are trained on novels, Penn Treebank, news and school mathematics ("broad"), which the dense model knows, or on
@@ -10,15 +10,18 @@ novels alone; nobody has seen WikiText-2.
 """
 
 import argparse
-import os
+import functools
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from _environment import environment, write_result
-from _routing import (
+
+from benchmarks.harness.arguments import add_data_dir
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS
+from benchmarks.parse.models import (
     DECOMPOSITIONS,
     choices,
     compressed,
@@ -33,20 +36,18 @@ from _routing import (
     statistics_for,
     train_router,
 )
-from _routing_tables import write_report
-
+from benchmarks.parse.tables import results_of, write_report
 from peft_jactus import CalibrationStatistics
 from peft_jactus.parse import RouterConfig, initialize_router_
 
 RATIOS = (0.8, 0.6, 0.4)
 SEEDS = (0, 1, 2)
-# Of the dense parameters, in pivoted reckoning: nearly all ranks are there to be chosen from. A static JACTUS model
-# keeps whole layers dense, so that 0.95 is too little for a router to do the same.
+# Share of the dense parameters that the stored ranks have, counted as pivoted layers: a router chooses from nearly all
+# ranks. A static JACTUS model keeps whole layers dense, so 0.95 is too little for a router to do the same.
 POOL_RATIO = {"jactus": 0.99}
 DEFAULT_POOL_RATIO = 0.95
 CORPORA = {"broad": ("novels", "ptb", "ag_news", "gsm8k"), "novels": ("novels",)}
 INITIAL_BLOCKS = 128
-RESULTS = Path(__file__).parent / "results" / "routing"
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,6 @@ class Case:
     corpus: str = "broad"
     seed: int = 0
     pool: float = DEFAULT_POOL_RATIO
-
-    @property
-    def file_name(self):
-        pool = "" if self.pool == DEFAULT_POOL_RATIO else f"_pool{self.pool}"
-        return f"{self.decomposition}_{self.router}_{self.corpus}_{self.blocks}blocks{pool}_seed{self.seed}.json"
 
 
 def cases(blocks):
@@ -201,45 +197,39 @@ def run_patterns(setting, name):
     }
 
 
+def runs(args):
+    """Yield (fields of a case, function from the setting to its figures) of all that is asked for."""
+    for name in args.decompositions:
+        yield {"kind": "static", "decomposition": name}, functools.partial(run_static, name=name)
+    for case in cases(args.blocks):
+        if case.decomposition in args.decompositions and case.seed in args.seeds:
+            yield {"kind": "router", **asdict(case)}, functools.partial(run_case, case=case)
+    for name in ("svd-llm", "jactus"):
+        if name in args.decompositions:
+            yield {"kind": "patterns", "decomposition": name}, functools.partial(run_patterns, name=name)
+
+
 def run(args):
     started_at = environment()  # the code that runs, whatever becomes of the files meanwhile
     setting = Setting(args)
     settings = {
         name: str(value) for name, value in vars(args).items() if name not in ("command", "model", "data_dir", "out")
     }
-
-    def write(file_name, make, **description):
-        path = args.out / file_name
-        if path.exists():
-            return
-        print(f"{time.strftime('%H:%M:%S')} {file_name}", flush=True)
+    table = results_of(args.out)
+    for fields, make in runs(args):
+        if table.contains(fields):
+            continue
+        print(time.strftime("%H:%M:%S"), *(f"{name}={value}" for name, value in fields.items()), flush=True)
         started = time.perf_counter()
-        figures = make()
-        write_result(
-            path,
-            {
-                **description,
-                "settings": settings,
-                "dense": setting.dense_losses,
-                "seconds": time.perf_counter() - started,
-                **figures,
-                "environment": started_at,
-            },
-        )
-
-    for name in args.decompositions:
-        write(f"static_{name}.json", lambda name=name: run_static(setting, name), kind="static", decomposition=name)
-    for case in cases(args.blocks):
-        if case.decomposition in args.decompositions and case.seed in args.seeds:
-            write(case.file_name, lambda case=case: run_case(setting, case), kind="router", **asdict(case))
-    for name in ("svd-llm", "jactus"):
-        if name in args.decompositions:
-            write(
-                f"patterns_{name}.json",
-                lambda name=name: run_patterns(setting, name),
-                kind="patterns",
-                decomposition=name,
-            )
+        figures = make(setting)
+        table.add({
+            **fields,
+            "settings": settings,
+            "dense": setting.dense_losses,
+            "seconds": time.perf_counter() - started,
+            **figures,
+            "environment": started_at,
+        })
 
 
 def parse_arguments():
@@ -247,9 +237,9 @@ def parse_arguments():
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--model", default="outputs/llama-broad", help="what pretrain.py wrote")
-    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--model", default="outputs/llama-broad", help="what benchmarks.pretrain.language wrote")
+    add_data_dir(parser)
+    parser.add_argument("--out", type=Path, default=RESULTS / "parse")
     parser.add_argument("--decompositions", nargs="+", default=list(DECOMPOSITIONS), choices=DECOMPOSITIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--test-blocks", type=int, default=32, help="of each corpus")

@@ -1,13 +1,15 @@
 """From the results of routing.py to Markdown tables and plots."""
 
-import json
 import statistics
 
-from _reporting import markdown_table, mean_and_spread, spread
+from benchmarks.harness.records import Table
+from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
 
 RATIOS = ("0.8", "0.6", "0.4")
 CORPORA = ("novels", "ptb", "wikitext2")
 METHODS = ("static uniform", "static global", "second order", "average", "routed")
+# In the order of the tables.
+DECOMPOSITIONS = ("asvd", "fwsvd", "jactus", "svd-llm", "svd")
 
 
 def studies_of(blocks):
@@ -23,17 +25,19 @@ def studies_of(blocks):
     return {name: main | change for name, change in changes.items()}
 
 
-def load(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def results_of(folder):
+    """Return the table of all results."""
+    return Table(folder / "routing.jsonl", key=("kind", "decomposition", "router", "corpus", "blocks", "pool", "seed"))
 
 
 def matching(results, **fields):
     return [result for result in results if all(result.get(name) == value for name, value in fields.items())]
 
 
-def pool(result):
-    """Return the share of the dense parameters that a router chooses from."""
-    return result.get("pool", 0.95)
+def decompositions_of(results):
+    """Return those that static models were made with."""
+    found = {result["decomposition"] for result in matching(results, kind="static")}
+    return [name for name in DECOMPOSITIONS if name in found]
 
 
 def values(results, decomposition, method, ratio, corpus, figure, study):
@@ -42,8 +46,8 @@ def values(results, decomposition, method, ratio, corpus, figure, study):
         found = matching(results, kind="static", decomposition=decomposition)
         return [result[method.removeprefix("static ")][ratio][corpus][figure] for result in found]
     found = matching(results, kind="router", decomposition=decomposition, **study)
-    largest = max(map(pool, found), default=None)
-    found = [result for result in found if pool(result) == largest]
+    largest = max((result["pool"] for result in found), default=None)
+    found = matching(found, pool=largest)
     key = method.replace(" ", "_")
     return [result[key][ratio][corpus][figure] for result in found]
 
@@ -56,7 +60,7 @@ def main_table(results, study, figure, digits):
     """Return a row for each decomposition and method."""
     head = ["factors", "choice of ranks", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
     rows = []
-    for decomposition in dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")):
+    for decomposition in decompositions_of(results):
         for method in METHODS:
             cells = [
                 cell(values(results, decomposition, method, ratio, corpus, figure, study), digits)
@@ -100,7 +104,7 @@ def plot_shares(results, study, path):
     """Draw divergence from the dense model against the active share."""
     from matplotlib.figure import Figure
 
-    decompositions = list(dict.fromkeys(result["decomposition"] for result in matching(results, kind="static")))
+    decompositions = decompositions_of(results)
     figure = Figure(figsize=(3 * len(decompositions), 8), layout="constrained")
     axes = figure.subplots(len(CORPORA), len(decompositions), sharex=True, sharey="row", squeeze=False)
     for row, corpus in enumerate(CORPORA):
@@ -150,14 +154,14 @@ def plot_patterns(results, path):
     figure.savefig(path, dpi=110)
 
 
-def write_report(folder, blocks):
-    """Write ``routing.md`` and two plots beside the folder of results."""
-    results, studies = load(folder), studies_of(blocks)
+def markdown(results, blocks):
+    studies = studies_of(blocks)
     main = next(iter(studies.values()))
     dense = results[0]["dense"]
     pools = {}
-    for result in matching(results, kind="router", **main):
-        pools[result["decomposition"]] = max(pool(result), pools.get(result["decomposition"], 0))
+    for name in DECOMPOSITIONS:
+        shares = [result["pool"] for result in matching(results, kind="router", decomposition=name, **main)]
+        pools |= {name: max(shares)} if shares else {}
     pool_line = ", ".join(f"{name} {share:g}" for name, share in pools.items())
     dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in CORPORA)
     parts = [
@@ -175,9 +179,13 @@ def write_report(folder, blocks):
         "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
         gain_table(results),
     ]
-    text = "\n\n".join(parts) + "\n"
-    folder.with_suffix(".md").write_text(text)
-    plot_shares(results, main, folder.with_suffix(".png"))
+    return "\n\n".join(parts)
+
+
+def write_report(folder, blocks):
+    """Write ``routing.md`` and two plots beside the table."""
+    results = results_of(folder).read()
+    write_markdown(folder / "routing.md", markdown(results, blocks))
+    plot_shares(results, next(iter(studies_of(blocks).values())), folder / "routing.png")
     if matching(results, kind="patterns"):
-        plot_patterns(results, folder.with_name("routing_patterns.png"))
-    print(text)
+        plot_patterns(results, folder / "routing_patterns.png")

@@ -1,30 +1,27 @@
 """Pretrain a small Llama on English novels, for the benchmarks that need a language model.
 
-    python benchmarks/pretrain.py --data-dir ../shared/data --out outputs/llama-novels
-    python benchmarks/pretrain.py --start-from outputs/llama-novels --out outputs/llama-broad \
+    python -m benchmarks.pretrain.language --data-dir ../shared/data --out outputs/llama-novels
+    python -m benchmarks.pretrain.language --start-from outputs/llama-novels --out outputs/llama-broad \
         --corpora novels ptb ag_news gsm8k --sequences 6400 --learning-rate 1e-3     # then on more kinds of text
 
 Stop it and run it again: it goes on at its last checkpoint. A folder that holds a finished model is left alone.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import torch
-from _language import COLUMNS, as_dataset, load_blocks, load_texts, mixed_blocks, train_tokenizer
-from _pretraining import add_common_arguments, is_pretrained, train_and_save, training_arguments
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+
+from benchmarks.pretrain.training import is_pretrained, pretraining_parser, train_and_save, training_arguments
+from benchmarks.tasks.language import COLUMNS, as_dataset, load_blocks, load_texts, mixed_blocks, train_tokenizer
 
 # Texts that the tokenizer is trained on.
 TOKENIZER_TEXTS = 500
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_common_arguments(parser, out="outputs/llama-novels", batch_size=16, learning_rate=2e-3)
+    parser = pretraining_parser(__doc__, out="outputs/llama-novels", batch_size=16, learning_rate=2e-3)
     parser.add_argument("--start-from", type=Path, help="a folder that this script wrote: go on from its model")
     parser.add_argument("--corpora", nargs="+", default=["novels"], choices=list(COLUMNS), help="in equal parts")
     parser.add_argument("--hidden-size", type=int, default=256)

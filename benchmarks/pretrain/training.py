@@ -1,25 +1,33 @@
 """What the two scripts that pretrain a model share: settings, going on at a checkpoint, and what is written."""
 
-import os
+import argparse
 import shutil
 from pathlib import Path
 
 import torch
-from _environment import environment, write_result
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from benchmarks.harness.arguments import add_data_dir
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import write_document
 
 # Settings that say where things lie on one machine, and nothing about the model.
 PLACES = ("data_dir", "out")
 
 
-def add_common_arguments(parser, *, out, batch_size, learning_rate):
-    parser.add_argument("--data-dir", default=os.environ.get("JACTUS_DATA", "../shared/data"))
+def pretraining_parser(doc, *, out, batch_size, learning_rate):
+    """Return a parser with the arguments that both scripts have; its description is the first line of ``doc``."""
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_data_dir(parser)
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def is_pretrained(folder):
@@ -70,7 +78,7 @@ def train_and_save(trainer, args, make_figures):
         **figures,
         "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
     }
-    write_result(args.out / "pretraining.json", result)
+    write_document(args.out / "pretraining.json", result)
     trainer.model.save_pretrained(args.out)
     shutil.rmtree(checkpoints)
     print(f"{args.out}: {figures}")

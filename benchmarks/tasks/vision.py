@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _training import Workload, classification_metrics, label_entropy, split_rows
 from datasets import load_dataset
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ViTForImageClassification
 
-# What pretrain_vision.py made: 3 MB, so that whoever runs the comparison again starts from the same weights.
-VIT = os.environ.get("JACTUS_VIT") or str(Path(__file__).parent / "models" / "vit-cifar10")
+from benchmarks.tasks.workload import Workload, classification_metrics, label_entropy, split_rows
+
+# What benchmarks.pretrain.vision made: 3 MB, so that whoever runs the comparison again starts from the same weights.
+VIT = os.environ.get("JACTUS_VIT") or str(Path(__file__).parents[1] / "models" / "vit-cifar10")
 SIZE = 32
 # More than for texts, because it costs little here.
 MAX_TEST_ROWS = {"test": 4000, "held-out": 1000}

@@ -1,0 +1,91 @@
+"""The learning rate of each method: the best of its grid, on held-out training rows."""
+
+import itertools
+import json
+import statistics
+
+from benchmarks.compare.cases import (
+    EPOCHS,
+    EPOCHS_BY_TASK,
+    LEARNING_RATE_ROWS,
+    LEARNING_RATE_TASKS,
+    Case,
+    budgets,
+    first_stage,
+    grid,
+    results_of,
+)
+from benchmarks.compare.running import run
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import write_document
+
+
+def file_of_rates(folder, kind):
+    return folder / f"{kind}-learning_rates.json"
+
+
+def load_learning_rates(folder, kind):
+    """Return the chosen rate of each method."""
+    path = file_of_rates(folder, kind)
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run `python -m benchmarks.compare learning-rates {kind}` first.")
+    return json.loads(path.read_text())["learning_rates"]
+
+
+def learning_rate_cases(args, tasks, rates):
+    """Yield the grid of each method, around the rate that it has in ``rates``, the best so far.
+
+    One with a first stage waits until ``rates`` has the rate of that stage.
+    """
+    for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
+        first = first_stage(method)
+        if first is not None and first not in rates:
+            continue
+        for task, rate in itertools.product(tasks, grid(args.kind, method, rates.get(method))):
+            yield Case(
+                task,
+                method,
+                ratio,
+                storage,
+                learning_rate=rate,
+                num_rows=LEARNING_RATE_ROWS[args.kind],
+                epochs=EPOCHS_BY_TASK.get(task, EPOCHS),
+                scored_on="held-out",
+                first_learning_rate=rates.get(first),
+            )
+
+
+def mean_scores(args, rates):
+    """Return {method: {learning rate: mean over tasks}} of the accuracy, or negative loss, on held-out training rows.
+
+    A method whose grid (see `learning_rate_cases`) is not complete is left out, with a message.
+    """
+    scores, incomplete = {}, set()
+    table = results_of(args.out, args.kind)
+    for case in learning_rate_cases(args, LEARNING_RATE_TASKS[args.kind], rates):
+        result = table.find(case.settings())
+        if result is not None:
+            score = result.get("accuracy", -result["loss"])
+            scores.setdefault(case.method, {}).setdefault(case.learning_rate, []).append(score)
+        else:
+            incomplete.add(case.method)
+    if incomplete:
+        print(f"Grid not complete, left out: {', '.join(sorted(incomplete))}.")
+    return {
+        method: {rate: statistics.mean(found) for rate, found in by_rate.items()}
+        for method, by_rate in scores.items()
+        if method not in incomplete
+    }
+
+
+def choose_learning_rates(args):
+    """Run the grids until no method's best rate is at the end of its grid; write and return the best rates."""
+    rates, previous = {}, None
+    while rates != previous:  # methods with a first stage join in the second round
+        previous = rates
+        run(learning_rate_cases(args, args.tasks or LEARNING_RATE_TASKS[args.kind], rates), args)
+        means = mean_scores(args, rates)
+        rates = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
+    result = {"learning_rates": rates, "mean_score": means, "tasks": LEARNING_RATE_TASKS[args.kind]}
+    write_document(file_of_rates(args.out, args.kind), result | {"environment": environment()})
+    return rates

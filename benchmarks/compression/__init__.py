@@ -1,0 +1,1 @@
+"""What compression costs before any training, what it takes, and what is shipped."""

@@ -1,0 +1,1 @@
+"""Ranks by prompt: how good and how fast routed models are."""

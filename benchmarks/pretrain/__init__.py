@@ -1,0 +1,1 @@
+"""Make the small models that the studies start from."""

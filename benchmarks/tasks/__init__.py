@@ -1,0 +1,1 @@
+"""The data and the models of the studies: texts, images and language."""
