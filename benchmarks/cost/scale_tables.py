@@ -55,9 +55,10 @@ def table(rows, keys, without=()):
 def extrapolation(result):
     """Yield tables of larger models: what is counted, over the speed of the widest model that was measured."""
     calibration_speed, factorization_speed = measured_speeds(result)
+    width = result["by_width"][-1]["width"]
     yield (
-        f"Counted (`_extrapolation.py`): {CALIBRATION_TOKENS:,} tokens, kept {RETAINED_RATIO}. At width "
-        f"{result['by_width'][-1]['width']} one core reached {calibration_speed / 1e9:.0f} GFLOP/s in calibration and "
+        f"Counted (`benchmarks/cost/extrapolation.py`): {CALIBRATION_TOKENS:,} tokens, kept {RETAINED_RATIO}. At "
+        f"width {width} one core reached {calibration_speed / 1e9:.0f} GFLOP/s in calibration and "
         f"{factorization_speed / 1e9:.0f} in the factorization. GPU, assumed and not measured: {GPU_MODEL:.0e} FLOP/s "
         f"for the model in bfloat16, {GPU_FLOAT32:.0e} for covariances in float32, {GPU_FLOAT64:.0e} for the "
         "factorization in float64."

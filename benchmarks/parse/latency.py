@@ -1,7 +1,7 @@
 """How long a routed model takes, in the same run as the dense one and static low-rank ones: a block of Llama-2-7B.
 
     python -m benchmarks.parse.latency
-    python -m benchmarks.parse.latency --shape small --repeats 2 --out /tmp/routing_latency.json
+    python -m benchmarks.parse.latency --shape small --repeats 2 --out /tmp/latency.json
 
 Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
 they are stored; "static" has uniform ranks of the routed model's active share. A *miss* chooses experts and gathers

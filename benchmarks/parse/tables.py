@@ -165,7 +165,7 @@ def markdown(results, blocks):
     pool_line = ", ".join(f"{name} {share:g}" for name, share in pools.items())
     dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in CORPORA)
     parts = [
-        "# Ranks by prompt on a small Llama (`benchmarks/routing.py`)",
+        "# Ranks by prompt on a small Llama (`python -m benchmarks.parse.routing`)",
         f"Perplexity of the dense model: {dense_line}. Mean ± standard deviation over seeds of the router; static "
         "models have none. *second order*: the choice before training, the same for all prompts; *average*: the "
         "trained scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. "
