@@ -19,8 +19,8 @@ from benchmarks.compare import adapting, cases, learning_rates, tables, training
 from benchmarks.compression import loss
 from benchmarks.tasks import language, text, vision
 from benchmarks.tasks.workload import Workload, split_rows
-from tests.compressed_models import VOCABULARY, tiny_llama
-from tests.tiny_tokenizer import tiny_tokenizer
+from tests.support.compressed_models import VOCABULARY, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]

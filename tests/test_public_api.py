@@ -57,7 +57,9 @@ def own_members(cls):
         if not is_ours(base):
             continue
         for key, member in vars(base).items():
-            is_shown = inspect.isfunction(member) or isinstance(member, property | cached_property | classmethod | staticmethod)
+            is_shown = inspect.isfunction(member) or isinstance(
+                member, property | cached_property | classmethod | staticmethod
+            )
             if not key.startswith("_") and key not in seen and is_shown:
                 seen.add(key)
                 yield key, member

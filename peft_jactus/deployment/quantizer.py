@@ -164,9 +164,10 @@ class JactusQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
             return
         ordered = [name for _, name in sorted(layers.items()) if name is not None]
-        module = entry.load().install(model, ordered, config)
+        extension = entry.load()
+        module = extension.install(model, ordered, config)
         if files is not None:
-            files.check_layer(entry.module_name, module.state_dict(), f"{field} as {type(module).__name__}")
+            files.check_layer(entry.module_name, module.state_dict(), extension.title_of(module))
 
     def _check_class(
         self, model: PreTrainedModel, layers: Mapping[str, str | None], without_tensors: Sequence[str]

@@ -11,7 +11,7 @@ A plain global allocation measures worse than a uniform one, because local losse
 add up (Swift-SVD, Table 6, finds the same); so each layer keeps a floor, a share of its uniform rank.
 
 Ranks can be kept to multiples of a number in layers large enough for that: matrix products of other sizes are slower
-(benchmarks/NOTES.md).
+(benchmarks/notes/cost.md).
 """
 
 from __future__ import annotations

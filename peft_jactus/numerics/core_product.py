@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What steps of one in all numbers of the core, with random signs, add to the weight: a Frobenius norm, the same for
-# all ranks from here on. Chosen so that the learning rates of other adapters fit (benchmarks/NOTES.md).
+# all ranks from here on. Chosen so that the learning rates of other adapters fit (benchmarks/notes/method.md).
 STEP_NORM = 40
 
 

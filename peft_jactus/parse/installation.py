@@ -70,6 +70,11 @@ class RouterExtension(CheckpointExtension):
         assert isinstance(module, RankRouter)
         return module.router_config
 
+    def title_of(self, module: nn.Module) -> str:
+        """Return what the module is and its size, for errors."""
+        assert isinstance(module, RankRouter)
+        return f"router of {len(module.table)} experts"
+
     def remove(self, model: nn.Module) -> None:
         """Take the router out of ``model``; the layers run all their ranks from then on."""
         remove_router(model)

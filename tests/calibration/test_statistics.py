@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peft_jactus.calibration import statistics as statistics_module
+from peft_jactus import _files
 from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.calibration.statistics_files import read_metadata
 from peft_jactus.numerics.moments import LayerStatistics
@@ -191,7 +191,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
         raise OSError("No space left on device")
 
     if failing == "write":
-        monkeypatch.setattr(statistics_module, "save_file", write_half)
+        monkeypatch.setattr(_files, "save_file", write_half)
     else:
         monkeypatch.setattr(os, "fsync", refuse_to_sync)
     with pytest.raises(OSError, match="No space left"):

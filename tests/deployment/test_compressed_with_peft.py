@@ -11,16 +11,7 @@ from torch import nn
 
 from peft_jactus import loading_options, rank_summary
 from peft_jactus.deployment.layers import FactorizedLinear
-from tests.support.compressed_models import (
-    batches_for,
-    compressed,
-    logits_of,
-    perturb_cores_,
-    tiny_bert,
-    tiny_gpt2,
-    tiny_llama,
-)
-from tests.test_export import (
+from tests.deployment.test_export import (
     FLOAT32_ERROR,
     assert_same_tensors,
     config_of,
@@ -31,7 +22,16 @@ from tests.test_export import (
     tensors_in,
     wide_bert,
 )
-from tests.test_persistence import finish, in_fresh_process
+from tests.support.compressed_models import (
+    batches_for,
+    compressed,
+    logits_of,
+    perturb_cores_,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
+from tests.tuner.test_persistence import finish, in_fresh_process
 
 PARTS = {"factored": ["down", "up"], "pivoted": ["rows", "columns", "others"]}
 

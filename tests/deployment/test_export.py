@@ -46,7 +46,7 @@ from tests.support.compressed_models import (
     tiny_t5,
     tiny_vit,
 )
-from tests.test_persistence import finish, in_fresh_process
+from tests.tuner.test_persistence import finish, in_fresh_process
 
 BUILDERS = [tiny_bert, tiny_vit, tiny_llama, tiny_gpt2, tiny_t5]
 STORAGES = list(FORMS)

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_jactus import loading_options
 from peft_jactus.deployment.layers import FORMS
+from tests.deployment.test_export import BUILDERS, export, layers_of, load, tensors_in
 from tests.support.compressed_models import (
     batches_for,
     compressed,
@@ -21,7 +22,6 @@ from tests.support.compressed_models import (
     tiny_vit,
 )
 from tests.support.routed_models import routed
-from tests.test_export import BUILDERS, export, layers_of, load, tensors_in
 
 STORAGES = list(FORMS)
 

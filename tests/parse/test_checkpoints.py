@@ -18,11 +18,11 @@ from transformers import (
 from peft_jactus import DamagedCheckpointError, loading_options
 from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.deployment.remote_code import export_remote_code
-from peft_jactus.parse import RankRouter, RouterConfig, building, routed_copy
+from peft_jactus.parse import RankRouter, RouterConfig, conversion, routed_copy
 from peft_jactus.parse.installation import router_of
+from tests.parse.test_models import inputs_of, run
 from tests.support.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.support.routed_models import routed, static
-from tests.test_routed_models import inputs_of, run
 
 CLASSES = {
     tiny_llama: AutoModelForCausalLM,
@@ -175,7 +175,7 @@ def test_saving_forgets_prompts_whose_factors_it_lays_out_anew(saved):
 
 
 def test_what_add_router_cannot_use(monkeypatch):
-    monkeypatch.setattr(building, "structural_copy", lambda model: pytest.fail("work has begun"))
+    monkeypatch.setattr(conversion, "structural_copy", lambda model: pytest.fail("work has begun"))
     dense = tiny_llama()
     config = RouterConfig(active_ratio=0.5, expert_size=2)
     with pytest.raises(ValueError, match="has no factorised layers"):

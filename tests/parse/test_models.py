@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_jactus import NumericalWarning
+from peft_jactus.errors import RoutingWarning
 from peft_jactus.parse import RankRouter
 from peft_jactus.parse.installation import remove_router
 from tests.support.compressed_models import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
@@ -323,7 +323,7 @@ def test_a_call_that_could_not_be_routed_says_so():
     with torch.no_grad():
         other = model.bert.embeddings.word_embeddings
         model.bert.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(other.weight)
-        with pytest.warns(NumericalWarning, match="nothing was routed and all ranks ran"):
+        with pytest.warns(RoutingWarning, match="nothing was routed and all ranks ran"):
             logits = model(**inputs).logits
     remove_router(model)
     assert torch.equal(logits, run(model, **inputs))

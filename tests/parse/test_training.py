@@ -12,6 +12,7 @@ from peft_jactus import calibrate
 from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.parse import RouterConfig, RouterTrainer, expert_importance, initialize_router_, routed_copy
 from peft_jactus.parse.training import divergence, ridge_regression
+from tests.parse.test_models import run
 from tests.support.compressed_models import (
     VOCABULARY,
     batches_for,
@@ -22,7 +23,6 @@ from tests.support.compressed_models import (
     tiny_vit,
 )
 from tests.support.routed_models import padded, prompts, routed
-from tests.test_routed_models import run
 
 DECOMPOSITIONS = ["svd", "fwsvd", "asvd", "svd-llm", "kfac", "jactus"]
 
