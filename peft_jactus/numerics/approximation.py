@@ -152,14 +152,14 @@ class ProjectedWeight:
             space whitened on the shorter side only.
         total_energy: ``|K_g^T W K_x|_F^2``, of which `gains` are the reachable part.
         max_rank: The largest rank inside the subspaces.
-        energies: Squared singular values of the projected, whitened weight, non-increasing.
+        spectrum: Squared singular values of the projected, whitened weight, non-increasing.
         directions: Its singular vectors on the shorter side, in columns.
     """
 
     core: Tensor
     total_energy: float
     max_rank: int
-    energies: Tensor
+    spectrum: Tensor
     directions: Tensor
     _left: _Side
     _right: _Side
@@ -174,7 +174,7 @@ class ProjectedWeight:
 
     def gains(self) -> Tensor:
         """Return ``(max_rank,)``: drop of the squared weighted error by each further rank, non-increasing."""
-        return self.energies[: self.max_rank]
+        return self.spectrum[: self.max_rank]
 
     def terms(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return rank-one terms in order: the sum of the first k is the best approximation of rank k, for every k.
@@ -189,8 +189,8 @@ class ProjectedWeight:
         left, right = self._whitened_terms(rank)
         # One side has unit length, the other one the singular value: the root of it for both. Energies below the
         # rounding error of the first one are noise.
-        limits = torch.finfo(self.energies.dtype)
-        energies = self.energies[: left.shape[1]].clamp(min=limits.eps * float(self.energies[0]))
+        limits = torch.finfo(self.spectrum.dtype)
+        energies = self.spectrum[: left.shape[1]].clamp(min=limits.eps * float(self.spectrum[0]))
         scale = energies.pow(0.25).clamp(min=limits.tiny)
         left_scale, right_scale = (scale, 1 / scale) if self._short_side_is_left else (1 / scale, scale)
         return self._left.unwhiten(left * left_scale), self._right.unwhiten(right * right_scale)

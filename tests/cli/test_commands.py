@@ -5,6 +5,7 @@ import random
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -499,6 +500,45 @@ def test_compress_targets_only_the_named_layers(home, tmp_path, name, targets):
     assert names == targets
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_plan_shows_what_compress_then_gives(home, tmp_path, name, calibrated):
+    options = ("--data-dir", home / "rows", "--max-length", "16", "--batch-size", "4")
+    picture = tmp_path / "plan.png"
+    output = run("plan", home / name, "--retained-ratio", "0.6", *options, "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    compress(home, name, tmp_path / "out", *options)
+    assert str(rank_summary(loaded(name, tmp_path / "out"))) in output
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    planned = re.search(r"The whole model keeps .*%, ([\d.]+) of [\d.]+ MB", output)
+    assert float(planned[1]) == pytest.approx(written / 1e6, abs=0.06)
+    lines = output[output.index("targeted layers  whole model") :].splitlines()[1:9]
+    rises = [float(line.split()[-1]) for line in lines]
+    assert rises == sorted(rises)
+    assert rises[0] == 0
+
+
+def test_plan_without_data_expects_no_loss(home):
+    output = run("plan", home / "llama", "--data-free")
+    assert "Expected rise" not in output
+    assert "The whole model keeps" in output
+
+
+@pytest.mark.parametrize(("option", "value"), [("--model-ratio", "0.8"), ("--max-size", "70KB")])
+def test_the_budget_can_be_that_of_the_whole_model(home, tmp_path, option, value):
+    out = tmp_path / "out"
+    run("compress", home / "llama", out, "--data-free", option, value)
+    small, dense = loaded("llama", out), loaded("llama", home / "llama")
+    if option == "--model-ratio":
+        assert 0.77 < small.num_parameters() / dense.num_parameters() <= 0.8
+    else:
+        assert 65_000 < sum(file.stat().st_size for file in out.glob("*.safetensors")) <= 70_000
+
+
+def test_two_budgets_are_refused(home, tmp_path):
+    message = refusal("compress", home / "llama", tmp_path / "out", "--retained-ratio", "0.6", "--max-size", "1MB")
+    assert "Give one of --retained-ratio, --model-ratio and --max-size." in message
+
+
 def test_compress_refuses_a_model_whose_head_was_never_trained(home, tmp_path):
     tiny_bert().bert.save_pretrained(tmp_path / "body")
     tiny_tokenizer().save_pretrained(tmp_path / "body")
@@ -615,3 +655,12 @@ def test_bench_refuses_what_it_cannot_time(home):
     assert "--sequence-length must be at most 48" in refusal(
         "bench", home / "llama-pivoted", "--sequence-length", "49", "--device", "cpu"
     )
+
+
+# -- start ------------------------------------------------------------------------------------------------
+
+
+def test_options_are_shown_without_importing_what_takes_seconds():
+    script = "import sys, peft_jactus_cli; print(sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from peft_jactus import DamagedCheckpointError, loading_options
+from peft_jactus import DamagedCheckpointError, export_compressed, loading_options
 from peft_jactus.cli.inspect import inspect_folder
+from peft_jactus.deployment.extensions import find_extension
 from peft_jactus.deployment.remote_code import export_remote_code
 from peft_jactus.parse import RankRouter, RouterConfig, conversion, routed_copy
-from peft_jactus.parse.installation import router_of
+from peft_jactus.parse.installation import ROUTER_FIELD, ROUTER_NAME, RouterExtension, router_of
 from tests.parse.test_models import inputs_of, run
 from tests.support.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.support.routed_models import routed, static
@@ -206,3 +209,22 @@ def test_inspecting_names_the_router(saved):
     _, folder = saved
     text = str(inspect_folder(folder))
     assert re.search(r"router +linear, experts of 2 ranks; runs 50% of the dense parameters \(global\)", text)
+
+
+def test_the_loader_knows_the_router_by_the_names_that_it_has():
+    entry = find_extension(ROUTER_FIELD)
+    assert entry.module_name == ROUTER_NAME
+    assert isinstance(entry.load(), RouterExtension)
+
+
+def test_who_never_routes_never_imports_what_routes(tmp_path):
+    folder = export_compressed(compressed(tiny_llama()), tmp_path / "compressed", progress_bar=False)
+    script = (
+        "import sys, peft_jactus, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "model.save_pretrained(sys.argv[2])\n"
+        "print([name for name in sys.modules if name.startswith('peft_jactus.parse')])"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "again")]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COLUMNS = {"novels": "text", "ptb": "sentence", "wikitext2": "text", "ag_news": "text", "gsm8k": "question"}
 
 

@@ -22,7 +22,7 @@ from benchmarks.tasks.workload import Workload, split_rows
 from tests.support.compressed_models import VOCABULARY, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {
     "text": ["lora+svd-llm+lora 0.4"],
