@@ -32,15 +32,15 @@ class DataOptions:
         max_length: Tokens of a row or a block; ``None``: 512, or what the model can take.
     """
 
-    dataset: str | None = None
-    dataset_config: str | None = None
-    data_dir: Path | None = None
-    split: str = "train"
-    text_columns: tuple[str, ...] = ("text",)
-    image_column: str = "image"
-    label_column: str = "label"
-    batch_size: int = 8
-    max_length: int | None = None
+    dataset: str | None
+    dataset_config: str | None
+    data_dir: Path | None
+    split: str
+    text_columns: tuple[str, ...]
+    image_column: str
+    label_column: str
+    batch_size: int
+    max_length: int | None
 
     def check(self, task: Task) -> None:
         """Check what can be checked without reading anything.

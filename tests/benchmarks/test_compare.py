@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare import adapting, cases, learning_rates, tables, training
-from benchmarks.compression import loss
+from benchmarks.compression import loss, plan
 from benchmarks.tasks import language, text, vision
 from benchmarks.tasks.workload import Workload, split_rows
 from tests.support.compressed_models import VOCABULARY, tiny_llama
@@ -263,6 +263,20 @@ def test_the_loss_right_after_compression_is_measured_for_each_decomposition(kin
     assert totals[0.8] < totals[0.4]
     table = run(loss, "report", kind, "--out", tmp_path)
     assert table.count("| jactus |") == 2 * (1 + 3)  # loss and divergence: a column, and a row for each ratio
+
+
+def test_the_plan_is_compared_with_what_comes_out(run, data_dir, tmp_path):
+    options = ["--data-dir", data_dir, "--tasks", TASKS["text"], "--seeds", 0, "--rows", 48, "--out", tmp_path]
+    run(plan, "run", *options)
+    (line,) = (tmp_path / "plan-text.jsonl").read_text().splitlines()
+    rows = json.loads(line)["rows"]
+    assert [row["retained_ratio"] for row in rows] == list(plan.RATIOS)
+    assert all(row["retained_ratio_reached"] <= row["retained_ratio"] for row in rows)
+    for figure in ("expected_rise", "divergence"):
+        assert 0 < rows[0][figure] < rows[-1][figure]
+    table = run(plan, "report", "--out", tmp_path)
+    assert "| 0.6 | " in table
+    assert (tmp_path / "plan-text.png").exists()
 
 
 def names_of_modules():

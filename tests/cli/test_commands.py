@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -42,6 +43,18 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 # One adapter is exported in both forms.
 pytestmark = pytest.mark.filterwarnings("ignore:The ranks were chosen for `storage`='pivoted'")
 
+# As the options of the commands have it by default.
+DATA = DataOptions(
+    dataset=None,
+    dataset_config=None,
+    data_dir=None,
+    split="train",
+    text_columns=("text",),
+    image_column="image",
+    label_column="label",
+    batch_size=8,
+    max_length=None,
+)
 BUILDERS = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2}
 AUTO_CLASSES = {
     "bert": AutoModelForSequenceClassification,
@@ -396,7 +409,7 @@ def test_causal_batches_are_all_texts_in_blocks_and_their_labels_are_the_tokens(
     rows = [{"text": text} for text in ("", *(words(generator, number) for number in (3, 30, 1, 9)))]
     tokenizer = tiny_tokenizer()
     config = transformers.AutoConfig.from_pretrained(home / "llama")
-    batches = list(make_batches(rows, "causal-lm", DataOptions(batch_size=2, max_length=8), config, tokenizer))
+    batches = list(make_batches(rows, "causal-lm", replace(DATA, batch_size=2, max_length=8), config, tokenizer))
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 8), (2, 8), (1, 8)]
     tokens = [token for row in rows[1:] for token in (*tokenizer(row["text"])["input_ids"], 1)]
     assert torch.cat([batch["input_ids"].flatten() for batch in batches]).tolist() == tokens[:40]
@@ -407,14 +420,14 @@ def test_causal_batches_are_all_texts_in_blocks_and_their_labels_are_the_tokens(
 
 def test_few_short_texts_are_one_short_block(home):
     config = transformers.AutoConfig.from_pretrained(home / "llama")
-    (batch,) = make_batches([{"text": "w2 w3"}], "causal-lm", DataOptions(), config, tiny_tokenizer())
+    (batch,) = make_batches([{"text": "w2 w3"}], "causal-lm", DATA, config, tiny_tokenizer())
     assert batch["input_ids"].tolist() == [[2, 3, 1]]
 
 
 def test_classification_batches_are_padded_rows_with_their_labels(home):
     config = transformers.AutoConfig.from_pretrained(home / "bert")
     rows = [{"text": "w2 w3 w4 w5", "label": 2}, {"text": "w6", "label": "LABEL_1"}]
-    options = DataOptions(batch_size=2, max_length=3)
+    options = replace(DATA, batch_size=2, max_length=3)
     (batch,) = make_batches(rows, "sequence-classification", options, config, tiny_tokenizer())
     assert batch["input_ids"].tolist() == [[2, 3, 4], [6, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -423,7 +436,7 @@ def test_classification_batches_are_padded_rows_with_their_labels(home):
 
 def test_pairs_of_texts_are_one_input(home):
     config = transformers.AutoConfig.from_pretrained(home / "bert")
-    options = DataOptions(text_columns=("text", "pair"))
+    options = replace(DATA, text_columns=("text", "pair"))
     rows = [{"text": "w2", "pair": "w3 w4", "label": 0}]
     (batch,) = make_batches(rows, "sequence-classification", options, config, tiny_tokenizer())
     assert batch["input_ids"].tolist() == [[2, 3, 4]]
@@ -431,9 +444,7 @@ def test_pairs_of_texts_are_one_input(home):
 
 def test_regression_labels_are_numbers(home):
     config = transformers.AutoConfig.from_pretrained(home / "bert", num_labels=1)
-    (batch,) = make_batches(
-        [{"text": "w2", "label": 2.5}], "sequence-classification", DataOptions(), config, tiny_tokenizer()
-    )
+    (batch,) = make_batches([{"text": "w2", "label": 2.5}], "sequence-classification", DATA, config, tiny_tokenizer())
     assert batch["labels"].tolist() == [2.5]
 
 
@@ -453,7 +464,7 @@ def test_image_batches_are_pixels_with_their_labels():
 
     config = transformers.ViTConfig(num_labels=4)
     rows = [{"image": Image(0.5), "label": 3}, {"image": Image(1.5), "label": 0}]
-    (batch,) = make_batches(rows, "image-classification", DataOptions(), config, Processor())
+    (batch,) = make_batches(rows, "image-classification", DATA, config, Processor())
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0.5, 1.5]
     assert batch["labels"].tolist() == [3, 0]
 
@@ -597,7 +608,7 @@ def test_compress_refuses_labels_that_the_model_does_not_have(home):
     config = transformers.AutoConfig.from_pretrained(home / "bert")
     for label in (3, -1, "LABEL_3"):
         batches = make_batches(
-            [{"text": "w2", "label": label}], "sequence-classification", DataOptions(), config, tiny_tokenizer()
+            [{"text": "w2", "label": label}], "sequence-classification", DATA, config, tiny_tokenizer()
         )
         with pytest.raises(ValueError, match=r"The model has 3 classes .*Set --label-column"):
             next(batches)
@@ -605,7 +616,7 @@ def test_compress_refuses_labels_that_the_model_does_not_have(home):
 
 def test_compress_refuses_inputs_longer_than_the_model_takes(home):
     config = transformers.AutoConfig.from_pretrained(home / "llama")
-    batches = make_batches([{"text": "w2"}], "causal-lm", DataOptions(max_length=65), config, tiny_tokenizer())
+    batches = make_batches([{"text": "w2"}], "causal-lm", replace(DATA, max_length=65), config, tiny_tokenizer())
     with pytest.raises(ValueError, match="--max-length must be at most 64"):
         next(batches)
 
@@ -614,7 +625,7 @@ def test_compress_refuses_to_pad_without_a_padding_token(home):
     config = transformers.AutoConfig.from_pretrained(home / "bert")
     tokenizer = tiny_tokenizer(pad_token=None)
     with pytest.raises(ValueError, match="use --batch-size 1"):
-        make_batches([], "sequence-classification", DataOptions(), config, tokenizer)
+        make_batches([], "sequence-classification", DATA, config, tokenizer)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
