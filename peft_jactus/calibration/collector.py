@@ -40,24 +40,24 @@ class _Saving(torch.autograd.Function):
         return anchor.new_empty(0)
 
 
-def _saved(tensor: Tensor) -> Any:
-    """Return a node that has saved ``tensor``, and leads nowhere."""
+def _saved(tensor: Tensor) -> Tensor:
+    """Return the output of a node that has saved ``tensor``. It leads nowhere; the node lives as long as it does."""
     anchor = torch.empty(0, requires_grad=True)
-    output = _Saving.apply(anchor, tensor.detach())  # type: ignore[no-untyped-call]  # torch has no annotation here
-    return output.grad_fn
+    output: Tensor = _Saving.apply(anchor, tensor.detach())  # type: ignore[no-untyped-call]  # torch: no annotation
+    return output
 
 
 @dataclass
 class _Reading:
     """One tensor of the running batch and the targeted modules that were called with it.
 
-    ``saved`` has a node for each call, for checkpointing wants both passes through a block to save the same. It is
-    empty once the tensor has been added.
+    ``saved`` has the output of a node for each call, for checkpointing wants both passes through a block to save the
+    same. It is empty once the tensor has been added.
     """
 
     mask: Tensor | None
     version: int
-    saved: dict[str, Any] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
 
     def unpack(self, name: str) -> Tensor:
@@ -67,7 +67,7 @@ class _Reading:
             "the model's operation out of place, or add the name to `exclude_modules`."
         )
         try:
-            (tensor,) = self.saved[name].saved_tensors
+            (tensor,) = self.saved[name].grad_fn.saved_tensors  # type: ignore[union-attr]  # it is a node's output
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):  # autograd's words
                 raise RuntimeError(changed) from error
