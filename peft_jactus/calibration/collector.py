@@ -20,6 +20,7 @@ from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
 from peft_jactus.calibration.reduction import summed_over_processes
 from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
+from peft_jactus.numerics.sketches import GradientSketch
 from peft_jactus.tuner.targeting import dense_weight, weight_loaded
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from peft_jactus.calibration.batches import Batch
     from peft_jactus.calibration.summed_loss import SummedLoss
+    from peft_jactus.numerics.moments import StatisticsNeeds
 
 
 class _Saving(torch.autograd.Function):
@@ -59,6 +61,21 @@ class _Reading:
     version: int
     saved: dict[str, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
+    vectors: Tensor | None = None
+    waiting: set[str] = field(default_factory=set)
+
+    def keep(self, vectors: Tensor) -> None:
+        """Keep the counted vectors of the tensor until the gradients of all its readers have come."""
+        self.vectors, self.waiting = vectors, set(self.saved)
+
+    def vectors_for(self, name: str) -> Tensor:
+        """Return the counted vectors for the gradient of module ``name``; let go of them with the last reader."""
+        vectors = self.vectors
+        assert vectors is not None
+        self.waiting.discard(name)
+        if not self.waiting:
+            self.vectors = None
+        return vectors
 
     def unpack(self, name: str) -> Tensor:
         """Return the tensor as it was when module ``name`` read it, or raise `RuntimeError`; once only."""
@@ -90,15 +107,16 @@ class StatisticsCollector:
         model: nn.Module,
         targets: Mapping[str, nn.Module],
         start: CalibrationStatistics | None,
-        *,
-        row_fisher: bool = False,
+        needs: StatisticsNeeds,
     ) -> None:
         self._model = model
         self._targets = targets
         self._start = start
         self._inputs: dict[tuple[str, ...], SecondMoment] = {}
         self._gradients: dict[str, SecondMoment] = {}
-        self._row_fisher: dict[str, Tensor] | None = {} if row_fisher else None
+        self._needs = needs
+        self._row_fisher: dict[str, Tensor] = {}
+        self._sketches: dict[str, GradientSketch] = {}
         self._readings: Any = WeakTensorKeyDictionary()  # of the tensors that are still in use
         self._masks = PositionMasks(encoder_of(model))
         self._num_loss_terms = 0
@@ -140,9 +158,11 @@ class StatisticsCollector:
     def statistics(self) -> CalibrationStatistics:
         """Return the sums so far, of all targets; modules that always read the same tensors share theirs."""
         layers = {
-            name: LayerStatistics(self._input_of(name), self._gradients[name], (self._row_fisher or {}).get(name))
+            name: LayerStatistics(
+                self._input_of(name), self._gradients[name], self._row_fisher.get(name), self._sketches.get(name)
+            )
             if name in self._gradients
-            else _unreached(module, row_fisher=self._row_fisher is not None)
+            else _unreached(module, self._needs)
             for name, module in self._targets.items()
         }
         num_new = self.num_batches - (0 if self._start is None else self._start.num_batches)
@@ -209,7 +229,7 @@ class StatisticsCollector:
     def _on_gradient(self, name: str, reading: _Reading, gradient: Tensor) -> None:
         if reading.saved:
             self._add_input(name, reading)
-        if self._row_fisher is not None:
+        if self._needs.row_fisher:
             assert reading.gram is not None
             sums = _squared_gradient_of_rows(reading.gram, gradient)
             self._row_fisher[name] = self._row_fisher[name] + sums if name in self._row_fisher else sums
@@ -217,6 +237,17 @@ class StatisticsCollector:
         if name not in self._gradients:
             self._gradients[name] = _empty_moment_for(gradient)
         self._gradients[name].update_(gradient)
+        if self._needs.num_directions:
+            vectors = reading.vectors_for(name)
+            if name not in self._sketches:
+                self._sketches[name] = self._empty_sketch(vectors.shape[1], gradient)
+            self._sketches[name].update_(vectors, gradient)
+
+    def _empty_sketch(self, in_features: int, gradient: Tensor) -> GradientSketch:
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        return GradientSketch.zeros(
+            gradient.shape[1], in_features, self._needs.num_directions, dtype=dtype, device=gradient.device
+        )
 
     def _add_input(self, name: str, reading: _Reading) -> None:
         """Add the tensor of ``reading``, of whose readers the gradient of ``name`` came first, and let go of it."""
@@ -226,8 +257,10 @@ class StatisticsCollector:
         if readers not in self._inputs:
             self._inputs[readers] = _empty_moment_for(vectors)
         self._inputs[readers].update_(vectors)
-        if self._row_fisher is not None:
+        if self._needs.row_fisher:
             reading.gram = _gram_of_examples(tensor, reading.mask)
+        if self._needs.num_directions:
+            reading.keep(vectors)
         reading.saved.clear()
 
     def _input_of(self, name: str) -> SecondMoment:
@@ -264,13 +297,20 @@ def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
     return (gradient * (gram @ gradient)).sum((0, 1))
 
 
-def _unreached(module: nn.Module, *, row_fisher: bool) -> LayerStatistics:
+def _unreached(module: nn.Module, needs: StatisticsNeeds) -> LayerStatistics:
     """Return the statistics of a module that saw no token: another part of the data may use it."""
     with weight_loaded(module):
         weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
-    return LayerStatistics(inputs, gradient, torch.zeros_like(gradient.absolute_sum) if row_fisher else None)
+    row_fisher = torch.zeros_like(gradient.absolute_sum) if needs.row_fisher else None
+    sketch = None
+    if needs.num_directions:
+        out_features, in_features = weight.shape
+        sketch = GradientSketch.zeros(
+            out_features, in_features, needs.num_directions, dtype=dtype, device=weight.device
+        )
+    return LayerStatistics(inputs, gradient, row_fisher, sketch)
 
 
 def _empty_moment_for(vectors: Tensor) -> SecondMoment:

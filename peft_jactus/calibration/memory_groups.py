@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft_jactus.numerics.moments import SecondMoment
 from peft_jactus.tuner.sizes import parse_size
 from peft_jactus.tuner.targeting import dense_weight
 
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
+
+    from peft_jactus.numerics.moments import StatisticsNeeds
 
 
 def parse_memory_limit(limit: int | str | None) -> int | None:
@@ -27,7 +28,7 @@ def parse_memory_limit(limit: int | str | None) -> int | None:
 
 
 def split_into_groups(
-    targets: Mapping[str, nn.Module], limit: int | None, *, row_fisher: bool
+    targets: Mapping[str, nn.Module], limit: int | None, needs: StatisticsNeeds
 ) -> list[dict[str, nn.Module]]:
     """Return runs of neighbours whose statistics fit into ``limit`` bytes; all of them if there is no limit.
 
@@ -41,7 +42,7 @@ def split_into_groups(
     groups: list[dict[str, nn.Module]] = []
     free = 0
     for name, module in targets.items():
-        needed = statistics_bytes(module, row_fisher=row_fisher)
+        needed = statistics_bytes(module, needs)
         if needed > limit:
             raise ValueError(
                 f"`max_statistics_memory` is {limit / 2**20:.1f} MiB, but {name} alone needs {needed / 2**20:.1f} "
@@ -55,10 +56,9 @@ def split_into_groups(
     return groups
 
 
-def statistics_bytes(module: nn.Module, *, row_fisher: bool) -> int:
-    """Return what the sums of one layer take: of its inputs, of its gradients, and the Fisher information of rows."""
+def statistics_bytes(module: nn.Module, needs: StatisticsNeeds) -> int:
+    """Return what the sums of one layer take."""
     weight = dense_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     out_features, in_features = weight.shape
-    moments = SecondMoment.num_bytes(out_features, dtype) + SecondMoment.num_bytes(in_features, dtype)
-    return moments + (out_features * dtype.itemsize if row_fisher else 0)
+    return needs.num_bytes(out_features, in_features, dtype)

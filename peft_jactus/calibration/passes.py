@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peft_jactus.calibration.batches import Batch, LossFn
+    from peft_jactus.numerics.moments import StatisticsNeeds
     from peft_jactus.tuner.config import JactusConfig
 
 logger = logging.getLogger(__name__)
@@ -113,19 +114,19 @@ def calibrate(
         model = model.get_base_model()
     targets = targeted_modules(model, config)
     _check_weights(targets)
-    row_fisher = config.factorization_options().decomposition.needs_row_fisher
+    needs = config.statistics_needs()
     limit = parse_memory_limit(max_statistics_memory)
-    groups = split_into_groups(targets, limit, row_fisher=row_fisher)
+    groups = split_into_groups(targets, limit, needs)
     run = _Pass(
         model=model,
         compute_loss=SummedLoss(loss_fn, loss_reduction),
         max_batches=max_batches,
         train_mode=train_mode,
         save_every=save_every,
-        row_fisher=row_fisher,
+        needs=needs,
         progress_bar=progress_bar,
     )
-    store = None if statistics_file is None else StatisticsStore(Path(statistics_file), targets, row_fisher=row_fisher)
+    store = None if statistics_file is None else StatisticsStore(Path(statistics_file), targets, needs)
     saved = None if store is None else store.read(lazily=limit is not None)
     if head_warmup_steps > 0:
         warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
@@ -156,7 +157,7 @@ class _Pass:
     max_batches: int | None
     train_mode: bool
     save_every: int
-    row_fisher: bool
+    needs: StatisticsNeeds
     progress_bar: bool
 
     def collect_groups(
@@ -176,7 +177,7 @@ class _Pass:
         if store is None:
             folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
             path = Path(gather_objects(folder.name)[0]) / "statistics.safetensors"
-            store = StatisticsStore(path, {}, row_fisher=self.row_fisher)  # read in this run only: no digests
+            store = StatisticsStore(path, {}, self.needs)  # read in this run only: no digests
         with random_state_kept():
             batches = list(itertools.islice(batches, self.max_batches))
         parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
@@ -213,7 +214,7 @@ class _Pass:
                 num_batches=start.num_batches,
                 num_loss_terms=start.num_loss_terms,
             )
-        collector = StatisticsCollector(self.model, targets, start, row_fisher=self.row_fisher)
+        collector = StatisticsCollector(self.model, targets, start, self.needs)
         total = num_batches(batches, self.max_batches)
         show_bar = self.progress_bar and process_index() == 0
         with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft_jactus._processes import gather_objects, num_processes, summed
 from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
+from peft_jactus.numerics.sketches import GradientSketch
 
 
 def summed_over_processes(statistics: CalibrationStatistics) -> CalibrationStatistics:
@@ -21,13 +22,18 @@ def summed_over_processes(statistics: CalibrationStatistics) -> CalibrationStati
     inputs = _summed_moments([layer.input for layer in layers])
     gradients = _summed_moments([layer.gradient for layer in layers])
     row_fishers = [None if layer.row_fisher is None else summed(layer.row_fisher) for layer in layers]
-    total = map(LayerStatistics, inputs, gradients, row_fishers)
+    sketches = [_summed_sketch(layer.weight_gradient) for layer in layers]
+    total = map(LayerStatistics, inputs, gradients, row_fishers, sketches)
     batches, terms = zip(*gather_objects((statistics.num_batches, statistics.num_loss_terms)), strict=True)
     return CalibrationStatistics(
         dict(zip(statistics, total, strict=True)),
         num_batches=sum(batches),
         num_loss_terms=None if None in terms else sum(terms),
     )
+
+
+def _summed_sketch(sketch: GradientSketch | None) -> GradientSketch | None:
+    return None if sketch is None else GradientSketch(summed(sketch.left), summed(sketch.right))
 
 
 def _summed_moments(moments: list[SecondMoment]) -> list[SecondMoment]:

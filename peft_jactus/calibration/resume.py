@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from peft_jactus.numerics.moments import StatisticsNeeds
+
 # Keys of a file's header.
 _COMPLETE = "complete"
 _WEIGHTS = "weights"
@@ -42,7 +44,7 @@ class StatisticsStore:
     Args:
         path: Of the safetensors file.
         targets: The layers by full module name, adapted or not.
-        row_fisher: Whether the Fisher information of rows is needed.
+        needs: What the statistics have to hold.
         digests: Of the weights of all targeted layers. Default: of ``targets``.
     """
 
@@ -50,8 +52,8 @@ class StatisticsStore:
         self,
         path: Path,
         targets: Mapping[str, nn.Module],
+        needs: StatisticsNeeds,
         *,
-        row_fisher: bool,
         digests: Mapping[str, str] | None = None,
     ) -> None:
         if path.is_dir():
@@ -59,7 +61,7 @@ class StatisticsStore:
         self.path = path
         self._is_part = False
         self._targets = targets
-        self._row_fisher = row_fisher
+        self._needs = needs
         if digests is None:
             digests = {name: _weight_digest(module) for name, module in targets.items()}
         self._digests = digests
@@ -68,7 +70,7 @@ class StatisticsStore:
         """Return the store of a group of the layers, ``number`` of ``count``, counted from 1."""
         path = part_path(self.path, number, count)
         # A change of one layer changes what others see, so each part has all digests.
-        store = StatisticsStore(path, targets, row_fisher=self._row_fisher, digests=self._digests)
+        store = StatisticsStore(path, targets, self._needs, digests=self._digests)
         store._is_part = True
         return store
 
@@ -121,7 +123,7 @@ class StatisticsStore:
         if self._is_part and set(statistics) != set(self._targets):
             return None  # of groups for another memory limit
         source = f"`statistics_file` {path}"
-        check_statistics(statistics, self._targets, row_fisher=self._row_fisher, source=source)
+        check_statistics(statistics, self._targets, self._needs, source=source)
         headers = [read_metadata(file) for file in files]
         for header in headers:  # a file that a user saved has no digests
             self._check_weights(json.loads(header.get(_WEIGHTS, "{}")), source)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from peft_jactus.numerics.sketches import GradientSketch
+
 
 class CalibrationStatistics(Mapping[str, LayerStatistics]):
     """Statistics by full module name, as `calibrate` returns them.
@@ -109,6 +111,7 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
                 merged(layer.input, other[name].input),
                 merged(layer.gradient, other[name].gradient),
                 _added_tensors(layer.row_fisher, other[name].row_fisher),
+                _added_sketches(layer.weight_gradient, other[name].weight_gradient),
             )
             for name, layer in self.items()
         }
@@ -198,6 +201,14 @@ def open_statistics(path: Path) -> CalibrationStatistics:
 
 def _added(mine: int | None, theirs: int | None) -> int | None:
     return None if mine is None or theirs is None else mine + theirs
+
+
+def _added_sketches(mine: GradientSketch | None, theirs: GradientSketch | None) -> GradientSketch | None:
+    if mine is None or theirs is None:
+        return None
+    total = mine.clone()
+    total.merge_(theirs)
+    return total
 
 
 def _added_tensors(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:

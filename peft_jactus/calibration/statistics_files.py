@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from peft_jactus._files import opened_safetensors, save_safetensors
+from peft_jactus.numerics import sketches
 from peft_jactus.numerics.moments import TENSORS, LayerStatistics, SecondMoment
+from peft_jactus.numerics.sketches import GradientSketch
 
 if TYPE_CHECKING:
     import contextlib
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 # 1 had no sums of absolute values, and no Fisher information of rows; 2 had sums around zero in float32, which may not
 # have one correct digit of a small variance.
 FORMAT_VERSION = 3
-_ROW_FISHER = "row_fisher."  # and the layer's name: key of a statistics file
+# Keys of a statistics file, with the layer's name behind them.
+_ROW_FISHER = "row_fisher."
+_SKETCH = {name: f"weight_gradient_{name}." for name in sketches.TENSORS}
 _INDEX_SUFFIX = ".index.json"
 _REMEDY = "Delete it and calibrate again."
 
@@ -52,6 +56,9 @@ def save_statistics_file(path: Path, layers: Mapping[str, LayerStatistics], meta
         index[name] = [numbers[layer.input.identity], numbers[layer.gradient.identity]]
         if layer.row_fisher is not None:
             tensors[_ROW_FISHER + name] = layer.row_fisher.cpu()
+        if layer.weight_gradient is not None:
+            for key, prefix in _SKETCH.items():
+                tensors[prefix + name] = getattr(layer.weight_gradient, key).cpu().contiguous()
     header = {
         **metadata,
         "format_version": str(FORMAT_VERSION),
@@ -94,13 +101,20 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         with self._opened() as file:
             key = _ROW_FISHER + name
             row_fisher = file.get_tensor(key) if key in self._keys else None
-            return LayerStatistics(self._moment(file, inputs), self._moment(file, gradients), row_fisher)
+            return LayerStatistics(
+                self._moment(file, inputs), self._moment(file, gradients), row_fisher, self._sketch(file, name)
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def _sketch(self, file: Any, name: str) -> GradientSketch | None:
+        if _SKETCH["left"] + name not in self._keys:
+            return None
+        return GradientSketch(**{key: file.get_tensor(prefix + name) for key, prefix in _SKETCH.items()})
 
     def _moment(self, file: Any, number: int) -> SecondMoment:
         moment = self._moments.get(number)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_jactus.numerics.linalg import to_decomposition_dtype
+from peft_jactus.numerics.sketches import GradientSketch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,11 +183,14 @@ class LayerStatistics:
         gradient: Sums of the gradient of the summed loss with respect to the layer's output vectors.
         row_fisher: ``(out,)``, sum over examples and over a row's entries of the squared gradient of the weight; only
             FWSVD asks for it, ``None`` otherwise.
+        weight_gradient: Sketch of the gradient of the summed loss with respect to the weight; ``None`` where no
+            adaptation ranks start along it.
     """
 
     input: SecondMoment
     gradient: SecondMoment
     row_fisher: Tensor | None = None
+    weight_gradient: GradientSketch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -196,4 +200,26 @@ class LayerStatistics:
     def to(self, device: torch.device) -> LayerStatistics:
         """Return the statistics on ``device``."""
         row_fisher = None if self.row_fisher is None else self.row_fisher.to(device)
-        return LayerStatistics(self.input.to(device), self.gradient.to(device), row_fisher)
+        sketch = None if self.weight_gradient is None else self.weight_gradient.to(device)
+        return LayerStatistics(self.input.to(device), self.gradient.to(device), row_fisher, sketch)
+
+
+@dataclass(frozen=True)
+class StatisticsNeeds:
+    """What a calibration collects beside the two covariances.
+
+    Attributes:
+        row_fisher: The Fisher information of each layer's rows.
+        num_directions: How many leading directions of each weight's gradient; 0 for no sketch of it.
+    """
+
+    row_fisher: bool = False
+    num_directions: int = 0
+
+    def num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Return what all sums of one layer take, the covariances among them."""
+        moments = SecondMoment.num_bytes(out_features, dtype) + SecondMoment.num_bytes(in_features, dtype)
+        fisher = out_features * dtype.itemsize if self.row_fisher else 0
+        if not self.num_directions:
+            return moments + fisher
+        return moments + fisher + GradientSketch.num_bytes(out_features, in_features, self.num_directions, dtype)

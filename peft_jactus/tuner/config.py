@@ -13,7 +13,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft_jactus._version import __version__
 from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions
 from peft_jactus.numerics.factorization import FactorizationOptions
-from peft_jactus.numerics.moments import LayerStatistics
+from peft_jactus.numerics.moments import LayerStatistics, StatisticsNeeds
 from peft_jactus.tuner.adapter_format import ADAPTER_FORMAT
 from peft_jactus.tuner.config_checks import FROM_CHECKPOINT, check_config
 from peft_jactus.tuner.peft_type import jactus_peft_type
@@ -183,6 +183,36 @@ class JactusConfig(PeftConfig):
             )
         },
     )
+    adaptation_rank: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Ranks of each layer's budget that are left to the task, >= 0: a trainable product of two thin "
+                "matrices beside the compressed weight, free on both sides, as LoRA's. More learn more, and leave "
+                "less to the compressed weight. A layer that stays dense has them on top. 0: the core alone trains, "
+                "as in the paper."
+            )
+        },
+    )
+    adaptation_init: Literal["gradient", "inputs", "random"] = field(
+        default="gradient",
+        metadata={
+            "help": (
+                "Directions in which the adaptation ranks read their inputs at the start: the leading ones of the "
+                "weight's mean gradient over the calibration batches ('gradient'), or of the inputs ('inputs'); "
+                "'random' is LoRA's start, without data."
+            )
+        },
+    )
+    trains: Literal["core", "adaptation", "both"] = field(
+        default="core",
+        metadata={
+            "help": (
+                "What trains in each layer: the core between the two bases, as in the paper; the adaptation ranks, "
+                "while the compressed weight is frozen; or both."
+            )
+        },
+    )
     rank_multiple: int = field(
         default=8,
         metadata={
@@ -286,6 +316,21 @@ class JactusConfig(PeftConfig):
                 "This config is a saved adapter's, so that values come from its file, but it has calibration "
                 "statistics. Set `config.init_weights = True` to compute new values from them."
             )
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether `get_peft_model` reads calibration statistics."""
+        return (
+            self.factorization_options().decomposition.needs_statistics or self.statistics_needs().num_directions > 0
+        )
+
+    def statistics_needs(self) -> StatisticsNeeds:
+        """Return what a calibration has to collect beside the two covariances."""
+        along_gradient = self.init_weights is True and self.adaptation_init == "gradient"
+        return StatisticsNeeds(
+            row_fisher=self.factorization_options().decomposition.needs_row_fisher,
+            num_directions=self.adaptation_rank if along_gradient else 0,
+        )
 
     def factorization_options(self) -> FactorizationOptions:
         """Return the settings of the numerical part."""

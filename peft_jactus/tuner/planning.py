@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft_jactus.numerics.allocation import Allocation, LayerGains
     from peft_jactus.numerics.approximation import ProjectedWeight
     from peft_jactus.numerics.factorization import FactorizationOptions
-    from peft_jactus.numerics.moments import LayerStatistics
+    from peft_jactus.numerics.moments import LayerStatistics, StatisticsNeeds
     from peft_jactus.tuner.config import JactusConfig
 
 # Memory for what the measurement leaves to the factorization: 22 million parameters (MiniLM) take 0.2 GB.
@@ -118,8 +118,7 @@ def usable_statistics(
     Raises:
         ValueError: If there are none, or they do not fit the layers; says what to do.
     """
-    options = config.factorization_options().decomposition
-    if not options.needs_statistics:
+    if not config.needs_statistics:
         return None
     if statistics is None:
         remedy = "Call `peft_jactus.calibrate(model, config, batches)` first, or set `config.statistics`"
@@ -132,17 +131,17 @@ def usable_statistics(
         raise ValueError(
             f'This JactusConfig has no calibration statistics. {remedy}; `decomposition="svd"` starts without data.'
         )
-    check_statistics(statistics, targets, row_fisher=options.needs_row_fisher, source="`config.statistics`")
+    check_statistics(statistics, targets, config.statistics_needs(), source="`config.statistics`")
     return statistics
 
 
 def check_statistics(
-    statistics: Mapping[str, LayerStatistics], targets: Mapping[str, nn.Module], *, row_fisher: bool, source: str
+    statistics: Mapping[str, LayerStatistics], targets: Mapping[str, nn.Module], needs: StatisticsNeeds, *, source: str
 ) -> None:
-    """Check that ``statistics`` cover ``targets`` with the right shapes.
+    """Check that ``statistics`` cover ``targets`` with the right shapes, and hold what is needed.
 
     Raises:
-        ValueError: If they do not, or lack the Fisher information of rows although ``row_fisher``; names the module.
+        ValueError: If they do not; names the module.
     """
     for name, module in targets.items():
         layer = statistics.get(name)
@@ -154,11 +153,22 @@ def check_statistics(
         found = (layer.gradient.dim, layer.input.dim)
         if expected != found:
             raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")
-        if row_fisher and layer.row_fisher is None:
+        if needs.num_directions and not _has_directions(layer, needs.num_directions):
+            raise ValueError(
+                f"{source} has no sketch of {needs.num_directions} directions of the weight's gradient for {name}, along "
+                "which its adaptation ranks start. Calibrate with this config, to another `statistics_file`, or set "
+                '`adaptation_init="inputs"`.'
+            )
+        if needs.row_fisher and layer.row_fisher is None:
             raise ValueError(
                 f"{source} has no Fisher information of {name}: it was calibrated for a decomposition other than "
                 '"fwsvd". Calibrate for "fwsvd" to another `statistics_file`; one that is there is used as it is.'
             )
+
+
+def _has_directions(layer: LayerStatistics, num_directions: int) -> bool:
+    sketch = layer.weight_gradient
+    return sketch is not None and sketch.size >= min(num_directions, layer.input.dim, layer.gradient.dim)
 
 
 # -- the plan -------------------------------------------------------------------------------------------------
