@@ -26,9 +26,9 @@ from peft_jactus.deployment.quantizer import attach_compression
 from peft_jactus.deployment.ranks import rank_summary
 from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
-from peft_jactus.numerics.linalg import to_decomposition_dtype
 from peft_jactus.tuner.config import JactusConfig
-from peft_jactus.tuner.layer import JactusLayer, make_dense_layer
+from peft_jactus.tuner.dense_layers import make_dense_layer
+from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
     import os
@@ -240,7 +240,7 @@ def _deployed_layer(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: `{tensor_name}` is not finite. The training diverged, or nothing was loaded.")
     factors, bias = layer.get_factors(adapter_name), tensors.get("jactus_bias")
-    left, core, right = map(to_decomposition_dtype, (factors.left.dense(), factors.core, factors.right.dense()))
+    left, core, right = factors.joined()
     device = tensors["jactus_left"].device
     if not stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
         deployed: FactorizedLinear | None = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)

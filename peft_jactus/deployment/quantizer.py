@@ -28,7 +28,7 @@ from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear
 from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.numerics.allocation import DENSE
-from peft_jactus.tuner.layer import make_dense_layer
+from peft_jactus.tuner.dense_layers import make_dense_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

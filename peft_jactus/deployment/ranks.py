@@ -101,14 +101,15 @@ def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...
     rows = []
     for name, rank in sorted(config.layer_ranks.items(), key=lambda item: _with_numbers(item[0])):
         core, left, right = (
-            shapes.get(f"base_model.model.{name}.jactus_{part}", ()) for part in ("core", "left_order", "right_order")
+            shapes.get(f"base_model.model.{name}.jactus_{part}", ())
+            for part in ("core" if config.core_trains else "frozen_core", "left_order", "right_order")
         )
-        if len(left) != 1 or len(right) != 1 or core != (rank, rank):
+        features = (*left, *right)
+        if len(features) != 2 or core != (config.adapter_shape(rank, *features).core_rank,) * 2:
             raise ValueError(
                 f"{name}: adapter_config.json gives it rank {rank}; the adapter's file holds a core of {core}, and "
                 f"orders of {left} and {right} features. It is damaged; save it again."
             )
-        features = (left[0], right[0])
         storage = DENSE if stays_dense(rank, *features, config.storage) else config.storage
         rows.append(LayerRank(name, *features, rank, storage, config.layer_energy.get(name)))
     if not rows:

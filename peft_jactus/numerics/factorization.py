@@ -10,7 +10,10 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from peft_jactus.errors import NumericalWarning
+from peft_jactus.numerics.adaptation import capped_adaptation_rank, starting_directions
 from peft_jactus.numerics.allocation import Allocation, LayerGains, Storage, allocate
 from peft_jactus.numerics.approximation import DecompositionOptions, project, project_weight
 from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from peft_jactus.numerics.adaptation import AdaptationInit
     from peft_jactus.numerics.approximation import ProjectedWeight
     from peft_jactus.numerics.moments import LayerStatistics
 
@@ -36,32 +40,73 @@ class FactorizationOptions:
     rank_floor: float
     rank_multiple: int
     bias_correction: bool
+    adaptation_rank: int
+    adaptation_init: AdaptationInit
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """What replaces one layer: ``y = left (core (right^T x)) + bias``.
+    """What replaces one layer: ``y = left (core (right^T x)) + up (down x) + bias``.
 
     Attributes:
         left: Basis of the output side, ``(out, rank)``.
         core: ``(rank, rank)``: the weight in those of its rows and columns that span the others.
         right: Basis of the input side, ``(in, rank)``.
         bias: ``(out,)``, or ``None`` for a layer without one.
+        down: ``(adaptation rank, in)``, or ``None`` for a layer without adaptation ranks.
+        up: ``(out, adaptation rank)``, likewise.
     """
 
     left: InterpolativeBasis
     core: Tensor
     right: InterpolativeBasis
     bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
 
     @property
-    def rank(self) -> int:
+    def core_rank(self) -> int:
         """Size of the core."""
         return self.core.shape[0]
 
+    @property
+    def adaptation_rank(self) -> int:
+        """How many ranks adapt."""
+        return 0 if self.down is None else self.down.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the whole weight, at most."""
+        return min(self.core_rank + self.adaptation_rank, self.left.dim, self.right.dim)
+
+    def compressed(self) -> Tensor:
+        """Return the weight ``(out, in)`` without its adaptation ranks."""
+        return self.left.dense() @ self.core @ self.right.dense().mT
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``left`` ``(out, r)``, ``core`` ``(r, r)`` and ``right`` ``(in, r)`` of the whole weight, in float64.
+
+        With adaptation ranks, both have full column rank, and ``r`` is the rank that the weight has up to rounding:
+        adaptation ranks that were not trained add nothing.
+        """
+        left, core, right = map(to_decomposition_dtype, (self.left.dense(), self.core, self.right.dense()))
+        if self.down is None or self.up is None:
+            return left, core, right
+        adapting = torch.eye(self.adaptation_rank, dtype=core.dtype, device=core.device)
+        core = torch.block_diag(core, adapting)  # type: ignore[no-untyped-call]  # torch has no annotation here
+        left, right = torch.cat([left, self.up.to(left)], dim=1), torch.cat([right, self.down.mT.to(right)], dim=1)
+        (left, left_triangle), (right, right_triangle) = torch.linalg.qr(left), torch.linalg.qr(right)
+        vectors, values, covectors = torch.linalg.svd(left_triangle @ core @ right_triangle.mT)
+        rank = max(1, int((values > torch.finfo(values.dtype).eps * len(values) * values[0]).sum()))
+        rank = min(rank, self.rank)
+        return left @ vectors[:, :rank], torch.diag(values[:rank]), right @ covectors[:rank].mT
+
     def dense(self) -> Tensor:
         """Return the weight ``(out, in)``."""
-        return self.left.dense() @ self.core @ self.right.dense().mT
+        weight = self.compressed()
+        if self.down is not None and self.up is not None:
+            weight = weight + self.up.to(weight) @ self.down.to(weight)
+        return weight
 
 
 def choose_ranks(
@@ -99,7 +144,13 @@ def choose_ranks(
 
 
 def layer_gains(
-    name: str, weight: Tensor, statistics: LayerStatistics | None, options: DecompositionOptions, *, centred: bool
+    name: str,
+    weight: Tensor,
+    statistics: LayerStatistics | None,
+    options: DecompositionOptions,
+    *,
+    centred: bool,
+    num_reserved: int,
 ) -> tuple[LayerGains, ProjectedWeight]:
     """Return what each rank of a layer gains, in units that compare between layers, and its projected weight.
 
@@ -109,6 +160,7 @@ def layer_gains(
         statistics: The layer's; ``None`` for a data-free decomposition.
         options: The decomposition.
         centred: Whether a bias will take up the mean error.
+        num_reserved: Ranks of the layer that are paid for something else.
 
     Raises:
         ValueError: With the layer's name, if the statistics cannot be used.
@@ -126,7 +178,7 @@ def layer_gains(
         gains=(weighting * projected.gains()).cpu(),
         dense_gain=weighting * projected.total_energy,
     )
-    return gains, projected
+    return gains.with_reserved(num_reserved), projected
 
 
 def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
@@ -159,8 +211,9 @@ def factorize(
         weight: ``(out, in)``.
         bias: ``(out,)`` or ``None``.
         statistics: The layer's; ``None`` for a data-free decomposition.
-        rank: As planned; capped at the dimension of the subspaces, but full rank reproduces the weight.
-        options: Decomposition and bias correction.
+        rank: As planned, adaptation ranks included; capped at the dimension of the subspaces, but full rank reproduces
+            the weight, and has adaptation ranks on top.
+        options: Decomposition, bias correction and adaptation ranks.
         projected: From `layer_gains`, if it was kept.
 
     Returns:
@@ -172,7 +225,8 @@ def factorize(
     elif projected is None:
         centred = options.bias_correction and bias is not None
         projected = project_weight(weight, statistics, options.decomposition, centred=centred)
-    factors = projected.truncate(rank)
+    adaptation_rank = capped_adaptation_rank(options.adaptation_rank, *weight.shape)
+    factors = projected.truncate(rank if rank >= min(weight.shape) else max(1, rank - adaptation_rank))
     if bias is not None:
         bias = to_decomposition_dtype(bias)
         if options.bias_correction and statistics is not None:
@@ -180,4 +234,8 @@ def factorize(
             bias = bias + error @ to_decomposition_dtype(statistics.input.mean).to(error.device)
     left, from_left = interpolative_basis(factors.left)
     right, from_right = interpolative_basis(factors.right)
-    return LayerFactors(left, from_left @ factors.core @ from_right.mT, right, bias)
+    core = from_left @ factors.core @ from_right.mT
+    if not adaptation_rank:
+        return LayerFactors(left, core, right, bias)
+    down = starting_directions(weight, statistics, adaptation_rank, options.adaptation_init)
+    return LayerFactors(left, core, right, bias, down, core.new_zeros(weight.shape[0], adaptation_rank))

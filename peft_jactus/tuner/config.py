@@ -11,10 +11,11 @@ from peft.config import PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from peft_jactus._version import __version__
+from peft_jactus.numerics.adaptation import AdaptationInit
 from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions
 from peft_jactus.numerics.factorization import FactorizationOptions
 from peft_jactus.numerics.moments import LayerStatistics, StatisticsNeeds
-from peft_jactus.tuner.adapter_format import ADAPTER_FORMAT
+from peft_jactus.tuner.adapter_format import READABLE_FORMATS, AdapterShape, adapter_format
 from peft_jactus.tuner.config_checks import FROM_CHECKPOINT, check_config
 from peft_jactus.tuner.peft_type import jactus_peft_type
 
@@ -194,7 +195,7 @@ class JactusConfig(PeftConfig):
             )
         },
     )
-    adaptation_init: Literal["gradient", "inputs", "random"] = field(
+    adaptation_init: AdaptationInit = field(
         default="gradient",
         metadata={
             "help": (
@@ -204,12 +205,12 @@ class JactusConfig(PeftConfig):
             )
         },
     )
-    trains: Literal["core", "adaptation", "both"] = field(
-        default="core",
+    train_core: bool = field(
+        default=False,
         metadata={
             "help": (
-                "What trains in each layer: the core between the two bases, as in the paper; the adaptation ranks, "
-                "while the compressed weight is frozen; or both."
+                "Train the core between the two bases beside the adaptation ranks. Without adaptation ranks it always "
+                "trains. A core takes more memory than adaptation ranks do: rank^2 numbers a layer, in float32."
             )
         },
     )
@@ -289,6 +290,8 @@ class JactusConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.from_checkpoint and self.adapter_format == 1:
+            self.adaptation_rank = 0  # whatever the default is now
         check_config(self)
 
     @property
@@ -303,10 +306,11 @@ class JactusConfig(PeftConfig):
 
     def check_format(self) -> None:
         """Raise `ValueError` if this is the config of a saved adapter that this version would misread."""
-        if self.from_checkpoint and self.adapter_format != ADAPTER_FORMAT:
+        if self.from_checkpoint and self.adapter_format not in READABLE_FORMATS:
             raise ValueError(
                 f"The adapter has format {self.adapter_format} (written by peft-jactus {self.peft_jactus_version}); "
-                f"this is {__version__}, which reads format {ADAPTER_FORMAT}. Load it with the version that wrote it."
+                f"this is {__version__}, which reads formats {READABLE_FORMATS}. Load it with the version that wrote "
+                "it."
             )
 
     def check_not_calibrated(self) -> None:
@@ -318,18 +322,29 @@ class JactusConfig(PeftConfig):
             )
 
     @property
+    def core_trains(self) -> bool:
+        """Whether the core of each layer trains."""
+        return self.train_core or self.adaptation_rank == 0
+
+    def adapter_shape(self, rank: int, out_features: int, in_features: int) -> AdapterShape:
+        """Return how a layer of this shape and total ``rank`` is shared out."""
+        return AdapterShape.of(
+            rank, out_features, in_features, adaptation_rank=self.adaptation_rank, core_trains=self.core_trains
+        )
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether `get_peft_model` reads calibration statistics."""
-        return (
-            self.factorization_options().decomposition.needs_statistics or self.statistics_needs().num_directions > 0
-        )
+        options = self.factorization_options()
+        along_data = options.adaptation_rank > 0 and options.adaptation_init != "random"
+        return options.decomposition.needs_statistics or along_data
 
     def statistics_needs(self) -> StatisticsNeeds:
         """Return what a calibration has to collect beside the two covariances."""
-        along_gradient = self.init_weights is True and self.adaptation_init == "gradient"
+        options = self.factorization_options()
         return StatisticsNeeds(
-            row_fisher=self.factorization_options().decomposition.needs_row_fisher,
-            num_directions=self.adaptation_rank if along_gradient else 0,
+            row_fisher=options.decomposition.needs_row_fisher,
+            num_directions=options.adaptation_rank if options.adaptation_init == "gradient" else 0,
         )
 
     def factorization_options(self) -> FactorizationOptions:
@@ -351,6 +366,8 @@ class JactusConfig(PeftConfig):
             rank_floor=self.rank_floor,
             rank_multiple=self.rank_multiple,
             bias_correction=self.bias_correction,
+            adaptation_rank=self.adaptation_rank,
+            adaptation_init=self.adaptation_init if self.init_weights is True else "random",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -365,5 +382,5 @@ class JactusConfig(PeftConfig):
             if targets_all_linear(self.target_modules):  # which other models have under other names
                 values["target_modules"] = set(self.layer_ranks)
             values["peft_jactus_version"] = __version__
-            values["adapter_format"] = ADAPTER_FORMAT
+            values["adapter_format"] = adapter_format(self.adaptation_rank)
         return values

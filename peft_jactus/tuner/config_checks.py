@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
+from peft_jactus.numerics.adaptation import AdaptationInit
 from peft_jactus.numerics.allocation import Storage
 from peft_jactus.numerics.approximation import Decomposition
 from peft_jactus.tuner.sizes import parse_size
@@ -20,6 +21,7 @@ _CHOICES = {
     "allocation": ("global", "uniform"),
     "storage": get_args(Storage),
     "decomposition": get_args(Decomposition),
+    "adaptation_init": get_args(AdaptationInit),
 }
 _NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
 
@@ -73,9 +75,7 @@ def _check_numbers(config: JactusConfig) -> None:
         raise ValueError(f"`shrinkage` must be 'ledoit-wolf' or a number in [0, 1]; got {config.shrinkage!r}.")
     if not 0 < config.damping < math.inf:
         raise ValueError(f"`damping` must be positive and finite; got {config.damping}.")
-    if type(config.rank_multiple) is not int or config.rank_multiple < 1:
-        raise ValueError(f"`rank_multiple` must be an integer of at least 1; got {config.rank_multiple!r}.")
-    _check_rank_pattern(config)
+    _check_ranks(config)
 
 
 def _check_budget(config: JactusConfig) -> None:
@@ -94,12 +94,21 @@ def _check_budget(config: JactusConfig) -> None:
         )
 
 
-def _check_rank_pattern(config: JactusConfig) -> None:
+def _check_ranks(config: JactusConfig) -> None:
+    for name, least in (("rank_multiple", 1), ("adaptation_rank", 0)):
+        value = getattr(config, name)
+        if type(value) is not int or value < least:  # JSON also gives floats and booleans
+            raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
     if not isinstance(config.rank_pattern, dict):
         raise TypeError(f"`rank_pattern` must be a dict of ranks by module name; got {config.rank_pattern!r}.")
     for pattern, rank in config.rank_pattern.items():
-        if type(rank) is not int or rank < 1:  # JSON also gives floats and booleans
+        if type(rank) is not int or rank < 1:
             raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
+        if rank <= config.adaptation_rank:
+            raise ValueError(
+                f"`rank_pattern` gives {pattern!r} rank {rank}, of which `adaptation_rank`={config.adaptation_rank} "
+                "are left to the task: nothing remains for the weight. Raise the rank, or lower `adaptation_rank`."
+            )
 
 
 def _is_number(value: object) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus._dtypes import output_dtype
@@ -18,13 +19,16 @@ from peft_jactus.numerics.core_product import core_product
 from peft_jactus.numerics.interpolation import InterpolativeBasis
 from peft_jactus.tuner.adapter_format import (
     TENSOR_NAMES,
+    TRAINABLE,
+    AdapterShape,
+    core_in,
     factors_of,
     is_unfilled,
     tensor_dtype,
-    tensor_shapes,
     tensors_of,
     unfilled,
 )
+from peft_jactus.tuner.dense_layers import FreedBase, assign_parameters_, make_dense_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,43 +36,26 @@ if TYPE_CHECKING:
     from peft_jactus.numerics.factorization import LayerFactors
 
 
-class FreedBase(nn.Module):
-    """Stands where a dense layer was: remembers its features, device and dtype, holds no weight."""
-
-    def __init__(self, base_layer: nn.Linear | Conv1D, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.is_conv1d = isinstance(base_layer, Conv1D)
-        self.has_bias = base_layer.bias is not None
-        # PEFT and some models (T5) read `.weight.dtype` and `.weight.device`; `.to()` must move it.
-        self.register_buffer("weight", base_layer.weight.detach().new_empty(0), persistent=False)
-        self.bias = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise `ValueError`: there is no dense layer any more."""
-        del args, kwargs
-        raise BaseWeightsFreedError("run the base layer")
-
-    def extra_repr(self) -> str:
-        """Show the features."""
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
 class JactusLayer(BaseTunerLayer):
-    """State of one adapted layer: two frozen bases and a trainable core ``(rank, rank)`` for each adapter.
+    """State of one adapted layer: for each adapter two frozen bases, a core between them, and adaptation ranks.
 
     ``jactus_left`` ``(out - rank, rank)`` and ``jactus_right`` ``(in - rank, rank)`` are coefficients of the bases;
     ``jactus_left_order`` and ``jactus_right_order`` say of which features (`interpolation.InterpolativeBasis`).
 
-    All but the core are persistent buffers, as PEFT's contract wants frozen tensors of an adapter: with the bases as
-    frozen parameters 103 tests of PEFT 0.21.2's own suite fail, as they want a gradient for each of an adapter's
-    parameters (72), autocast's dtype (28), and ``requires_grad`` (3). The core is the only parameter, until
-    `hold_bases_as_parameters` is called.
+    ``jactus_core`` trains, or is ``jactus_frozen_core``. ``jactus_adapt_down`` ``(adaptation rank, in)`` and
+    ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where there are adaptation ranks.
+
+    What does not train is held in persistent buffers, as PEFT's contract wants frozen tensors of an adapter: with the
+    bases as frozen parameters 103 tests of PEFT 0.21.2's own suite fail, as they want a gradient for each of an
+    adapter's parameters (72), autocast's dtype (28), and ``requires_grad`` (3). `hold_bases_as_parameters` changes
+    that.
     """
 
-    adapter_layer_names = ("jactus_core",)
-    other_param_names = (*(name for name in TENSOR_NAMES if name != "jactus_core"), "r")
+    jactus_left: BufferDict
+    jactus_bias: BufferDict
+
+    adapter_layer_names = TRAINABLE
+    other_param_names = (*(name for name in TENSOR_NAMES if name not in TRAINABLE), "r", "adapter_shapes")
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
@@ -77,13 +64,10 @@ class JactusLayer(BaseTunerLayer):
         assert out_features is not None
         self.in_features: int = in_features
         self.out_features: int = out_features
-        self.r: dict[str, int] = {}
-        self.jactus_left = BufferDict({}, persistent=True)
-        self.jactus_left_order = BufferDict({}, persistent=True)
-        self.jactus_core = nn.ParameterDict({})
-        self.jactus_right = BufferDict({}, persistent=True)
-        self.jactus_right_order = BufferDict({}, persistent=True)
-        self.jactus_bias = BufferDict({}, persistent=True)
+        self.r: dict[str, int] = {}  # of the whole weight
+        self.adapter_shapes: dict[str, AdapterShape] = {}
+        for name in TENSOR_NAMES:
+            setattr(self, name, nn.ParameterDict({}) if name in TRAINABLE else BufferDict({}, persistent=True))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.module_name = module_name
@@ -109,12 +93,13 @@ class JactusLayer(BaseTunerLayer):
 
     # -- creating an adapter ------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, r: int, *, factors: LayerFactors | None) -> None:
+    def update_layer(self, adapter_name: str, r: int, *, shape: AdapterShape, factors: LayerFactors | None) -> None:
         """Add or replace an adapter.
 
         Args:
             adapter_name: Its name.
-            r: The rank, at least 1.
+            r: The rank of the whole weight, at least 1.
+            shape: How it is shared out.
             factors: Initial values. ``None`` allocates NaN for a checkpoint to fill: a tensor that it does not fill
                 raises at the first forward pass.
 
@@ -125,10 +110,11 @@ class JactusLayer(BaseTunerLayer):
             raise ValueError(f"{self.module_name}: the rank must be at least 1; got {r}.")
         weight = self._base().weight
         self.r[adapter_name] = r
-        values = {} if factors is None else tensors_of(factors)
-        for name, shape in self._expected_shapes(r).items():
+        self.adapter_shapes[adapter_name] = shape
+        values = {} if factors is None else tensors_of(factors, shape)
+        for name, size in self._expected_shapes(shape).items():
             dtype = tensor_dtype(name, weight.dtype)
-            tensor = values[name] if name in values else unfilled(shape, dtype, weight.device)
+            tensor = values[name] if name in values else unfilled(size, dtype, weight.device)
             self._set_tensor(name, adapter_name, tensor.to(device=weight.device, dtype=dtype).contiguous())
         self._unfilled.discard(adapter_name)
         if factors is None:
@@ -136,25 +122,24 @@ class JactusLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def resize_adapter(self, adapter_name: str, r: int) -> None:
+    def resize_adapter(self, adapter_name: str, r: int, shape: AdapterShape) -> None:
         """Allocate the adapter for another rank; a checkpoint is about to fill it."""
         if self.r[adapter_name] == r:
             return
-        self.r[adapter_name] = r
+        self.r[adapter_name], self.adapter_shapes[adapter_name] = r, shape
         held = self.adapter_tensors(adapter_name)
-        trains = held["jactus_core"].requires_grad
-        for name, shape in self._expected_shapes(r).items():
-            self._set_tensor(name, adapter_name, unfilled(shape, held[name].dtype, held[name].device))
-        self.jactus_core[adapter_name].requires_grad_(trains)
+        for name, size in self._expected_shapes(shape).items():
+            self._set_tensor(name, adapter_name, unfilled(size, held[name].dtype, held[name].device))
+            self.adapter_tensors(adapter_name)[name].requires_grad_(held[name].requires_grad)
         self._unfilled.add(adapter_name)
 
-    def _expected_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        return tensor_shapes(self.out_features, self.in_features, rank, bias=self.has_bias)
+    def _expected_shapes(self, shape: AdapterShape) -> dict[str, tuple[int, ...]]:
+        return shape.tensors(self.out_features, self.in_features, bias=self.has_bias)
 
     def _set_tensor(self, name: str, adapter_name: str, tensor: Tensor) -> None:
         held = getattr(self, name)
         if isinstance(held, nn.ParameterDict):
-            tensor = nn.Parameter(tensor, requires_grad=name == "jactus_core")
+            tensor = nn.Parameter(tensor, requires_grad=name in TRAINABLE)
         held[adapter_name] = tensor
 
     def hold_bases_as_parameters(self) -> None:
@@ -243,7 +228,7 @@ class JactusLayer(BaseTunerLayer):
         Raises:
             BaseWeightsFreedError: For several adapters, if the dense weight is gone.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.jactus_core]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
         if self.base_weights_freed:
@@ -259,7 +244,7 @@ class JactusLayer(BaseTunerLayer):
                 if not self._unmerged:
                     self._unmerged.append(self._dense_parameters())
                 # A new parameter: writing into the old one would change a tied embedding.
-                _assign(base, weight, bias)
+                assign_parameters_(base, weight, bias)
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -322,8 +307,17 @@ class JactusLayer(BaseTunerLayer):
         tensors = self.adapter_tensors(adapter_name)
         left = InterpolativeBasis(tensors["jactus_left_order"], tensors["jactus_left"])
         right = InterpolativeBasis(tensors["jactus_right_order"], tensors["jactus_right"])
-        x = self._cast_input_dtype(x, right.coefficients.dtype)
-        return core_product(x, tensors["jactus_core"], left, right, tensors.get("jactus_bias"))
+        output = core_product(
+            self._cast_input_dtype(x, right.coefficients.dtype),
+            core_in(tensors),
+            left,
+            right,
+            tensors.get("jactus_bias"),
+        )
+        if "jactus_adapt_down" not in tensors:
+            return output
+        down, up = tensors["jactus_adapt_down"], tensors["jactus_adapt_up"]
+        return output + functional.linear(functional.linear(self._cast_input_dtype(x, down.dtype), down), up)
 
 
 class Linear(nn.Module, JactusLayer):
@@ -334,6 +328,7 @@ class Linear(nn.Module, JactusLayer):
         module_name: Its full name, for error messages.
         adapter_name: Name of the first adapter.
         r: Its rank.
+        shape: How the rank is shared out.
         factors: Its initial values; ``None`` for an adapter that a checkpoint fills.
     """
 
@@ -344,12 +339,13 @@ class Linear(nn.Module, JactusLayer):
         adapter_name: str,
         *,
         r: int,
+        shape: AdapterShape,
         factors: LayerFactors | None,
     ) -> None:
         super().__init__()
         JactusLayer.__init__(self, base_layer, module_name)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, factors=factors)
+        self.update_layer(adapter_name, r, shape=shape, factors=factors)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)`` with the active adapters."""
@@ -357,7 +353,7 @@ class Linear(nn.Module, JactusLayer):
             if self.merged:
                 self.unmerge()
             return self._base_forward(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.jactus_core]
+        active = [name for name in self.active_adapters if name in self.r]
         if self.merged or not active:
             return self._base_forward(x, *args, **kwargs)
         if len(active) == 1:
@@ -375,23 +371,3 @@ class Linear(nn.Module, JactusLayer):
 
     def __repr__(self) -> str:
         return "jactus." + super().__repr__()
-
-
-def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> nn.Linear | Conv1D:
-    """Return a plain, frozen layer with a weight ``(out, in)``, which a Conv1D stores as ``(in, out)``."""
-    out_features, in_features = weight.shape
-    layer: nn.Linear | Conv1D
-    with torch.device("meta"):
-        if is_conv1d:
-            layer = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
-        else:
-            layer = nn.Linear(in_features, out_features, bias=bias is not None)
-    _assign(layer, weight.mT if is_conv1d else weight, bias)
-    return layer
-
-
-def _assign(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
-    """Give ``layer`` new frozen parameters; ``weight`` as the layer stores it."""
-    layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

@@ -14,21 +14,22 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_jactus._processes import gather_objects, num_processes, process_index, share_out
+from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
 from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
-from peft_jactus.tuner.adapter_format import TENSOR_NAMES, tensor_shapes
+from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, core_in
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
-from peft_jactus.tuner.replication import factors_for_all
+from peft_jactus.tuner.replication import digest, factors_for_all, share_out_layers
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
     check_supported,
     dense_weight,
     dense_weight_and_bias,
+    features_of,
     match_ranks,
     resolve_all_linear_,
     targeted_modules,
@@ -36,7 +37,7 @@ from peft_jactus.tuner.targeting import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Set
+    from collections.abc import Iterator, Set
 
     from peft import PeftConfig
     from torch import Tensor
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
 _TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
+_CORES = {"jactus_core", "jactus_frozen_core"}
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
 
@@ -135,7 +137,7 @@ class JactusModel(BaseTuner):
         limit = getattr(statistics, "memory_limit", None)
         ratio = budget_ratio(peft_config, ModelSize.of(model, targets))
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
-        owners = _share_out_layers(targets) if num_processes() > 1 else None
+        owners = share_out_layers(targets) if num_processes() > 1 else None
         measured = measure_gains(
             targets,
             statistics,
@@ -177,12 +179,13 @@ class JactusModel(BaseTuner):
                 rank = peft_config.layer_ranks[current_key] = factors.rank
                 if self._factorizing_bar is not None:
                     self._factorizing_bar.update()
+            shape = peft_config.adapter_shape(rank, *features_of(target))
             layer: JactusLayer
             if isinstance(target, JactusLayer):
                 layer = target
-                layer.update_layer(adapter_name, rank, factors=factors)
+                layer.update_layer(adapter_name, rank, shape=shape, factors=factors)
             else:
-                layer = linear = Linear(target, current_key, adapter_name, r=rank, factors=factors)
+                layer = linear = Linear(target, current_key, adapter_name, r=rank, shape=shape, factors=factors)
                 if adapter_name not in self.active_adapters:
                     linear.requires_grad_(False)
                 self._replace_module(parent, target_name, linear, target)
@@ -236,17 +239,17 @@ class JactusModel(BaseTuner):
         return factors
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Only the core is trained, so only the core needs float32; the bases keep the dtype of the model.
+        # Only what trains needs float32; the rest keeps the dtype of the model.
         for layer in self._layers():
-            if adapter_name not in layer.jactus_core:
+            if adapter_name not in layer.r:
                 continue
-            core, dtype = layer.jactus_core[adapter_name], layer.jactus_left[adapter_name].dtype
-            if autocast_adapter_dtype:
-                dtype = torch.promote_types(dtype, torch.float32)
-            if core.dtype != dtype:
-                layer.jactus_core[adapter_name] = nn.Parameter(
-                    core.detach().to(dtype), requires_grad=core.requires_grad
-                )
+            model_dtype = layer.jactus_left[adapter_name].dtype
+            dtype = torch.promote_types(model_dtype, torch.float32) if autocast_adapter_dtype else model_dtype
+            for name in TRAINABLE:
+                held = getattr(layer, name)
+                if adapter_name in held and held[adapter_name].dtype != dtype:
+                    tensor = held[adapter_name]
+                    held[adapter_name] = nn.Parameter(tensor.detach().to(dtype), requires_grad=tensor.requires_grad)
 
     # -- training in several processes -----------------------------------------------------------------------
 
@@ -270,7 +273,7 @@ class JactusModel(BaseTuner):
         frozen = {
             name: buffer for name, buffer in self.named_buffers() if not set(TENSOR_NAMES).isdisjoint(name.split("."))
         }
-        if len({tuple(digests) for digests in gather_objects([_digest(buffer) for buffer in frozen.values()])}) > 1:
+        if len({tuple(digests) for digests in gather_objects([digest(buffer) for buffer in frozen.values()])}) > 1:
             return []
         return [prefix + name for name in frozen for prefix in ("", "base_model.")]  # with a PeftModel around this
 
@@ -291,7 +294,7 @@ class JactusModel(BaseTuner):
         layers = {
             name.removeprefix(root): module
             for name, module in model.named_modules()
-            if isinstance(module, JactusLayer) and adapter_name in module.jactus_core
+            if isinstance(module, JactusLayer) and adapter_name in module.r
         }
         unmatched = sorted(set(found) ^ set(layers))
         if unmatched:
@@ -302,7 +305,8 @@ class JactusModel(BaseTuner):
             )
         ranks = {name: _checked_rank(name, layer, found[name], config) for name, layer in layers.items()}
         for name, layer in layers.items():
-            layer.resize_adapter(adapter_name, ranks[name])
+            shape = config.adapter_shape(ranks[name], layer.out_features, layer.in_features)
+            layer.resize_adapter(adapter_name, ranks[name], shape)
         config.layer_ranks.update(ranks)
         return state_dict
 
@@ -353,24 +357,15 @@ class JactusModel(BaseTuner):
         )
 
 
-def _digest(tensor: Tensor) -> float:
-    """Return a number that is hardly the same for two tensors, or for two orders of one."""
-    weights = torch.arange(1, 1 + tensor.numel(), dtype=torch.float64, device=tensor.device)
-    return float(tensor.detach().flatten().double() @ weights)
-
-
-def _share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Return which process factorizes which layer; the time grows with the cube of its sides."""
-    shapes = {name: dense_weight(module).shape for name, module in targets.items()}
-    return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
-
-
 def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
     """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
-    rank = tensors["jactus_core"].shape[0] if "jactus_core" in tensors and tensors["jactus_core"].dim() else 0
-    if config.from_checkpoint:
-        rank = config.layer_ranks.get(name) or 0
-    expected_shapes = tensor_shapes(layer.out_features, layer.in_features, rank, bias=layer.has_bias)
+    features = (layer.out_features, layer.in_features)
+    rank = config.layer_ranks.get(name) or 0
+    if not config.from_checkpoint:
+        core = core_in(tensors) if _CORES & set(tensors) else None
+        rank = core.shape[0] if core is not None and core.dim() else 0
+        rank = min(rank + config.adapter_shape(min(features), *features).adaptation_rank, *features)
+    expected_shapes = config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
     if set(tensors) != set(expected_shapes):
         raise ValueError(
             f"{name}: the checkpoint must hold {sorted(expected_shapes)}; it holds {sorted(tensors)}. It is damaged, "

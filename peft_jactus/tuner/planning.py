@@ -12,6 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from peft_jactus._processes import gather_objects, process_index
+from peft_jactus.numerics.adaptation import capped_adaptation_rank
 from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.numerics.factorization import choose_ranks, layer_gains
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
@@ -92,6 +93,7 @@ def measure_gains(
             None if statistics is None else statistics[name],
             options.decomposition,
             centred=options.bias_correction and has_bias,
+            num_reserved=capped_adaptation_rank(options.adaptation_rank, *dense_weight(targets[name]).shape),
         )
         if projected.num_bytes <= keep_bytes:
             keep_bytes -= projected.num_bytes
@@ -155,9 +157,9 @@ def check_statistics(
             raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")
         if needs.num_directions and not _has_directions(layer, needs.num_directions):
             raise ValueError(
-                f"{source} has no sketch of {needs.num_directions} directions of the weight's gradient for {name}, along "
-                "which its adaptation ranks start. Calibrate with this config, to another `statistics_file`, or set "
-                '`adaptation_init="inputs"`.'
+                f"{source} has no sketch of {needs.num_directions} directions of the weight's gradient for {name}, "
+                "along which its adaptation ranks start. Calibrate with this config, to another `statistics_file`, or "
+                'set `adaptation_init="inputs"`.'
             )
         if needs.row_fisher and layer.row_fisher is None:
             raise ValueError(

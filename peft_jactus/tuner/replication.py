@@ -1,4 +1,4 @@
-"""Factors that one process makes, and all of them use."""
+"""What several processes share of a tuner: layers are shared out, and factors that one makes are used by all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft_jactus._processes import broadcast_, gather_objects
+from peft_jactus._processes import broadcast_, gather_objects, share_out
 from peft_jactus.numerics.factorization import LayerFactors
 from peft_jactus.numerics.interpolation import InterpolativeBasis
+from peft_jactus.tuner.targeting import dense_weight
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
 
 def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *, bias: bool) -> LayerFactors:
@@ -23,20 +26,46 @@ def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *,
         weight: ``(out, in)``.
         bias: Whether they have one.
     """
-    rank = gather_objects(0 if factors is None else factors.rank)[owner]
+    ranks = None if factors is None else (factors.core_rank, factors.adaptation_rank)
+    found = gather_objects(ranks)[owner]
+    assert found is not None
     if factors is None:
-        (out_features, in_features), device = weight.shape, weight.device
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float64, device=device)
-
-        left, right = (
-            InterpolativeBasis(torch.empty(dim, dtype=torch.int64, device=device), empty(dim - rank, rank))
-            for dim in (out_features, in_features)
-        )
-        factors = LayerFactors(left, empty(rank, rank), right, empty(out_features) if bias else None)
-    tensors = [factors.left.order, factors.left.coefficients, factors.core]
-    tensors += [factors.right.order, factors.right.coefficients, *([] if factors.bias is None else [factors.bias])]
-    for tensor in tensors:
+        factors = _empty_factors(weight, *found, bias=bias)
+    optional = (factors.bias, factors.down, factors.up)
+    bases = (factors.left, factors.right)
+    tensors = [factors.core, *(tensor for basis in bases for tensor in (basis.order, basis.coefficients))]
+    for tensor in (*tensors, *(tensor for tensor in optional if tensor is not None)):
         broadcast_(tensor, owner)
     return factors
+
+
+def _empty_factors(weight: Tensor, core_rank: int, adaptation_rank: int, *, bias: bool) -> LayerFactors:
+    (out_features, in_features), device = weight.shape, weight.device
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=device)
+
+    left, right = (
+        InterpolativeBasis(torch.empty(dim, dtype=torch.int64, device=device), empty(dim - core_rank, core_rank))
+        for dim in (out_features, in_features)
+    )
+    return LayerFactors(
+        left,
+        empty(core_rank, core_rank),
+        right,
+        empty(out_features) if bias else None,
+        empty(adaptation_rank, in_features) if adaptation_rank else None,
+        empty(out_features, adaptation_rank) if adaptation_rank else None,
+    )
+
+
+def share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return which process factorizes which layer; the time grows with the cube of its sides."""
+    shapes = {name: dense_weight(module).shape for name, module in targets.items()}
+    return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
+
+
+def digest(tensor: Tensor) -> float:
+    """Return a number that is hardly the same for two tensors, or for two orders of one."""
+    weights = torch.arange(1, 1 + tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return float(tensor.detach().flatten().double() @ weights)

@@ -166,6 +166,14 @@ def dense_weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return dense_weight(module), None if bias is None else bias.detach()
 
 
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """Return ``(out, in)`` of a Linear or Conv1D, adapted or not, whose weight may be gone."""
+    if isinstance(module, JactusLayer):
+        return module.out_features, module.in_features
+    out_features, in_features = dense_weight(module).shape
+    return out_features, in_features
+
+
 def weight_loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a layer that accelerate has offloaded has its weight on the device that it runs on."""
     module = _base(module)

@@ -27,7 +27,7 @@ from peft_jactus.cli import calibration, hub
 from peft_jactus.cli import export as exporting
 from peft_jactus.cli.data import DataOptions, make_batches
 from peft_jactus.deployment.ranks import summary_of_adapter
-from peft_jactus.tuner.adapter_format import tensor_shapes
+from peft_jactus.tuner.adapter_format import AdapterShape
 from peft_jactus_cli import app
 from tests.support.compressed_models import (
     VOCABULARY,
@@ -190,7 +190,7 @@ def test_blocks_are_in_the_order_of_their_numbers():
     shapes = {
         f"base_model.model.{name}.{tensor}": shape
         for name in names
-        for tensor, shape in tensor_shapes(8, 8, 2, bias=False).items()
+        for tensor, shape in AdapterShape(2).tensors(8, 8, bias=False).items()
     }
     assert [row.name for row in summary_of_adapter(config, shapes).rows] == names
 

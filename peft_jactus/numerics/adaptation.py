@@ -1,0 +1,55 @@
+"""Adaptation ranks: in which directions they read a layer's inputs at the start.
+
+A layer's rank is shared out: ``W' x = L C R^T x + B A x``, where ``A`` ``(adaptation rank, in)`` and ``B`` ``(out,
+adaptation rank)`` train, and ``B`` starts at zero. What an adapter learns in few steps depends on where ``A`` looks:
+along the gradient of the weight it sees what the task wants to change (cf. LoRA-GA, Wang et al., arXiv:2407.05000),
+along the inputs what the task's data have most of (EVA, Paischer et al., arXiv:2410.07170).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from peft_jactus.numerics.linalg import eigh_descending
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peft_jactus.numerics.moments import LayerStatistics
+
+AdaptationInit = Literal["gradient", "inputs", "random"]
+
+# Length of a row of A: that of a row of LoRA's A (`kaiming_uniform_` with a = sqrt(5)), times its usual scale of 2. So
+# a step in B changes the outputs as much as LoRA's does, as long as inputs have no direction that stands out.
+ROW_LENGTH = 2 / math.sqrt(3)
+
+
+def capped_adaptation_rank(adaptation_rank: int, out_features: int, in_features: int) -> int:
+    """Return how many adaptation ranks a layer of this shape can have."""
+    return min(adaptation_rank, out_features, in_features)
+
+
+def starting_directions(
+    weight: Tensor, statistics: LayerStatistics | None, adaptation_rank: int, init: AdaptationInit
+) -> Tensor:
+    """Return ``A`` ``(adaptation_rank, in)`` at the start, float64, with rows of length `ROW_LENGTH`.
+
+    Args:
+        weight: ``(out, in)``; its shape and device.
+        statistics: Of the layer; not read by ``"random"``.
+        adaptation_rank: At most ``min(out, in)``.
+        init: Along the weight's gradient, along the inputs, or at random from torch's generator, as LoRA's.
+    """
+    if init == "random":
+        entries = torch.rand(adaptation_rank, weight.shape[1], dtype=torch.float64).to(weight.device)
+        return (2 * entries - 1) * (ROW_LENGTH * math.sqrt(3 / weight.shape[1]))
+    assert statistics is not None
+    if init == "gradient":
+        assert statistics.weight_gradient is not None
+        directions = statistics.weight_gradient.leading(adaptation_rank)[1]
+    else:
+        directions = eigh_descending(statistics.input.covariance)[1][:, :adaptation_rank]
+    return ROW_LENGTH * directions.mT.to(weight.device)

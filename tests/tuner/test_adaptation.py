@@ -1,0 +1,255 @@
+"""Adaptation ranks through PEFT's API: what trains, what is paid from the budget, and that nothing loses them."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from peft_jactus import CalibrationStatistics, JactusConfig, calibrate, export_compressed, plan_ranks, rank_summary
+from peft_jactus.numerics.adaptation import ROW_LENGTH
+from peft_jactus.tuner.layer import JactusLayer
+from tests.support.compressed_models import (
+    batches_for,
+    calibrated,
+    compressed,
+    jactus_config,
+    logits_of,
+    perturb_cores_,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
+
+ADAPTING = {"adaptation_rank": 3, "retained_ratio": 0.8}
+BUILDERS = [tiny_bert, tiny_llama, tiny_gpt2]
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def layers_of(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, JactusLayer)}
+
+
+def trainable(model):
+    return {
+        name.split(".")[-2] for name, tensor in model.named_parameters() if tensor.requires_grad and "jactus" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"adaptation_rank": 0}, {"jactus_core"}),
+        ({"adaptation_rank": 3}, {"jactus_adapt_down", "jactus_adapt_up"}),
+        ({"adaptation_rank": 3, "train_core": True}, {"jactus_core", "jactus_adapt_down", "jactus_adapt_up"}),
+    ],
+)
+def test_what_trains_is_as_the_config_says(fields, expected):
+    assert trainable(compressed(tiny_llama(), **fields)) == expected
+
+
+@pytest.mark.parametrize("init", ["gradient", "inputs", "random"])
+@pytest.mark.parametrize("make", BUILDERS)
+def test_adaptation_ranks_change_nothing_at_the_start(make, init):
+    model = compressed(make(), **ADAPTING, adaptation_init=init)
+    for layer in layers_of(model).values():
+        factors = layer.get_factors("default")
+        assert factors.adaptation_rank == 3
+        assert torch.equal(factors.dense(), factors.compressed())
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+def test_they_are_paid_from_the_budget(storage):
+    model = tiny_llama()
+    config = calibrated(model, **ADAPTING, storage=storage)
+    planned = plan_ranks(model, config, progress_bar=False)
+    tuned = get_peft_model(model, config)
+    summary = rank_summary(tuned)
+    assert planned.summary == summary
+    assert 0.7 < summary.retained_ratio <= 0.8
+    for row in summary.rows:
+        shape = layers_of(tuned)[f"base_model.model.{row.name}"].adapter_shapes["default"]
+        dense = row.rank == min(row.out_features, row.in_features)
+        assert (shape.core_rank, shape.adaptation_rank) == ((row.rank, 3) if dense else (row.rank - 3, 3))
+        assert shape.core_rank >= 1
+
+
+def test_they_start_along_the_gradient_of_the_weight():
+    model = tiny_llama(dtype=torch.float64)
+    batches = batches_for(model)
+    config = jactus_config(model, **ADAPTING)
+    calibrate(model, config, batches, progress_bar=False)
+    gradients = weight_gradients(copy.deepcopy(model), batches)
+    shares = []
+    for name, layer in layers_of(get_peft_model(model, config)).items():
+        down = layer.adapter_tensors("default")["jactus_adapt_down"].detach().double()
+        torch.testing.assert_close(down @ down.mT, ROW_LENGTH**2 * torch.eye(3).double(), rtol=0, atol=1e-5)
+        G = gradients[name.removeprefix("base_model.model.")]
+        held = (G @ (down / ROW_LENGTH).mT).square().sum()
+        shares.append(float(held / torch.linalg.svdvals(G)[:3].square().sum()))
+    # A sketch sees a flat spectrum less well (tests/numerics/test_sketches.py).
+    assert min(shares) > 0.9
+    assert sum(shares) / len(shares) > 0.96
+
+
+def weight_gradients(model, batches):
+    """Return the gradient of the loss, summed over labels, with respect to each linear layer's weight."""
+    for batch in batches:
+        num_labels = int((batch["labels"][:, 1:] != -100).sum())
+        (model(**batch).loss * num_labels).backward()
+    return {name: module.weight.grad for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def test_they_start_along_the_inputs_if_asked():
+    model = tiny_llama(dtype=torch.float64)
+    config = calibrated(model, **ADAPTING, adaptation_init="inputs")
+    statistics = config.statistics
+    for name, layer in layers_of(get_peft_model(model, config)).items():
+        down = layer.adapter_tensors("default")["jactus_adapt_down"].detach().double() / ROW_LENGTH
+        covariance = statistics[name.removeprefix("base_model.model.")].input.covariance
+        best = torch.linalg.eigvalsh(covariance)[-3:].sum()
+        assert float((down @ covariance @ down.mT).trace()) == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("train_core", [False, True])
+def test_training_moves_what_trains_and_nothing_else(train_core):
+    model = compressed(tiny_llama(), **ADAPTING, train_core=train_core).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = sum(model(**batch).loss for batch in batches_for(model.get_base_model()))
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    moved = {
+        name.split(".")[-2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert moved == trainable(model)
+
+
+@pytest.mark.parametrize("train_core", [False, True])
+@pytest.mark.parametrize("make", BUILDERS)
+def test_a_trained_adapter_comes_back_bit_for_bit(make, train_core, tmp_path):
+    model = compressed(make(), **ADAPTING, train_core=train_core)
+    perturb_cores_(model)
+    model.save_pretrained(tmp_path)
+    saved = JactusConfig.from_pretrained(tmp_path)
+    assert (saved.adaptation_rank, saved.train_core, saved.adapter_format) == (3, train_core, 2)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert rank_summary(loaded) == rank_summary(model)
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama, tiny_gpt2])
+def test_export_and_merge_hold_what_was_learned(make, storage, tmp_path):
+    model = compressed(make(), **ADAPTING, storage=storage)
+    untrained = logits_of(model)
+    perturb_cores_(model)
+    expected = logits_of(model)
+    assert (expected - untrained).abs().max() > 0.01
+    export_compressed(model, tmp_path / "compressed", progress_bar=False)
+    auto = AutoModelForSequenceClassification if make is tiny_bert else AutoModelForCausalLM
+    small = auto.from_pretrained(tmp_path / "compressed")
+    torch.testing.assert_close(logits_of(small), expected, **FLOAT32)
+    assert rank_summary(small).retained_ratio <= 0.8
+    assert [row.rank for row in rank_summary(small).rows] == [row.rank for row in rank_summary(model).rows]
+    torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, **FLOAT32)
+
+
+def test_untrained_adaptation_ranks_are_not_exported(tmp_path):
+    model = compressed(tiny_llama(), **ADAPTING)
+    folder = export_compressed(model, tmp_path / "compressed", progress_bar=False)
+    small = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(small), logits_of(model), **FLOAT32)
+    for exported, row in zip(rank_summary(small).rows, rank_summary(model).rows, strict=True):
+        assert exported.rank == (row.rank if row.stays_dense else row.rank - 3)
+
+
+def test_all_weights_that_do_not_train_have_the_models_dtype():
+    model = compressed(tiny_llama(dtype=torch.bfloat16), **ADAPTING)
+    dtypes = {name.split(".")[-2]: tensor.dtype for name, tensor in model.state_dict().items() if "jactus" in name}
+    assert dtypes["jactus_frozen_core"] == dtypes["jactus_left"] == torch.bfloat16
+    assert dtypes["jactus_adapt_down"] == dtypes["jactus_adapt_up"] == torch.float32
+
+
+def test_statistics_without_a_sketch_are_refused_with_what_to_do():
+    model = tiny_llama()
+    statistics = calibrated(model).statistics
+    config = jactus_config(model, **ADAPTING, statistics=statistics)
+    with pytest.raises(ValueError, match=r"no sketch of 3 directions.*q_proj.*Calibrate with this config.*\"inputs\""):
+        get_peft_model(model, config)
+    get_peft_model(model, dataclasses.replace(config, adaptation_init="inputs"))
+
+
+def test_sketches_go_through_files_and_merges(tmp_path):
+    statistics = calibrated(tiny_llama(), **ADAPTING).statistics
+    statistics.save(tmp_path / "statistics")
+    loaded = CalibrationStatistics.load(tmp_path / "statistics")
+    merged = loaded.merge(statistics)
+    for name, layer in statistics.items():
+        for side in ("left", "right"):
+            sums = getattr(layer.weight_gradient, side)
+            assert torch.equal(getattr(loaded[name].weight_gradient, side), sums)
+            torch.testing.assert_close(getattr(merged[name].weight_gradient, side), 2 * sums)
+
+
+def test_sketches_do_not_depend_on_batches_checkpointing_or_memory(tmp_path):
+    model = tiny_llama(dtype=torch.float64)
+    expected = calibrated(model, **ADAPTING).statistics
+    one_by_one = [
+        {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        for batch in batches_for(model)
+        for row in range(4)
+    ]
+    checkpointed = tiny_llama(dtype=torch.float64)
+    checkpointed.activation_checkpointing_enable()
+    runs = [
+        (model, one_by_one, {"loss_reduction": "mean"}),
+        (checkpointed, batches_for(model), {}),
+        (model, batches_for(model), {"max_statistics_memory": "120KB"}),
+    ]
+    for other, batches, options in runs:
+        config = jactus_config(model, **ADAPTING)
+        found = calibrate(other, config, batches, progress_bar=False, **options)
+        for name, layer in expected.items():
+            for side in ("left", "right"):
+                torch.testing.assert_close(
+                    getattr(found[name].weight_gradient, side),
+                    getattr(layer.weight_gradient, side),
+                    rtol=1e-9,
+                    atol=1e-12,
+                )
+
+
+def test_several_adapters_of_different_kinds_live_in_one_model(tmp_path):
+    model = compressed(tiny_llama(), keep_base_weights=True)
+    config = calibrated(model, **ADAPTING, keep_base_weights=True)
+    cores = logits_of(model)
+    model.add_adapter("adapting", config)
+    model.set_adapter("adapting")
+    perturb_cores_(model)
+    adapting = logits_of(model)
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), cores)
+    model.set_adapter("adapting")
+    model.delete_adapter("default")
+    assert torch.equal(logits_of(model), adapting)
+
+
+def test_an_adapter_of_the_first_format_has_no_adaptation_ranks(tmp_path):
+    model = compressed(tiny_llama())
+    model.save_pretrained(tmp_path)
+    saved = JactusConfig.from_pretrained(tmp_path)
+    assert (saved.adapter_format, saved.adaptation_rank) == (1, 0)
+    assert JactusConfig(init_weights="empty", adapter_format=1, adaptation_rank=8).adaptation_rank == 0
+
+
+def test_a_rank_that_leaves_nothing_to_the_weight_is_refused():
+    with pytest.raises(ValueError, match=r"gives 'up' rank 4, of which `adaptation_rank`=4 are left to the task"):
+        JactusConfig(adaptation_rank=4, rank_pattern={"up": 4})
