@@ -89,9 +89,9 @@ def test_they_start_along_the_gradient_of_the_weight():
         G = gradients[name.removeprefix("base_model.model.")]
         held = (G @ (down / ROW_LENGTH).mT).square().sum()
         shares.append(float(held / torch.linalg.svdvals(G)[:3].square().sum()))
-    # A sketch sees a flat spectrum less well (tests/numerics/test_sketches.py).
-    assert min(shares) > 0.9
-    assert sum(shares) / len(shares) > 0.96
+    # A sketch sees a flat spectrum less well: 0.8 of it in tests/numerics/test_sketches.py.
+    assert min(shares) > 0.8
+    assert sum(shares) / len(shares) > 0.93
 
 
 def weight_gradients(model, batches):
