@@ -87,6 +87,10 @@ def task(task_type: str) -> list[Row]:
     return [
         Row("kept-base", (JactusConfig, KEPT_BASE | LOW_RANK | options)),
         Row("freed-base", (JactusConfig, freed), FREED_BASE_FAILURES),
+        Row(
+            "adapting",
+            (JactusConfig, KEPT_BASE | LOW_RANK | {"adaptation_rank": 2, "adaptation_init": "random"} | options),
+        ),
     ]
 
 
@@ -98,6 +102,15 @@ CUSTOM_MODELS = [
     _custom("full-rank-modules-to-save", _full("lin0"), modules_to_save=["lin1"]),
     _custom("full-rank-conv1d", _full("conv1d"), "EmbConv1D"),
     _custom("low-rank", {"lin0": 4}, fails=LOW_RANK_FAILURES),
+    _custom("full-rank-adapting", _full("lin0", "lin1"), adaptation_rank=1, adaptation_init="random"),
+    _custom(
+        "full-rank-adapting-with-core",
+        _full("lin0", "lin1"),
+        adaptation_rank=1,
+        adaptation_init="random",
+        train_core=True,
+    ),
+    _custom("low-rank-adapting", {"lin0": 4}, fails=LOW_RANK_FAILURES, adaptation_rank=2, adaptation_init="random"),
     _custom("freed-base", _full("lin0"), fails=FREED_BASE_FAILURES, **FREED_BASE),
     _custom("freed-base-conv1d", _full("conv1d"), "EmbConv1D", fails=FREED_BASE_FAILURES, **FREED_BASE),
 ]
