@@ -26,7 +26,7 @@ ROOMS = [
         "tuner",
         "what PEFT sees",
         "_version errors _dtypes _processes numerics",
-        "accelerate peft torch tqdm transformers",
+        "accelerate peft torch tqdm transformers typing_extensions",
     ),
     (
         "calibration",
