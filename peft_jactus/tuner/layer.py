@@ -143,8 +143,8 @@ class JactusLayer(BaseTunerLayer):
         held[adapter_name] = tensor
 
     def hold_bases_as_parameters(self) -> None:
-        """Turn the coefficients of the bases into parameters that do not train, where there are any."""
-        for name in ("jactus_left", "jactus_right"):
+        """Turn coefficients of bases, and frozen cores, into parameters that do not train, where there are any."""
+        for name in ("jactus_left", "jactus_frozen_core", "jactus_right"):
             tensors = dict(getattr(self, name).items())
             if all(tensor.numel() for tensor in tensors.values()):  # ZeRO-3 fails on a parameter without elements
                 frozen = {adapter: nn.Parameter(tensor, requires_grad=False) for adapter, tensor in tensors.items()}

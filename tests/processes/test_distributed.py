@@ -40,10 +40,15 @@ def results_of(folder, world_size):
         yield json.loads(read_metadata(path)["ranks"]), load_file(path)
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("bert", 2), ("llama", 2), ("llama", 4)])
-def test_several_processes_give_the_ranks_and_factors_of_one(name, world_size, tmp_path):
-    expected_ranks, expected = factors_of(compressed(name, slice(None)))
-    process = launch(world_size, tmp_path, name)
+ADAPTING = {"adaptation_rank": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "fields"), [("bert", 2, {}), ("llama", 2, {}), ("llama", 4, {}), ("llama", 2, ADAPTING)]
+)
+def test_several_processes_give_the_ranks_and_factors_of_one(name, world_size, fields, tmp_path):
+    expected_ranks, expected = factors_of(compressed(name, slice(None), fields=fields))
+    process = launch(world_size, tmp_path, name, fields=fields)
     assert process.returncode == 0, process.stderr
     first, *others = results_of(tmp_path, world_size)
     for ranks, tensors in others:  # the very same numbers, not equal ones
@@ -91,10 +96,12 @@ def test_a_killed_process_ends_the_run_with_an_error_and_the_next_run_goes_on(tm
     "wrapper",
     ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
 )
-def test_training_in_two_processes_has_the_losses_of_one(wrapper, tmp_path):
-    expected = losses_of_training(compressed("llama", slice(None)), slice(None))
+@pytest.mark.parametrize("fields", [{}, ADAPTING], ids=["core", "adapting"])
+def test_training_in_two_processes_has_the_losses_of_one(wrapper, fields, tmp_path):
+    expected = losses_of_training(compressed("llama", slice(None), fields=fields), slice(None))
     assert expected[0] > 1.05 * expected[-1]
-    assert (process := launch(2, tmp_path, "llama", wrapper=wrapper)).returncode == 0, process.stderr
+    process = launch(2, tmp_path, "llama", wrapper=wrapper, fields=fields)
+    assert process.returncode == 0, process.stderr
     losses = json.loads(read_metadata(tmp_path / "0.safetensors")["losses"])
     assert losses == pytest.approx(expected, rel=1e-4)
 

@@ -25,14 +25,14 @@ LEARNING_RATE = 1e-2
 MODELS = {"bert": (tiny_bert, "SEQ_CLS"), "llama": (tiny_llama, "CAUSAL_LM")}
 
 
-def compressed(name, share, *, kill=None, **options):
+def compressed(name, share, *, kill=None, fields=None, **options):
     """Calibrate on the batches ``share`` and compress; return the model. Process ``kill`` dies in its second batch."""
     build, task_type = MODELS[name]
     model = build(dtype=torch.float64)
     batches = batches_for(model, num_batches=8)[share]
     if kill is not None:
         batches = killed_in_the_second(batches, kill)
-    config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6)
+    config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6, **(fields or {}))
     statistics = calibrate(model, config, batches, progress_bar=False, **options)
     assert statistics.num_batches == 8
     return get_peft_model(model, config)
@@ -58,6 +58,8 @@ def factors_of(model):
                 tensors[f"{name}.{side}"] = basis @ basis.mT
             if factors.bias is not None:
                 tensors[f"{name}.bias"] = factors.bias
+            if factors.down is not None:
+                tensors[f"{name}.adaptation"] = factors.down.mT @ factors.down
     return ranks, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
