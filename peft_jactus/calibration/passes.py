@@ -68,7 +68,9 @@ def calibrate(
         model: Any module; a transformers model returns its own loss when ``batches`` hold labels.
         config: Says which modules to look at. ``config.statistics`` is set to the result.
         batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions
-            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted.
+            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted. For a
+            model that is fine-tuned already, take rows that it was not trained on: its gradients on the others say
+            less.
         max_batches: Stop after so many. Default: all.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar tensor, for models that don't return one.
         loss_reduction: Whether the loss is the mean over examples (over tokens that have a label, if labels are

@@ -257,9 +257,11 @@ class RankPlan:
     def loss_rise(self) -> float | None:
         """Expected rise of the model's loss right after compression, before any training; in nats (for one label).
 
-        Half of the K-FAC-weighted squared error, summed over the layers: an estimate to second order, from the
-        calibration data, that leaves out what layers do to each other. ``None`` where the decomposition does not weigh
-        both sides of a layer (``"jactus"`` and ``"kfac"`` do), or the statistics do not say how many labels they saw.
+        Half of the K-FAC-weighted squared error, summed over the layers: an estimate to second order that leaves out
+        what layers do to each other. It is as good as the calibration data: on rows that a model was trained on, its
+        gradients are small, and so is this; docs/results.md has it beside measurements. ``None`` where the
+        decomposition does not weigh both sides of a layer (``"jactus"`` and ``"kfac"`` do), or the statistics do not
+        say how many labels they saw.
         """
         rises = [self._layers.loss_rise(name, rank) for name, rank in self._allocation.ranks.items()]
         return None if None in rises else sum(rise for rise in rises if rise is not None)
