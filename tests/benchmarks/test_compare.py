@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from benchmarks.compare import __main__ as compare
-from benchmarks.compare import adapting, cases, learning_rates, tables, training
+from benchmarks.compare import adaptation, adapting, cases, learning_rates, tables, training
 from benchmarks.compression import loss, plan
 from benchmarks.tasks import language, text, vision
 from benchmarks.tasks.workload import Workload, split_rows
@@ -277,6 +277,19 @@ def test_the_plan_is_compared_with_what_comes_out(run, data_dir, tmp_path):
     table = run(plan, "report", "--out", tmp_path)
     assert table.count("| 0.6 | ") == 2
     assert (tmp_path / "plan-text.png").exists()
+
+
+def test_ways_to_adapt_are_compared_on_held_out_rows_and_a_finished_case_is_skipped(run, data_dir, tmp_path):
+    options = ["--data-dir", data_dir, "--tasks", TASKS["text"], "--rates", 1e-3, "--rows", 48, "--out", tmp_path]
+    run(adaptation, "run", *options, "--variants", "lora", "core", "gradient 8", "gradient 16, warm head")
+    rows = [json.loads(line) for line in (tmp_path / "adaptation-text.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"lora", "core", "gradient 8", "gradient 16, warm head"}
+    assert all(row["retained_ratio_reached"] <= row["retained_ratio"] for row in rows)
+    before = (tmp_path / "adaptation-text.jsonl").stat().st_mtime_ns
+    run(adaptation, "run", *options, "--variants", "lora", "core")
+    assert (tmp_path / "adaptation-text.jsonl").stat().st_mtime_ns == before
+    table = run(adaptation, "report", "--out", tmp_path)
+    assert "| gradient 8 |" in table
 
 
 def names_of_modules():
