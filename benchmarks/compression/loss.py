@@ -155,7 +155,7 @@ def measure(args, task, seed):
         for name, layer in dense.items():
             statistics_of_layer = found[name] if options.needs_statistics else None
             gains[name], projected[name] = layer_gains(
-                name, layer.weight, statistics_of_layer, options, centred=layer.bias is not None
+                name, layer.weight, statistics_of_layer, options, centred=layer.bias is not None, num_reserved=0
             )
         for ratio, storage, allocation in itertools.product(RATIOS, STORAGES, ALLOCATIONS):
             allocated = allocate(
