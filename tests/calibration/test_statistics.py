@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -18,7 +17,6 @@ from peft_jactus.numerics.moments import LayerStatistics
 from tests.support.strategies import moment_from, randn
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64 sums of less than 50 terms of order 1, in any order
-num_vectors = st.integers(1, 40)
 
 
 def assert_moments_equal(one, other):

@@ -21,9 +21,6 @@ from tests.support.strategies import dims, orthonormal, randn, random_orthonorma
 
 FLOAT64 = 1e-12
 FLOAT32 = 2e-6
-LARGEST_COEFFICIENT = 1.05
-# Exchanges stop on coefficients that rounding has touched; they are then computed once more.
-ROUNDING = 1e-9
 SHAPES = [(7, 12), (12, 7), (9, 9), (2, 5), (5, 2), (2, 2)]
 KINDS = [LowRankLinear, RowPivotedLinear, ColumnPivotedLinear]
 

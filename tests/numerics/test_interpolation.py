@@ -7,28 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_jactus import LowRankLinear
-from peft_jactus.deployment.layers import (
-    ColumnPivotedLinear,
-    RowPivotedLinear,
-)
 from peft_jactus.numerics.interpolation import interpolate_rows
 from tests.support.strategies import dims, randn, random_orthonormal, seeds
 
-FLOAT64 = 1e-12
-FLOAT32 = 2e-6
 LARGEST_COEFFICIENT = 1.05
 # Exchanges stop on coefficients that rounding has touched; they are then computed once more.
 ROUNDING = 1e-9
-SHAPES = [(7, 12), (12, 7), (9, 9), (2, 5), (5, 2), (2, 2)]
-KINDS = [LowRankLinear, RowPivotedLinear, ColumnPivotedLinear]
-
-
-def relative_error(actual, expected):
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-# -- interpolation ----------------------------------------------------------------------------------------
+FLOAT64 = 1e-12
 
 
 @st.composite

@@ -1,3 +1,5 @@
+"""Matrix factorizations, against PyTorch's own in float64."""
+
 import math
 
 import pytest
@@ -16,14 +18,6 @@ from tests.support.strategies import (
 )
 
 ORTHONORMAL = 1e-12  # rounding of float64, times the dimension
-CONTAINED = 1e-7  # directions below sqrt(eps) = 1.5e-8 may be dropped, from each of several columns
-# Eigenvectors are computed in float32 (eps 1.2e-7); across the gap of 10 that the tests leave at the cut
-# they turn by little more.
-FLOAT32_EIGENVECTORS = 1e-5
-
-
-def projector(basis):
-    return basis @ basis.mT
 
 
 def assert_orthonormal(basis):
