@@ -100,11 +100,14 @@ def is_unfilled(tensor: Tensor) -> bool:
 
 def tensors_of(factors: LayerFactors, shape: AdapterShape) -> dict[str, Tensor]:
     """Return the factors as tensors, by name."""
-    left_scale, right_scale = core_scales(factors.left, factors.right)
+    core = factors.core
+    if shape.core_trains:
+        left_scale, right_scale = core_scales(factors.left, factors.right)
+        core = core * left_scale * right_scale
     tensors = {
         "jactus_left": factors.left.coefficients,
         "jactus_left_order": factors.left.order,
-        shape.core_name: factors.core * left_scale * right_scale,
+        shape.core_name: core,
         "jactus_right": factors.right.coefficients,
         "jactus_right_order": factors.right.order,
         "jactus_bias": factors.bias,
@@ -126,7 +129,9 @@ def factors_of(tensors: Mapping[str, Tensor]) -> LayerFactors:
     left, right = (
         InterpolativeBasis(wide[f"jactus_{side}_order"], wide[f"jactus_{side}"]) for side in ("left", "right")
     )
-    left_scale, right_scale = core_scales(left, right)
-    core = core_in(wide) / left_scale / right_scale
+    core = core_in(wide)
+    if "jactus_core" in wide:
+        left_scale, right_scale = core_scales(left, right)
+        core = core / left_scale / right_scale
     optional = (wide.get(f"jactus_{name}") for name in ("bias", "adapt_down", "adapt_up"))
     return LayerFactors(left, core, right, *optional)

@@ -313,6 +313,7 @@ class JactusLayer(BaseTunerLayer):
             left,
             right,
             tensors.get("jactus_bias"),
+            is_scaled="jactus_core" in tensors,
         )
         if "jactus_adapt_down" not in tensors:
             return output
