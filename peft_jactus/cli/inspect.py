@@ -107,6 +107,9 @@ def _inspect_adapter(folder: Path) -> Inspection:
         "storage": f"{config.storage}, once exported",
         "written by": f"peft-jactus {config.peft_jactus_version}",
     }
+    if config.adaptation_rank:
+        trains = "they and the cores train" if config.train_core else "they train"
+        facts["adaptation"] = f"{config.adaptation_rank} of each layer's ranks, or on top of a dense one; {trains}"
     return Inspection(folder, facts, summary_of_adapter(config, shapes), None)
 
 

@@ -184,6 +184,14 @@ def test_inspect_reads_off_an_adapter_what_the_loaded_one_says(home, name):
     assert str(home / name) in output, "the base model"
 
 
+def test_inspect_says_how_many_ranks_adapt(tmp_path):
+    model = compressed(tiny_llama(), adaptation_rank=3, retained_ratio=0.8)
+    model.save_pretrained(tmp_path)
+    output = run("inspect", tmp_path)
+    assert re.search(r"adaptation +3 of each layer's ranks, or on top of a dense one; they train", output)
+    assert table_of(output) == table_of(str(rank_summary(model)))
+
+
 def test_blocks_are_in_the_order_of_their_numbers():
     names = [f"layers.{block}.{name}" for block in range(12) for name in ("a", "b")]
     config = JactusConfig(target_modules="all-linear", layer_ranks=dict.fromkeys(reversed(names), 2))
