@@ -84,8 +84,8 @@ def plot_plan(plan: RankPlan) -> Figure:
     name, costs = _costs([*curve, plan])
     cost_axes.plot(ratios, costs[:-1], marker="o", markersize=3)
     cost_axes.plot(plan.retained_ratio, costs[-1], "o", color="tab:red", markersize=10, fillstyle="none")
-    if all(cost > 0 for cost in costs if cost != costs[-2]):  # at 1 nothing is lost
-        cost_axes.set_yscale("log", nonpositive="mask")
+    if any(cost > 0 for cost in costs):
+        cost_axes.set_yscale("log", nonpositive="mask")  # where all is kept, nothing is lost
     cost_axes.set_ylabel(name)
     size_axes.plot(ratios, [at.num_bytes / 1e6 for at in curve], marker="o", markersize=3)
     size_axes.plot(plan.retained_ratio, plan.num_bytes / 1e6, "o", color="tab:red", markersize=10, fillstyle="none")

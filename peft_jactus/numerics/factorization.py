@@ -110,7 +110,11 @@ class LayerFactors:
 
 
 def choose_ranks(
-    gains: Mapping[str, LayerGains], options: FactorizationOptions, fixed_ranks: Mapping[str, int]
+    gains: Mapping[str, LayerGains],
+    options: FactorizationOptions,
+    fixed_ranks: Mapping[str, int],
+    *,
+    asked_budget: str | None = None,
 ) -> Allocation:
     """Choose the ranks of all layers under the budget; a `NumericalWarning` says if it is out of reach.
 
@@ -118,6 +122,7 @@ def choose_ranks(
         gains: By module name, see `layer_gains`.
         options: Budget and allocation.
         fixed_ranks: Ranks that the user decided, by module name.
+        asked_budget: The budget as the user gave it, for messages. Default: the share in ``options``.
 
     Returns:
         The ranks. A `ValueError` says if the fixed ones leave too little for the others.
@@ -134,9 +139,10 @@ def choose_ranks(
     )
     if allocation.num_stored > allocation.budget and not fixed_ranks:
         share = allocation.num_stored / sum(layer.num_parameters for layer in gains.values())
+        asked = asked_budget or f"`retained_ratio`={options.retained_ratio:g}"
         warnings.warn(
-            f"`retained_ratio`={options.retained_ratio:g} is out of reach: {share:.3g} are kept, since no layer gets "
-            "less than rank one.",
+            f"{asked} is out of reach: {share:.3g} are kept of the targeted layers' parameters, "
+            "since each layer keeps a rank of one, and its adaptation ranks.",
             NumericalWarning,
             stacklevel=2,
         )

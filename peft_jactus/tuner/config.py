@@ -300,6 +300,13 @@ class JactusConfig(PeftConfig):
         return self.retained_ratio if self.model_ratio is None and self.max_model_size is None else None
 
     @property
+    def asked_budget(self) -> str:
+        """The field that gives the budget and its value, for messages."""
+        fields_of_budgets = ("model_ratio", "max_model_size")
+        name = next((name for name in fields_of_budgets if getattr(self, name) is not None), "retained_ratio")
+        return f"`{name}`={getattr(self, name)!r}"
+
+    @property
     def from_checkpoint(self) -> bool:
         """Whether values come from a checkpoint, so that nothing is decomposed."""
         return self.init_weights == FROM_CHECKPOINT

@@ -43,7 +43,7 @@ def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) ->
     layer: nn.Linear | Conv1D
     with torch.device("meta"):
         if is_conv1d:
-            layer = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
+            layer = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]  # transformers: untyped
         else:
             layer = nn.Linear(in_features, out_features, bias=bias is not None)
     assign_parameters_(layer, weight.mT if is_conv1d else weight, bias)

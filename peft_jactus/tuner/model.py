@@ -147,7 +147,9 @@ class JactusModel(BaseTuner):
             progress_bar=show_bar,
         )
         options = dataclasses.replace(options, retained_ratio=ratio)
-        ranks = choose_ranks(measured.gains, options, match_ranks(targets, peft_config.rank_pattern)).ranks
+        fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
+        asked = peft_config.asked_budget
+        ranks = choose_ranks(measured.gains, options, fixed_ranks, asked_budget=asked).ranks
         peft_config.layer_ranks = dict(ranks)
         peft_config.layer_energy = measured.energy_kept(ranks)
         self._prepared = _Prepared(measured.projections, owners or {})

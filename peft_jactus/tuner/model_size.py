@@ -83,20 +83,18 @@ def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
     if config.model_ratio is not None:
         untargeted = size.num_parameters - size.targeted_parameters
         allowed = config.model_ratio * size.num_parameters - untargeted
-        asked = f"`model_ratio`={config.model_ratio:g}"
         least = f"{untargeted / size.num_parameters:.1%} of the parameters"
     elif config.max_model_size is not None:
         extra = sum(_extra_bytes(name, min(shape), config.storage) for name, shape in size.shapes.items())
         untargeted = size.num_bytes - size.targeted_parameters * size.itemsize + extra
         allowed = (parse_size(config.max_model_size) - untargeted) / size.itemsize
-        asked = f"`max_model_size`={config.max_model_size!r}"
         least = f"{untargeted / 1e6:.1f} MB"
     else:
         return config.retained_ratio
     if allowed <= 0:
         raise ValueError(
-            f"{asked} is out of reach: what is not targeted (embeddings, heads, norms) takes {least} by itself. Raise "
-            "the budget, or target more layers."
+            f"{config.asked_budget} is out of reach: what is not targeted (embeddings, heads, norms) takes {least} by "
+            "itself. Raise the budget, or target more layers."
         )
     return min(1.0, allowed / size.targeted_parameters)
 

@@ -186,9 +186,10 @@ class _Layers:
     size: ModelSize
     num_loss_terms: int | None
 
-    def plan(self, ratio: float, asked_ratio: float | None) -> RankPlan:
+    def plan(self, ratio: float, asked_ratio: float | None, asked_budget: str | None = None) -> RankPlan:
         options = dataclasses.replace(self.options, retained_ratio=ratio)
-        return RankPlan(self, choose_ranks(self.measured.gains, options, self.fixed_ranks), asked_ratio)
+        ranks = choose_ranks(self.measured.gains, options, self.fixed_ranks, asked_budget=asked_budget)
+        return RankPlan(self, ranks, asked_ratio)
 
     def loss_rise(self, name: str, rank: int) -> float | None:
         """Return half of the squared weighted error of a layer, in nats for one term of the loss."""
@@ -336,4 +337,4 @@ def plan_ranks(
     )
     num_terms = getattr(statistics, "num_loss_terms", None) if options.decomposition.estimates_loss else None
     layers = _Layers(measured, options, match_ranks(targets, config.rank_pattern), size, num_terms)
-    return layers.plan(ratio, config.asked_ratio)
+    return layers.plan(ratio, config.asked_ratio, config.asked_budget)

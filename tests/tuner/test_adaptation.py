@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -248,6 +249,16 @@ def test_an_adapter_of_the_first_format_has_no_adaptation_ranks(tmp_path):
     saved = JactusConfig.from_pretrained(tmp_path)
     assert (saved.adapter_format, saved.adaptation_rank) == (1, 0)
     assert JactusConfig(init_weights="empty", adapter_format=1, adaptation_rank=8).adaptation_rank == 0
+
+
+def test_a_saved_rank_that_leaves_nothing_to_the_weight_is_refused_by_name(tmp_path):
+    compressed(tiny_llama(), **ADAPTING).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    saved["layer_ranks"]["model.layers.0.self_attn.q_proj"] = 3
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: of rank 3, 3 adapt, and nothing remains"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_a_rank_that_leaves_nothing_to_the_weight_is_refused():

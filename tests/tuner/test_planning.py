@@ -316,6 +316,18 @@ def test_a_budget_that_the_rest_of_the_model_uses_up_is_refused_before_the_work(
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
+def test_a_budget_below_the_least_ranks_is_named_as_it_was_given():
+    model = tiny_llama()
+    targeted = sum(row.num_dense for row in plan_ranks(model, calibrated(model), progress_bar=False).summary.rows)
+    least = 1 - targeted / model.num_parameters()
+    config = replace(calibrated(model), retained_ratio=0.8, model_ratio=least + 0.001)
+    for make in (plan_ranks, get_peft_model):
+        with pytest.warns(
+            NumericalWarning, match=r"^`model_ratio`=0\.\d+ is out of reach: 0\.\d+ are kept of the target"
+        ):
+            make(model, config)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
