@@ -51,7 +51,9 @@ parser.add_argument("--eval-split", help="default: test, or validation if there 
 parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="kept share of the weights")
 parser.add_argument("--storage", choices=["factored", "pivoted"], default=JactusConfig.storage)
+parser.add_argument("--adaptation-rank", type=int, default=32, help="ranks of each layer that train")
 parser.add_argument("--calibration-batches", type=int, default=16)
+parser.add_argument("--head-warmup-steps", type=int, default=50, help="the new head alone, before calibration")
 parser.add_argument(
     "--lora-first",
     action="store_true",
@@ -193,10 +195,11 @@ config = JactusConfig(
     target_modules="all-linear",
     retained_ratio=args.retained_ratio,
     storage=args.storage,
+    adaptation_rank=args.adaptation_rank,
 )
 loader = DataLoader(dataset["train"], args.batch_size, collate_fn=collator)
 start = time.perf_counter()
-calibrate(model, config, loader, max_batches=args.calibration_batches)
+calibrate(model, config, loader, max_batches=args.calibration_batches, head_warmup_steps=args.head_warmup_steps)
 model = get_peft_model(model, config)
 preparation_seconds = time.perf_counter() - start
 

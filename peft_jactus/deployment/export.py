@@ -239,9 +239,9 @@ def _deployed_layer(
             raise ValueError(f"{name}: `{tensor_name}` has no values in memory; load the model without offloading.")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: `{tensor_name}` is not finite. The training diverged, or nothing was loaded.")
-    factors, bias = layer.get_factors(adapter_name), tensors.get("jactus_bias")
-    left, core, right = factors.joined()
-    device = tensors["jactus_left"].device
+    left, core, right = layer.get_factors(adapter_name).joined()
+    bias = tensors.get("jactus_bias")
+    device = next(iter(tensors.values())).device
     if not stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
         deployed: FactorizedLinear | None = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
         if isinstance(deployed, PivotedLinear):

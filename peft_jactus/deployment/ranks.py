@@ -100,15 +100,19 @@ def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...
     """
     rows = []
     for name, rank in sorted(config.layer_ranks.items(), key=lambda item: _with_numbers(item[0])):
-        core, left, right = (
-            shapes.get(f"base_model.model.{name}.jactus_{part}", ())
-            for part in ("core" if config.core_trains else "frozen_core", "left_order", "right_order")
-        )
-        features = (*left, *right)
-        if len(features) != 2 or core != (config.adapter_shape(rank, *features).core_rank,) * 2:
+        prefix = f"base_model.model.{name}."
+        held = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        ends = ("left_order", "right_order") if config.core_trains else ("adapt_up", "adapt_down")
+        left, right = (held.get(f"jactus_{end}") for end in ends)
+        wrong = held
+        if left and right:
+            features = (left[0], right[-1])
+            expected = config.adapter_shape(rank, *features).tensors(*features, bias=False)
+            wrong = {key: held.get(key, ()) for key, shape in expected.items() if held.get(key) != shape}
+        if not left or not right or wrong:
             raise ValueError(
-                f"{name}: adapter_config.json gives it rank {rank}; the adapter's file holds a core of {core}, and "
-                f"orders of {left} and {right} features. It is damaged; save it again."
+                f"{name}: adapter_config.json gives it rank {rank}, which does not fit what the adapter's file holds "
+                f"of it: {wrong or 'nothing'}. It is damaged; save it again."
             )
         storage = DENSE if stays_dense(rank, *features, config.storage) else config.storage
         rows.append(LayerRank(name, *features, rank, storage, config.layer_energy.get(name)))

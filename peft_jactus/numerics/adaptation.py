@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 AdaptationInit = Literal["gradient", "inputs", "random"]
 
-# Length of a row of A: that of a row of LoRA's A (`kaiming_uniform_` with a = sqrt(5)), times its usual scale of 2. So
-# a step in B changes the outputs as much as LoRA's does, as long as inputs have no direction that stands out.
+# Length of a row of A in a direction that has the mean share of the inputs: that of a row of LoRA's A
+# (`kaiming_uniform_` with a = sqrt(5)), times LoRA's usual scale of 2.
 ROW_LENGTH = 2 / math.sqrt(3)
 
 
@@ -35,7 +35,10 @@ def capped_adaptation_rank(adaptation_rank: int, out_features: int, in_features:
 def starting_directions(
     weight: Tensor, statistics: LayerStatistics | None, adaptation_rank: int, init: AdaptationInit
 ) -> Tensor:
-    """Return ``A`` ``(adaptation_rank, in)`` at the start, float64, with rows of length `ROW_LENGTH`.
+    """Return ``A`` ``(adaptation_rank, in)`` at the start, float64.
+
+    Each row of it sees inputs as large as a row of LoRA's does, so that LoRA's learning rates serve: along the data,
+    a row is the shorter, the more of the inputs lies in its direction; at most `ROW_LENGTH`.
 
     Args:
         weight: ``(out, in)``; its shape and device.
@@ -52,4 +55,16 @@ def starting_directions(
         directions = statistics.weight_gradient.leading(adaptation_rank)[1]
     else:
         directions = eigh_descending(statistics.input.covariance)[1][:, :adaptation_rank]
-    return ROW_LENGTH * directions.mT.to(weight.device)
+    lengths = _lengths(directions, statistics.input.covariance.to(directions.device))
+    return (directions * lengths).mT.to(weight.device)
+
+
+def _lengths(directions: Tensor, covariance: Tensor) -> Tensor:
+    """Return how long the row of ``A`` is to be in each of ``directions`` ``(in, count)``, unit vectors.
+
+    ``ROW_LENGTH * sqrt(mean / variance)``, for the variance of the inputs in the direction, and its mean over all.
+    """
+    variances = ((covariance @ directions) * directions).sum(0)
+    mean = covariance.diagonal().mean()
+    # A direction with less than the mean has the full length; so has one that no input was in.
+    return ROW_LENGTH * torch.where(variances > mean, mean / variances, 1.0).sqrt()

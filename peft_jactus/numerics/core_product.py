@@ -1,4 +1,4 @@
-"""The product of inputs with ``left core right^T``, where the core trains, or nothing does.
+"""The product of inputs with ``left core right^T``, where the core trains.
 
 The core is held in the coordinates of basis columns of one length: a step in one of its numbers changes the weight as
 much as in any other, which an optimizer with steps of one size for all, like Adam, counts on. The bases are held as
@@ -41,7 +41,7 @@ def core_scales(left: InterpolativeBasis, right: InterpolativeBasis) -> tuple[Te
 class _CoreProduct(torch.autograd.Function):
     """`_product` with a gradient that gathers where the one of `index_select` would add up, which is slow.
 
-    It keeps the inputs of a core that trains, ``(rows, rank)``, and no other activation.
+    It keeps the inputs of the core, ``(rows, rank)``, and no other activation.
     """
 
     @staticmethod
@@ -54,12 +54,10 @@ class _CoreProduct(torch.autograd.Function):
         right_order: Tensor,
         right: Tensor,
         bias: Tensor | None,
-        is_scaled: bool,
     ) -> Tensor:
         left_basis, right_basis = InterpolativeBasis(left_order, left), InterpolativeBasis(right_order, right)
-        output, h, scales = _product(x, core, left_basis, right_basis, bias, is_scaled)
-        h_to_keep = h if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(h_to_keep, core, left_order, left, right_order, right, *scales)
+        output, h, scales = _product(x, core, left_basis, right_basis, bias)
+        ctx.save_for_backward(h, core, left_order, left, right_order, right, *scales)
         return output
 
     @staticmethod
@@ -74,7 +72,7 @@ class _CoreProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient_h = (gradient_z @ _over(core, scales)).to(right.dtype)
             gradient_x = right_basis.expand(gradient_h)  # (rows, in)
-        return gradient_x, gradient_core, None, None, None, None, None, None
+        return gradient_x, gradient_core, None, None, None, None, None
 
 
 def _over(core: Tensor, scales: Sequence[Tensor]) -> Tensor:
@@ -89,10 +87,9 @@ def _product(
     left: InterpolativeBasis,
     right: InterpolativeBasis,
     bias: Tensor | None,
-    is_scaled: bool,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Return the output ``(rows, out)``, the inputs of the core ``(rows, rank)``, and the scales of the core."""
-    scales = [scale.to(core.dtype) for scale in core_scales(left, right)] if is_scaled else []
+    scales = [scale.to(core.dtype) for scale in core_scales(left, right)]
     h = right.project(x).to(core.dtype)
     z = (h @ _over(core, scales).mT).to(left.coefficients.dtype)
     output = left.expand(z)
@@ -107,19 +104,16 @@ def core_product(
     left: InterpolativeBasis,
     right: InterpolativeBasis,
     bias: Tensor | None,
-    *,
-    is_scaled: bool = True,
 ) -> Tensor:
     """Return ``x right core' left^T + bias``, where ``core'`` is the core as the bases have it.
 
     Args:
         x: ``(..., in)``, of the dtype of the bases.
-        core: ``(rank, rank)``; its product is taken in its own dtype.
+        core: ``(rank, rank)``, in the coordinates that it trains in (`core_scales`); its product is taken in its own
+            dtype.
         left: Basis of the outputs, ``(out, rank)``.
         right: Basis of the inputs, ``(in, rank)``.
         bias: ``(out,)`` or ``None``; gets no gradient.
-        is_scaled: Whether the core is in the coordinates that it trains in (`core_scales`). A frozen one is held as
-            the bases have it, which costs less.
 
     Returns:
         ``(..., out)``, of the dtype of the bases.
@@ -131,9 +125,9 @@ def core_product(
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # which makes its own gradient
-            output = _product(rows, core, left, right, bias, is_scaled)[0]
+            output = _product(rows, core, left, right, bias)[0]
         else:
             output = _CoreProduct.apply(  # type: ignore[no-untyped-call]  # torch has no annotation here
-                rows, core, left.order, left.coefficients, right.order, right.coefficients, bias, is_scaled
+                rows, core, left.order, left.coefficients, right.order, right.coefficients, bias
             )
     return output.view(*x.shape[:-1], output.shape[-1])

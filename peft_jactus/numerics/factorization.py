@@ -46,7 +46,7 @@ class FactorizationOptions:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """What replaces one layer: ``y = left (core (right^T x)) + up (down x) + bias``.
+    """What `factorize` makes of one layer: ``y = left (core (right^T x)) + up (down x) + bias``.
 
     Attributes:
         left: Basis of the output side, ``(out, rank)``.
@@ -79,9 +79,40 @@ class LayerFactors:
         """Rank of the whole weight, at most."""
         return min(self.core_rank + self.adaptation_rank, self.left.dim, self.right.dim)
 
+    def weight(self) -> LowRankWeight:
+        """Return the weight, with plain matrices for bases."""
+        return LowRankWeight(self.left.dense(), self.core, self.right.dense(), self.bias, self.down, self.up)
+
+
+@dataclass(frozen=True)
+class LowRankWeight:
+    """The weight of one adapted layer, ``left core right^T + up down``, and its bias.
+
+    Attributes:
+        left: ``(out, core rank)``.
+        core: ``(core rank, core rank)``.
+        right: ``(in, core rank)``.
+        bias: ``(out,)``, or ``None`` for a layer without one.
+        down: ``(adaptation rank, in)``, or ``None`` for a layer without adaptation ranks.
+        up: ``(out, adaptation rank)``, likewise.
+    """
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the whole weight, at most."""
+        adaptation_rank = 0 if self.down is None else self.down.shape[0]
+        return min(self.core.shape[0] + adaptation_rank, self.left.shape[0], self.right.shape[0])
+
     def compressed(self) -> Tensor:
         """Return the weight ``(out, in)`` without its adaptation ranks."""
-        return self.left.dense() @ self.core @ self.right.dense().mT
+        return self.left @ self.core @ self.right.mT
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``left`` ``(out, r)``, ``core`` ``(r, r)`` and ``right`` ``(in, r)`` of the whole weight, in float64.
@@ -89,10 +120,10 @@ class LayerFactors:
         With adaptation ranks, both have full column rank, and ``r`` is the rank that the weight has up to rounding:
         adaptation ranks that were not trained add nothing.
         """
-        left, core, right = map(to_decomposition_dtype, (self.left.dense(), self.core, self.right.dense()))
+        left, core, right = map(to_decomposition_dtype, (self.left, self.core, self.right))
         if self.down is None or self.up is None:
             return left, core, right
-        adapting = torch.eye(self.adaptation_rank, dtype=core.dtype, device=core.device)
+        adapting = torch.eye(self.down.shape[0], dtype=core.dtype, device=core.device)
         core = torch.block_diag(core, adapting)  # type: ignore[no-untyped-call]  # torch has no annotation here
         left, right = torch.cat([left, self.up.to(left)], dim=1), torch.cat([right, self.down.mT.to(right)], dim=1)
         (left, left_triangle), (right, right_triangle) = torch.linalg.qr(left), torch.linalg.qr(right)

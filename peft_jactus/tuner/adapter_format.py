@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ import torch
 
 from peft_jactus.numerics.adaptation import capped_adaptation_rank
 from peft_jactus.numerics.core_product import core_scales
-from peft_jactus.numerics.factorization import LayerFactors
+from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
+from peft_jactus.numerics.frozen_product import FrozenWeight, has_row_basis
 from peft_jactus.numerics.interpolation import InterpolativeBasis
 
 if TYPE_CHECKING:
@@ -38,8 +40,7 @@ class AdapterShape:
     Attributes:
         core_rank: Size of the core.
         adaptation_rank: Ranks beside it, which train.
-        core_trains: Whether the core is a parameter. A frozen one has another name: PEFT takes parameters of an
-            adapter for what it trains.
+        core_trains: Whether the weight has a core, which trains; else it is a `FrozenWeight`.
     """
 
     core_rank: int
@@ -53,21 +54,20 @@ class AdapterShape:
         is_full = rank >= min(out_features, in_features)
         return cls(rank if is_full else rank - adaptation_rank, adaptation_rank, core_trains)
 
-    @property
-    def core_name(self) -> str:
-        """Name of the tensor that holds the core."""
-        return "jactus_core" if self.core_trains else "jactus_frozen_core"
-
     def tensors(self, out_features: int, in_features: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, by name."""
-        rank = self.core_rank
-        shapes: dict[str, tuple[int, ...]] = {
-            "jactus_left": (out_features - rank, rank),
-            "jactus_left_order": (out_features,),
-            self.core_name: (rank, rank),
-            "jactus_right": (in_features - rank, rank),
-            "jactus_right_order": (in_features,),
-        }
+        rank, by_rows = self.core_rank, has_row_basis(out_features, in_features)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.core_trains or by_rows:
+            shapes["jactus_left"] = (out_features - rank, rank)
+            shapes["jactus_left_order"] = (out_features,)
+        if self.core_trains:
+            shapes["jactus_core"] = (rank, rank)
+        else:
+            shapes["jactus_frozen_factor"] = (rank, in_features) if by_rows else (out_features, rank)
+        if self.core_trains or not by_rows:
+            shapes["jactus_right"] = (in_features - rank, rank)
+            shapes["jactus_right_order"] = (in_features,)
         if bias:
             shapes["jactus_bias"] = (out_features,)
         if self.adaptation_rank:
@@ -76,8 +76,16 @@ class AdapterShape:
         return shapes
 
 
-TENSOR_NAMES = tuple(
-    dict.fromkeys(name for trains in (True, False) for name in AdapterShape(1, 1, trains).tensors(1, 1, bias=True))
+TENSOR_NAMES = (
+    "jactus_left",
+    "jactus_left_order",
+    "jactus_core",
+    "jactus_frozen_factor",
+    "jactus_right",
+    "jactus_right_order",
+    "jactus_bias",
+    "jactus_adapt_down",
+    "jactus_adapt_up",
 )
 
 
@@ -100,38 +108,64 @@ def is_unfilled(tensor: Tensor) -> bool:
 
 def tensors_of(factors: LayerFactors, shape: AdapterShape) -> dict[str, Tensor]:
     """Return the factors as tensors, by name."""
-    core = factors.core
     if shape.core_trains:
         left_scale, right_scale = core_scales(factors.left, factors.right)
-        core = core * left_scale * right_scale
-    tensors = {
-        "jactus_left": factors.left.coefficients,
-        "jactus_left_order": factors.left.order,
-        shape.core_name: core,
-        "jactus_right": factors.right.coefficients,
-        "jactus_right_order": factors.right.order,
-        "jactus_bias": factors.bias,
-        "jactus_adapt_down": factors.down,
-        "jactus_adapt_up": factors.up,
-    }
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        tensors = {
+            **_basis_tensors("left", factors.left),
+            "jactus_core": factors.core * left_scale * right_scale,
+            **_basis_tensors("right", factors.right),
+        }
+    else:
+        weight = FrozenWeight.from_factors(factors.left, factors.core, factors.right)
+        side = "left" if weight.by_rows else "right"
+        tensors = {**_basis_tensors(side, weight.basis), "jactus_frozen_factor": weight.factor}
+    optional = {"jactus_bias": factors.bias, "jactus_adapt_down": factors.down, "jactus_adapt_up": factors.up}
+    return tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
-def core_in(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the core among an adapter's tensors, whether it trains or not."""
-    return tensors["jactus_core"] if "jactus_core" in tensors else tensors["jactus_frozen_core"]
+def _basis_tensors(side: str, basis: InterpolativeBasis) -> dict[str, Tensor]:
+    return {f"jactus_{side}": basis.coefficients, f"jactus_{side}_order": basis.order}
 
 
-def factors_of(tensors: Mapping[str, Tensor]) -> LayerFactors:
-    """Return the factors that the tensors hold, detached, in the dtype of the core, float32 at least."""
-    dtype = torch.promote_types(core_in(tensors).dtype, torch.float32)
+def _basis_in(tensors: Mapping[str, Tensor], side: str) -> InterpolativeBasis:
+    return InterpolativeBasis(tensors[f"jactus_{side}_order"], tensors[f"jactus_{side}"])
+
+
+def bases_in(tensors: Mapping[str, Tensor]) -> tuple[InterpolativeBasis, InterpolativeBasis]:
+    """Return the bases on both sides of a core that trains."""
+    return _basis_in(tensors, "left"), _basis_in(tensors, "right")
+
+
+def frozen_weight_in(tensors: Mapping[str, Tensor]) -> FrozenWeight:
+    """Return what does not train among an adapter's tensors, where there is no core."""
+    by_rows = "jactus_left" in tensors
+    return FrozenWeight(_basis_in(tensors, "left" if by_rows else "right"), tensors["jactus_frozen_factor"], by_rows)
+
+
+def coefficients_in(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the coefficients of a basis, ``(others, core rank)``; ``None`` if there is no basis."""
+    return tensors.get("jactus_left", tensors.get("jactus_right"))
+
+
+def frozen_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype of what does not train, which is the model's."""
+    coefficients = coefficients_in(tensors)
+    assert coefficients is not None
+    return coefficients.dtype
+
+
+def weight_of(tensors: Mapping[str, Tensor]) -> LowRankWeight:
+    """Return the weight that the tensors hold, detached, in the dtype of what trains, float32 at least."""
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     wide = {name: tensor if name.endswith("_order") else tensor.detach().to(dtype) for name, tensor in tensors.items()}
-    left, right = (
-        InterpolativeBasis(wide[f"jactus_{side}_order"], wide[f"jactus_{side}"]) for side in ("left", "right")
-    )
-    core = core_in(wide)
     if "jactus_core" in wide:
-        left_scale, right_scale = core_scales(left, right)
-        core = core / left_scale / right_scale
+        bases = bases_in(wide)
+        left_scale, right_scale = core_scales(*bases)
+        core = wide["jactus_core"] / left_scale / right_scale
+        left, right = (basis.dense() for basis in bases)
+    else:
+        left, right = frozen_weight_in(wide).sides()
+        core = torch.eye(left.shape[1], dtype=dtype, device=left.device)
     optional = (wide.get(f"jactus_{name}") for name in ("bias", "adapt_down", "adapt_up"))
-    return LayerFactors(left, core, right, *optional)
+    return LowRankWeight(left, core, right, *optional)

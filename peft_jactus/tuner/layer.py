@@ -16,34 +16,38 @@ from transformers.pytorch_utils import Conv1D
 from peft_jactus._dtypes import output_dtype
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.core_product import core_product
-from peft_jactus.numerics.interpolation import InterpolativeBasis
+from peft_jactus.numerics.frozen_product import frozen_product
 from peft_jactus.tuner.adapter_format import (
     TENSOR_NAMES,
     TRAINABLE,
     AdapterShape,
-    core_in,
-    factors_of,
+    bases_in,
+    frozen_dtype,
+    frozen_weight_in,
     is_unfilled,
     tensor_dtype,
     tensors_of,
     unfilled,
+    weight_of,
 )
 from peft_jactus.tuner.dense_layers import FreedBase, assign_parameters_, make_dense_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peft_jactus.numerics.factorization import LayerFactors
+    from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
 
 
 class JactusLayer(BaseTunerLayer):
-    """State of one adapted layer: for each adapter two frozen bases, a core between them, and adaptation ranks.
+    """State of one adapted layer: for each adapter what approximates the weight, and adaptation ranks.
 
-    ``jactus_left`` ``(out - rank, rank)`` and ``jactus_right`` ``(in - rank, rank)`` are coefficients of the bases;
-    ``jactus_left_order`` and ``jactus_right_order`` say of which features (`interpolation.InterpolativeBasis`).
+    With a core that trains, ``jactus_core``, there are two frozen bases: ``jactus_left`` ``(out - rank, rank)`` and
+    ``jactus_right`` ``(in - rank, rank)`` are their coefficients, ``jactus_left_order`` and ``jactus_right_order`` say
+    of which features (`interpolation.InterpolativeBasis`). Without, there are one of them and ``jactus_frozen_factor``
+    (`frozen_product.FrozenWeight`).
 
-    ``jactus_core`` trains, or is ``jactus_frozen_core``. ``jactus_adapt_down`` ``(adaptation rank, in)`` and
-    ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where there are adaptation ranks.
+    ``jactus_adapt_down`` ``(adaptation rank, in)`` and ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where
+    there are adaptation ranks.
 
     What does not train is held in persistent buffers, as PEFT's contract wants frozen tensors of an adapter: with the
     bases as frozen parameters 103 tests of PEFT 0.21.2's own suite fail, as they want a gradient for each of an
@@ -51,7 +55,6 @@ class JactusLayer(BaseTunerLayer):
     that.
     """
 
-    jactus_left: BufferDict
     jactus_bias: BufferDict
 
     adapter_layer_names = TRAINABLE
@@ -148,8 +151,8 @@ class JactusLayer(BaseTunerLayer):
         held[adapter_name] = tensor
 
     def hold_bases_as_parameters(self) -> None:
-        """Turn coefficients of bases, and frozen cores, into parameters that do not train, where there are any."""
-        for name in ("jactus_left", "jactus_frozen_core", "jactus_right"):
+        """Turn the large tensors that do not train into parameters, where there are any."""
+        for name in ("jactus_left", "jactus_frozen_factor", "jactus_right"):
             tensors = dict(getattr(self, name).items())
             if all(tensor.numel() for tensor in tensors.values()):  # ZeRO-3 fails on a parameter without elements
                 frozen = {adapter: nn.Parameter(tensor, requires_grad=False) for adapter, tensor in tensors.items()}
@@ -190,14 +193,15 @@ class JactusLayer(BaseTunerLayer):
 
     def get_dense_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight as the base layer stores it: ``(out, in)``, or ``(in, out)`` for a Conv1D."""
-        weight = self.get_factors(adapter_name).dense().to(self.jactus_left[adapter_name].dtype)  # (out, in)
+        dtype = frozen_dtype(self.adapter_tensors(adapter_name))
+        weight = self.get_factors(adapter_name).dense().to(dtype)  # (out, in)
         return weight.mT if self.is_conv1d else weight
 
-    def get_factors(self, adapter_name: str) -> LayerFactors:
+    def get_factors(self, adapter_name: str) -> LowRankWeight:
         """Return the adapter's factors, in float32 at least."""
         if adapter_name in self._unfilled:
             self._check_filled(adapter_name)
-        return factors_of(self.adapter_tensors(adapter_name))
+        return weight_of(self.adapter_tensors(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight less the dense one, as the base layer stores it."""
@@ -310,16 +314,14 @@ class JactusLayer(BaseTunerLayer):
         if self._unfilled and adapter_name in self._unfilled and not torch.compiler.is_compiling():
             self._check_filled(adapter_name)
         tensors = self.adapter_tensors(adapter_name)
-        left = InterpolativeBasis(tensors["jactus_left_order"], tensors["jactus_left"])
-        right = InterpolativeBasis(tensors["jactus_right_order"], tensors["jactus_right"])
-        output = core_product(
-            self._cast_input_dtype(x, right.coefficients.dtype),
-            core_in(tensors),
-            left,
-            right,
-            tensors.get("jactus_bias"),
-            is_scaled="jactus_core" in tensors,
-        )
+        bias = tensors.get("jactus_bias")
+        if "jactus_core" in tensors:
+            left, right = bases_in(tensors)
+            x_of_weight = self._cast_input_dtype(x, right.coefficients.dtype)
+            output = core_product(x_of_weight, tensors["jactus_core"], left, right, bias)
+        else:
+            frozen = frozen_weight_in(tensors)
+            output = frozen_product(self._cast_input_dtype(x, frozen.factor.dtype), frozen, bias)
         if "jactus_adapt_down" not in tensors:
             return output
         down, up = tensors["jactus_adapt_down"], tensors["jactus_adapt_up"]

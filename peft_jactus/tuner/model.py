@@ -18,7 +18,7 @@ from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
 from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
-from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, core_in
+from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, coefficients_in, frozen_dtype
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 # A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
 _TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
-_CORES = {"jactus_core", "jactus_frozen_core"}
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
 
@@ -245,7 +244,7 @@ class JactusModel(BaseTuner):
         for layer in self._layers():
             if adapter_name not in layer.r:
                 continue
-            model_dtype = layer.jactus_left[adapter_name].dtype
+            model_dtype = frozen_dtype(layer.adapter_tensors(adapter_name))
             dtype = torch.promote_types(model_dtype, torch.float32) if autocast_adapter_dtype else model_dtype
             for name in TRAINABLE:
                 held = getattr(layer, name)
@@ -364,8 +363,8 @@ def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], con
     features = (layer.out_features, layer.in_features)
     rank = config.layer_ranks.get(name) or 0
     if not config.from_checkpoint:
-        core = core_in(tensors) if _CORES & set(tensors) else None
-        rank = core.shape[0] if core is not None and core.dim() else 0
+        coefficients = coefficients_in(tensors)
+        rank = coefficients.shape[1] if coefficients is not None and coefficients.dim() == 2 else 0
         rank = min(rank + config.adapter_shape(min(features), *features).adaptation_rank, *features)
     expected_shapes = config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
     if set(tensors) != set(expected_shapes):

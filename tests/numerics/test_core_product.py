@@ -102,24 +102,6 @@ def test_only_the_inputs_of_the_core_are_kept_for_the_backward_pass():
     assert (6, 7) not in kept
 
 
-def test_a_frozen_core_is_as_the_bases_have_it_and_keeps_no_activation():
-    x, core, left, right = problem()
-    kept = []
-
-    def pack(tensor):
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    x.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = core_product(x, core, left, right, None, is_scaled=False)
-    weight = left.dense() @ core @ right.dense().mT
-    torch.testing.assert_close(output, x @ weight.mT, rtol=0, atol=ROUNDING)
-    assert not {(6, 4), (6, 9), (6, 7)} & set(kept)
-    (gradient,) = torch.autograd.grad(output.sum(), x)
-    torch.testing.assert_close(gradient, weight.sum(0).expand(2, 3, 9), rtol=0, atol=ROUNDING)
-
-
 def test_bfloat16_bases_leave_the_core_its_own_precision():
     x, core, left, right = problem(dtype=torch.bfloat16)
     core = core.float().requires_grad_()

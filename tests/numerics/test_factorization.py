@@ -40,15 +40,15 @@ def test_factors_are_the_best_approximation_with_bases_that_are_the_identity_in_
     eye = torch.eye(rank, dtype=torch.float64)
     torch.testing.assert_close(left[outputs], eye, rtol=0, atol=0)
     torch.testing.assert_close(right[inputs], eye, rtol=0, atol=0)
-    torch.testing.assert_close(factors.dense()[outputs][:, inputs], factors.core, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(factors.weight().dense()[outputs][:, inputs], factors.core, rtol=0, atol=ROUNDING)
     best = project_weight(weights["query"], statistics["query"], OPTIONS.decomposition).truncate(rank).dense()
-    torch.testing.assert_close(factors.dense(), best, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(factors.weight().dense(), best, rtol=0, atol=ROUNDING)
 
 
 def test_full_rank_reproduces_a_weight_that_the_union_does_not_hold(weights, statistics):
     narrow = decomposition_options(weight_energy=0.5, input_energy=0, gradient_energy=0)
     factors = factorize(weights["query"], None, statistics["query"], 6, factorization_options(narrow))
-    torch.testing.assert_close(factors.dense(), weights["query"], rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(factors.weight().dense(), weights["query"], rtol=0, atol=ROUNDING)
     capped = factorize(weights["query"], None, statistics["query"], 5, factorization_options(narrow))
     assert capped.rank < 5
 
@@ -56,7 +56,7 @@ def test_full_rank_reproduces_a_weight_that_the_union_does_not_hold(weights, sta
 def test_rank_is_capped_at_full_rank(weights):
     factors = factorize(weights["query"], None, None, 99, factorization_options(decomposition_options("svd")))
     assert factors.rank == 6
-    torch.testing.assert_close(factors.dense(), weights["query"], rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(factors.weight().dense(), weights["query"], rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -64,7 +64,7 @@ def test_bias_correction_removes_the_mean_output_error_on_the_calibration_data(r
     W, bias = randn(0, 6, 8), randn(1, 6)
     inputs, _, statistics = vectors_and_statistics(2, W.shape)
     factors = factorize(W, bias, statistics, rank, OPTIONS)
-    error = (inputs @ W.mT + bias) - (inputs @ factors.dense().mT + factors.bias)
+    error = (inputs @ W.mT + bias) - (inputs @ factors.weight().dense().mT + factors.bias)
     assert float(error.norm()) > 1.0  # there is an error,
     torch.testing.assert_close(error.mean(0), torch.zeros(6).double(), rtol=0, atol=ROUNDING)
 
@@ -79,7 +79,7 @@ def test_with_a_bias_to_correct_the_error_around_the_mean_is_least(rank):
     deviations = oracles.covariance(inputs - mean) + torch.outer(mean, mean) / NUM_TOKENS
     factors = factorize(W, bias, statistics, rank, OPTIONS)
     expected = oracles.weighted_truncation(W, C_g, deviations, rank)
-    torch.testing.assert_close(factors.dense(), expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(factors.weight().dense(), expected, rtol=0, atol=ROUNDING)
 
     def weighted_output_error(dense, new_bias):
         error = inputs @ (W - dense).mT + bias - new_bias
@@ -88,13 +88,13 @@ def test_with_a_bias_to_correct_the_error_around_the_mean_is_least(rank):
     by_kfac = factorization_options(decomposition_options("kfac", shrinkage=0.0, damping=0.0))
     around_zero = factorize(W, bias, statistics, rank, by_kfac)
     torch.testing.assert_close(
-        around_zero.dense(),
+        around_zero.weight().dense(),
         oracles.weighted_truncation(W, C_g, oracles.covariance(inputs), rank),
         rtol=0,
         atol=ROUNDING,
     )
-    error_around_zero = weighted_output_error(around_zero.dense(), around_zero.bias)
-    assert weighted_output_error(factors.dense(), factors.bias) < 0.98 * error_around_zero
+    error_around_zero = weighted_output_error(around_zero.weight().dense(), around_zero.bias)
+    assert weighted_output_error(factors.weight().dense(), factors.bias) < 0.98 * error_around_zero
 
 
 def test_bias_stays_without_correction_without_statistics_and_without_bias():

@@ -54,7 +54,7 @@ def factors_of(model):
             ranks[name] = factors.rank
             tensors[f"{name}.weight"] = factors.dense()
             for side in ("left", "right"):
-                basis = torch.linalg.qr(getattr(factors, side).dense())[0]
+                basis = torch.linalg.qr(getattr(factors, side))[0]
                 tensors[f"{name}.{side}"] = basis @ basis.mT
             if factors.bias is not None:
                 tensors[f"{name}.bias"] = factors.bias

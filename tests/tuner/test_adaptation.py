@@ -56,9 +56,9 @@ def test_what_trains_is_as_the_config_says(fields, expected):
 def test_adaptation_ranks_change_nothing_at_the_start(make, init):
     model = compressed(make(), **ADAPTING, adaptation_init=init)
     for layer in layers_of(model).values():
-        factors = layer.get_factors("default")
-        assert factors.adaptation_rank == 3
-        assert torch.equal(factors.dense(), factors.compressed())
+        weight = layer.get_factors("default")
+        assert weight.down.shape[0] == weight.up.shape[1] == 3
+        assert torch.equal(weight.dense(), weight.compressed())
 
 
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])
@@ -85,14 +85,19 @@ def test_they_start_along_the_gradient_of_the_weight():
     gradients = weight_gradients(copy.deepcopy(model), batches)
     shares = []
     for name, layer in layers_of(get_peft_model(model, config)).items():
-        down = layer.adapter_tensors("default")["jactus_adapt_down"].detach().double()
-        torch.testing.assert_close(down @ down.mT, ROW_LENGTH**2 * torch.eye(3).double(), rtol=0, atol=1e-5)
+        down = unit_rows_of(layer)
+        torch.testing.assert_close(down @ down.mT, torch.eye(3).double(), rtol=0, atol=1e-5)
         G = gradients[name.removeprefix("base_model.model.")]
-        held = (G @ (down / ROW_LENGTH).mT).square().sum()
+        held = (G @ down.mT).square().sum()
         shares.append(float(held / torch.linalg.svdvals(G)[:3].square().sum()))
     # A sketch sees a flat spectrum less well: 0.8 of it in tests/numerics/test_sketches.py.
     assert min(shares) > 0.8
     assert sum(shares) / len(shares) > 0.93
+
+
+def unit_rows_of(layer):
+    """Return the directions in which the adaptation ranks of a layer read its inputs, ``(adaptation rank, in)``."""
+    return torch.nn.functional.normalize(layer.adapter_tensors("default")["jactus_adapt_down"].detach().double())
 
 
 def weight_gradients(model, batches):
@@ -108,10 +113,34 @@ def test_they_start_along_the_inputs_if_asked():
     config = calibrated(model, **ADAPTING, adaptation_init="inputs")
     statistics = config.statistics
     for name, layer in layers_of(get_peft_model(model, config)).items():
-        down = layer.adapter_tensors("default")["jactus_adapt_down"].detach().double() / ROW_LENGTH
+        down = unit_rows_of(layer)
         covariance = statistics[name.removeprefix("base_model.model.")].input.covariance
         best = torch.linalg.eigvalsh(covariance)[-3:].sum()
         assert float((down @ covariance @ down.mT).trace()) == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["gradient", "inputs"])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_row_sees_inputs_as_large_as_one_of_lora_does(init, scale):
+    model = tiny_llama(dtype=torch.float64)
+    with torch.no_grad():  # inputs of the blocks' first layers, in a few directions more than in others
+        model.get_input_embeddings().weight[:, :4].mul_(scale)
+    config = calibrated(model, **ADAPTING, adaptation_init=init)
+    statistics = config.statistics
+    shortened = 0
+    for name, layer in layers_of(get_peft_model(model, config)).items():
+        down = layer.adapter_tensors("default")["jactus_adapt_down"].detach().double()
+        covariance = statistics[name.removeprefix("base_model.model.")].input.covariance
+        of_lora = 4 / 3 * float(covariance.trace()) / len(covariance)  # mean square of 2 a x, a uniform
+        for row in down:
+            mean_square, length = float(row @ covariance @ row), float(row.norm())
+            assert length <= ROW_LENGTH * (1 + 1e-6)
+            if length < ROW_LENGTH * (1 - 1e-6):
+                shortened += 1
+                assert mean_square == pytest.approx(of_lora, rel=1e-5)
+            else:
+                assert mean_square <= of_lora * (1 + 1e-5)
+    assert shortened > 0
 
 
 @pytest.mark.parametrize("train_core", [False, True])
@@ -175,7 +204,7 @@ def test_untrained_adaptation_ranks_are_not_exported(tmp_path):
 def test_all_weights_that_do_not_train_have_the_models_dtype():
     model = compressed(tiny_llama(dtype=torch.bfloat16), **ADAPTING)
     dtypes = {name.split(".")[-2]: tensor.dtype for name, tensor in model.state_dict().items() if "jactus" in name}
-    assert dtypes["jactus_frozen_core"] == dtypes["jactus_left"] == torch.bfloat16
+    assert dtypes["jactus_frozen_factor"] == dtypes["jactus_left"] == torch.bfloat16
     assert dtypes["jactus_adapt_down"] == dtypes["jactus_adapt_up"] == torch.float32
 
 

@@ -202,7 +202,7 @@ def test_a_state_dict_that_is_refused_leaves_the_adapter_as_it_was():
     last = [key for key in others if key.endswith("jactus_core")][-1]
     others[last] = others[last][:-1]
     ranks = dict(model.peft_config["default"].layer_ranks)
-    with pytest.raises(ValueError, match="`jactus_left` must have shape"):
+    with pytest.raises(ValueError, match="`jactus_core` must have shape"):
         set_peft_model_state_dict(model, others)
     assert model.peft_config["default"].layer_ranks == ranks
     assert torch.equal(logits_of(model), expected)

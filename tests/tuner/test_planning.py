@@ -90,7 +90,7 @@ def test_energy_kept_is_one_minus_the_relative_weighted_error(weights, statistic
     for name, W in weights.items():
         C_g, C_x = statistics[name].gradient.covariance, statistics[name].input.covariance
         rank = planned.allocation.ranks[name]
-        W_r = factorize(W, None, statistics[name], rank, OPTIONS).dense()
+        W_r = factorize(W, None, statistics[name], rank, OPTIONS).weight().dense()
         relative = oracles.weighted_error(W - W_r, C_g, C_x) / oracles.weighted_error(W, C_g, C_x)
         assert planned.energy_kept[name] == pytest.approx(1 - relative, abs=ROUNDING)
         assert 0.3 < planned.energy_kept[name] < 1
@@ -180,7 +180,7 @@ def test_what_the_ranking_keeps_for_the_factors_changes_nothing(weights, statist
             factorize(weights[name], None, statistics[name], planned.allocation.ranks[name], OPTIONS, projected=given)
             for given in (None, projected)
         )
-        assert torch.equal(again.dense(), kept.dense())
+        assert torch.equal(again.weight().dense(), kept.weight().dense())
 
 
 def test_the_ranking_keeps_no_more_than_there_is_memory_for(weights, statistics):
