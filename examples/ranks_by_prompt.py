@@ -82,7 +82,12 @@ def loss_of(model: torch.nn.Module) -> float:
 
 dense = AutoModelForCausalLM.from_pretrained(args.model).to(device).eval()
 losses = {"dense": loss_of(dense)}
-config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=args.retained_ratio)
+config = JactusConfig(
+    task_type="CAUSAL_LM",
+    target_modules="all-linear",
+    retained_ratio=args.retained_ratio,
+    adaptation_rank=0,  # nothing trains: all ranks are the weight's
+)
 statistics = calibrate(dense, config, loader(calibration))
 adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model).to(device), config)
 export_compressed(adapted, args.output_dir / "compressed", processor=tokenizer, overwrite=True)

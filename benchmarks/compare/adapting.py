@@ -10,6 +10,8 @@ from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.deployment.export import compressed_copy
 
 RANK = 16
+# Of a new head alone, before the calibration of a model whose adaptation ranks start along the gradient.
+HEAD_WARMUP_STEPS = 50
 LORA = {
     "lora": {"lora_alpha": 2 * RANK},
     "lora-embeddings": {"lora_alpha": 2 * RANK},
@@ -31,6 +33,7 @@ def adapt(model, case, workload):
     if stages in FULL_SIZE:
         return full_size(model, stages, workload), {}
     decomposition, _, on_top = stages.partition("+")
+    decomposition = decomposition.removesuffix("-cores")
     model, figures = compressed(model, case, workload, decomposition)
     return full_size(compressed_copy(model), on_top, workload) if on_top else model, figures
 
@@ -56,8 +59,14 @@ def rank_multiple(decomposition):
     return JactusConfig().rank_multiple if decomposition == "jactus" else 1
 
 
+def adaptation_rank(method):
+    """Return how many ranks are left to the task: none where cores train, or something that comes on top."""
+    return JactusConfig().adaptation_rank if method == "jactus" else 0
+
+
 def compressed(model, case, workload, decomposition):
     """Return the model compressed, JACTUS with its own allocation, a peer with uniform ranks; and figures about it."""
+    adapting = adaptation_rank(case.method)
     config = JactusConfig(
         task_type=workload.task_type,
         target_modules="all-linear",
@@ -67,12 +76,14 @@ def compressed(model, case, workload, decomposition):
         decomposition=decomposition,
         allocation=JactusConfig().allocation if decomposition == "jactus" else "uniform",
         rank_multiple=rank_multiple(decomposition),
+        adaptation_rank=adapting,
         # On for all that are calibrated. The published peers have none, so it is in their favour.
         bias_correction=True,
     )
     started = time.perf_counter()
     if config.factorization_options().decomposition.needs_statistics:
-        calibrate(model, config, workload.calibration_batches(), progress_bar=False)
+        warmup = HEAD_WARMUP_STEPS if adapting and workload.head is not None else 0
+        calibrate(model, config, workload.calibration_batches(), head_warmup_steps=warmup, progress_bar=False)
     calibrated = time.perf_counter()
     model = get_peft_model(model, config)
     return model, {

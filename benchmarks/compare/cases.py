@@ -20,12 +20,14 @@ EPOCHS = 3
 EPOCHS_BY_TASK = {"clinc150": 10}
 
 # Ways to train that keep every parameter. A method is one of them, or stages with "+" between them:
-#   jactus            compress the pretrained model, then train the cores
+#   jactus            one pass: calibrate with a warmed-up head, compress, train the adaptation ranks
+#   jactus-cores      as the paper: compress, train the cores
 #   svd-llm+lora      compress the pretrained model with a peer, then train LoRA on the factors; so does jactus+lora
 #   jactus+full       compress, then train all that is left: what is deployed, embeddings and norms, too; so does
 #                     svd-llm+full
-#   lora+jactus       train LoRA for the first part of the steps, merge it, then as before; so does lora+svd-llm+lora
-#   full+jactus       the same with all weights in the first part; so does full+svd-llm+lora
+#   lora+jactus-cores train LoRA for the first part of the steps, merge it, then as jactus-cores; so does
+#                     lora+svd-llm+lora
+#   full+jactus-cores the same with all weights in the first part; so does full+svd-llm+lora
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does.)
 FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
@@ -50,18 +52,22 @@ UNCOMPRESSED = {
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
-# How JACTUS is run in both storages, by kind: what was best on held-out training rows (see notes/); on texts, the best
-# of the ways that need no more memory than LoRA.
-OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
-# At every ratio, too, in the default storage.
-OURS_WITH_MORE_MEMORY = {"text": ("full+jactus",), "vision": (), "language": ()}
-PEERS = ("svd+lora", "svd-llm+lora")
-# At the smallest ratio only: what the choice above is worth, what a first stage does for the best peer; on language,
-# what other last stages do, too. Learning rates are chosen for them as for all others.
+# Rows at every ratio.
+COMPRESSED = ("jactus", "svd+lora", "svd-llm+lora")
+# At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
+# on language, what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
-    "text": ("jactus", "lora+svd-llm+lora", "full+svd-llm+lora"),
-    "vision": ("lora+jactus", "jactus+lora"),
-    "language": ("jactus", "jactus+lora", "jactus+full", "lora+jactus", "full+svd-llm+lora", "svd-llm+full"),
+    "text": ("jactus-cores", "lora+jactus-cores", "full+jactus-cores", "lora+svd-llm+lora", "full+svd-llm+lora"),
+    "vision": ("jactus-cores", "lora+jactus-cores", "jactus+lora"),
+    "language": (
+        "jactus-cores",
+        "jactus+lora",
+        "jactus+full",
+        "lora+jactus-cores",
+        "full+jactus-cores",
+        "full+svd-llm+lora",
+        "svd-llm+full",
+    ),
 }
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
 METRIC = {"cola": "matthews_correlation"}
@@ -139,17 +145,14 @@ def grid(kind, method, best=None):
     return rates
 
 
-def budgets(kind, ratios=RATIOS, storages=STORAGES):
-    """Return (method, ratio, storage) of every row of a table."""
-    rows = [(method, 1.0, "factored") for method in UNCOMPRESSED[kind]]
-    for ratio in ratios:
-        rows += [(OURS[kind], ratio, storage) for storage in storages]
-        rows += [(method, ratio, storages[0]) for method in OURS_WITH_MORE_MEMORY[kind]]
-        rows += [(method, ratio, "factored") for method in PEERS]
-    further = [(method, storages[0] if is_ours(method) else "factored") for method in FURTHER[kind]]
-    return rows + [(method, min(ratios), storage) for method, storage in further]
+def budgets(kind, ratios=RATIOS):
+    """Return (method, ratio, storage) of every row of a table; a peer is stored as published."""
+    methods = [(method, 1.0) for method in UNCOMPRESSED[kind]]
+    methods += [(method, ratio) for ratio in ratios for method in COMPRESSED]
+    methods += [(method, min(ratios)) for method in FURTHER[kind]]
+    return [(method, ratio, "pivoted" if is_ours(method) else "factored") for method, ratio in methods]
 
 
 def is_ours(method):
     """Whether the method compresses with JACTUS, whatever comes before or after it."""
-    return "jactus" in method.split("+")
+    return any(stage in ("jactus", "jactus-cores") for stage in method.split("+"))

@@ -37,7 +37,7 @@ def learning_rate_cases(args, tasks, rates):
 
     One with a first stage waits until ``rates`` has the rate of that stage.
     """
-    for method, ratio, storage in budgets(args.kind, ratios=(0.6,), storages=("pivoted",)):
+    for method, ratio, storage in budgets(args.kind, ratios=(0.6,)):
         first = first_stage(method)
         if first is not None and first not in rates:
             continue

@@ -4,21 +4,19 @@ import math
 import statistics
 import textwrap
 
-from benchmarks.compare.cases import METRIC, results_of
+from benchmarks.compare.cases import METRIC, Case, budgets, results_of
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
 # The same method, the same colour in every plot.
 COLORS = {
-    "lora+jactus pivoted": "tab:blue",
-    "lora+jactus factored": "tab:cyan",
-    "jactus pivoted": "navy",
-    "jactus factored": "steelblue",
+    "jactus pivoted": "tab:blue",
+    "jactus-cores pivoted": "tab:cyan",
+    "lora+jactus-cores pivoted": "steelblue",
+    "full+jactus-cores pivoted": "slateblue",
     "jactus+lora pivoted": "teal",
     "jactus+full pivoted": "olive",
-    "full+jactus pivoted": "slateblue",
-    "full+jactus factored": "plum",
     "full+svd-llm+lora": "gold",
     "svd-llm+full": "salmon",
     "svd+lora": "tab:green",
@@ -33,8 +31,10 @@ COLORS = {
 
 
 def load_results(folder, kind):
-    """Return the results that are reported: those that were scored on the test split."""
-    return [result for result in results_of(folder, kind).read() if result["scored_on"] == "test"]
+    """Return the results that are reported: those of the table's rows, scored on the test split."""
+    labels = {Case("", *budget).label for budget in budgets(kind)}
+    results = results_of(folder, kind).read()
+    return [result for result in results if result["scored_on"] == "test" and result["label"] in labels]
 
 
 def score(result):

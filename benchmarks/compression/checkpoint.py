@@ -2,9 +2,9 @@
 
     python -m benchmarks.compression.checkpoint
 
-For each retained ratio one model is trained (lora+jactus of the comparison, at its learning rates). It is exported as
-pivoted and as factored, in float32, in bfloat16, and with int8 weights through torchao, where that is installed. All
-forms are the same function.
+For each retained ratio one model is trained (lora+jactus-cores of the comparison, at its learning rates). It is
+exported as pivoted and as factored, in float32, in bfloat16, and with int8 weights through torchao, where that is
+installed. All forms are the same function.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from benchmarks.tasks.text import load_workload
 from peft_jactus import export_compressed, rank_summary
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
-METHOD = "lora+jactus"
+METHOD = "lora+jactus-cores"
 
 
 def parse_arguments():

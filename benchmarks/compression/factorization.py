@@ -61,7 +61,7 @@ def calibrated_minilm(data_dir):
         {**tokenizer(rows["text"], padding=True, return_tensors="pt"), "labels": torch.tensor(rows["label"])}
         for rows in (rows[start : start + 16] for start in range(0, 256, 16))
     ]
-    config = JactusConfig(task_type="SEQ_CLS", target_modules="all-linear", retained_ratio=RATIO)
+    config = JactusConfig(task_type="SEQ_CLS", target_modules="all-linear", retained_ratio=RATIO, adaptation_rank=0)
     return model, config, calibrate(model, config, batches, progress_bar=False)
 
 
@@ -107,7 +107,13 @@ def by_package(weights, found, decomposition, allocation):
 def factorization_options(decomposition="jactus", allocation="global"):
     from peft_jactus import JactusConfig
 
-    config = JactusConfig(decomposition=decomposition, retained_ratio=RATIO, allocation=allocation, storage="factored")
+    config = JactusConfig(
+        decomposition=decomposition,
+        retained_ratio=RATIO,
+        allocation=allocation,
+        storage="factored",
+        adaptation_rank=0,
+    )
     return config.factorization_options()
 
 

@@ -124,6 +124,7 @@ def calibrated(args, task, seed):
         target_modules="all-linear",
         modules_to_save=workload.modules_to_save,
         decomposition="fwsvd",
+        adaptation_rank=0,
     )
     found = calibrate(model, config, workload.calibration_batches(), progress_bar=False)
     rows = Subset(scored.test, range(min(MAX_TEST_ROWS[args.kind], len(scored.test))))
@@ -155,7 +156,7 @@ def measure(args, task, seed):
         for name, layer in dense.items():
             statistics_of_layer = found[name] if options.needs_statistics else None
             gains[name], projected[name] = layer_gains(
-                name, layer.weight, statistics_of_layer, options, centred=layer.bias is not None, num_reserved=0
+                name, layer.weight, statistics_of_layer, options, centred=layer.bias is not None, adaptation_rank=0
             )
         for ratio, storage, allocation in itertools.product(RATIOS, STORAGES, ALLOCATIONS):
             allocated = allocate(

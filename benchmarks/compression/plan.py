@@ -80,7 +80,7 @@ def measure(args, task, seed):
     for calibrated_on in CALIBRATIONS:
         held_out = replace(workload, train=workload.test)
         batches = (workload if calibrated_on == "training" else held_out).calibration_batches()
-        config = JactusConfig(task_type=workload.task_type, target_modules="all-linear")
+        config = JactusConfig(task_type=workload.task_type, target_modules="all-linear", adaptation_rank=0)
         plan = plan_ranks(model, config, calibrate(model, config, batches, progress_bar=False), progress_bar=False)
         calibration_loss, _ = score(model, batches)
         for ratio in tqdm(RATIOS, desc=f"{task} {seed} {calibrated_on}"):

@@ -63,6 +63,7 @@ def minilms(args):
                 allocation="uniform",
                 storage=storage,
                 retained_ratio=ratio,
+                adaptation_rank=0,
             )
             model = get_peft_model(AutoModel.from_pretrained(MINILM, dtype=args.dtype), config)
             models[storage, ratio] = compressed_copy(model)

@@ -50,7 +50,7 @@ def batches_of(blocks):
 
 def statistics_for(dense, blocks):
     """Return statistics that serve every decomposition."""
-    config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", decomposition="fwsvd")
+    config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", decomposition="fwsvd", adaptation_rank=0)
     return calibrate(copy.deepcopy(dense), config, batches_of(blocks), progress_bar=False)
 
 
@@ -63,6 +63,7 @@ def compressed(dense, statistics, decomposition, retained_ratio, *, allocation="
         retained_ratio=retained_ratio,
         allocation=allocation,
         storage=storage,
+        adaptation_rank=0,
         rank_multiple=1,  # all of the budget, as routed ranks are given
     )
     config.statistics = statistics

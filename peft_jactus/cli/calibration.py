@@ -204,5 +204,6 @@ def calibration_from(
         allocation=allocation,
         storage=storage or JactusConfig.storage,
         decomposition="svd" if data_free else "jactus",
+        adaptation_rank=0,  # nothing trains afterwards
     )
     return Calibration(model, config, None if data_free else data, **options)

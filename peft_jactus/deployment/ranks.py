@@ -102,7 +102,7 @@ def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...
     for name, rank in sorted(config.layer_ranks.items(), key=lambda item: _with_numbers(item[0])):
         prefix = f"base_model.model.{name}."
         held = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        ends = ("left_order", "right_order") if config.core_trains else ("adapt_up", "adapt_down")
+        ends = ("left_order", "right_order") if "jactus_core" in held else ("adapt_up", "adapt_down")
         left, right = (held.get(f"jactus_{end}") for end in ends)
         wrong = held
         if left and right:

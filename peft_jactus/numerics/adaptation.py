@@ -27,9 +27,9 @@ AdaptationInit = Literal["gradient", "inputs", "random"]
 ROW_LENGTH = 2 / math.sqrt(3)
 
 
-def capped_adaptation_rank(adaptation_rank: int, out_features: int, in_features: int) -> int:
-    """Return how many adaptation ranks a layer of this shape can have."""
-    return min(adaptation_rank, out_features, in_features)
+def capped_adaptation_rank(adaptation_rank: int, rank: int) -> int:
+    """Return how many of a layer's ``rank`` are left to the task: ``adaptation_rank``, but at most half of them."""
+    return min(adaptation_rank, rank // 2)
 
 
 def starting_directions(
@@ -43,7 +43,7 @@ def starting_directions(
     Args:
         weight: ``(out, in)``; its shape and device.
         statistics: Of the layer; not read by ``"random"``.
-        adaptation_rank: At most ``min(out, in)``.
+        adaptation_rank: At most half of ``min(out, in)``.
         init: Along the weight's gradient, along the inputs, or at random from torch's generator, as LoRA's.
     """
     if init == "random":

@@ -82,23 +82,23 @@ class LayerGains:
     Attributes:
         out_features: Rows of the weight.
         in_features: Columns of the weight.
-        gains: ``(max_rank,)``, float64, non-negative and non-increasing: gain of the k-th rank.
+        gains: ``(max_rank,)``, float64, non-negative: gain of the k-th rank. Non-increasing, but that ranks which are
+            left to the task gain nothing.
         dense_gain: Gain of full rank, at least ``gains.sum()``: subspaces may leave a part of the weight out of reach.
-        least_rank: Of a layer that is not dense.
     """
 
     out_features: int
     in_features: int
     gains: Tensor
     dense_gain: float
-    least_rank: int = 1
 
-    def with_reserved(self, num_reserved: int) -> LayerGains:
-        """Return the gains where the first ``num_reserved`` ranks are paid for something else, and gain nothing."""
-        if not num_reserved:
-            return self
-        gains = torch.cat([self.gains.new_zeros(num_reserved), self.gains])[: self.full_rank]
-        return replace(self, gains=gains, least_rank=min(num_reserved + 1, self.full_rank))
+    def with_adaptation(self, adaptation_rank: int) -> LayerGains:
+        """Return the gains where ``adaptation_rank`` of the ranks, but half at most, are left to the task."""
+        ranks = torch.arange(1, self.full_rank + 1)
+        remaining = ranks - (ranks // 2).clamp(max=adaptation_rank)  # `adaptation.capped_adaptation_rank`
+        remaining = remaining[remaining <= self.gains.numel()]
+        cumulative = torch.cat([self.gains.new_zeros(1), self.gains.cumsum(0)[remaining - 1]])
+        return replace(self, gains=cumulative.diff())
 
     @property
     def num_parameters(self) -> int:
@@ -171,7 +171,7 @@ def allocate(
     ratio = retained_ratio
     if fixed and free:
         ratio = min(1.0, remaining / sum(layer.num_parameters for layer in free.values()))
-        if ratio <= 0 or remaining < sum(_cost(layer, layer.least_rank, storage) for layer in free.values()):
+        if ratio <= 0 or remaining < sum(_cost(layer, 1, storage) for layer in free.values()):
             raise ValueError(
                 f"`rank_pattern` spends the whole budget of {budget} parameters (`retained_ratio`="
                 f"{retained_ratio}): {remaining} are left for {len(free)} other layers. Lower its ranks, raise "
@@ -198,7 +198,7 @@ def _uniform(layer: LayerGains, ratio: float, storage: Storage, rank_multiple: i
     rank = uniform_rank(ratio, layer.out_features, layer.in_features, storage)
     if _cost(layer, rank, storage) == layer.num_parameters:
         return layer.full_rank
-    return max(layer.least_rank, _round_down(min(rank, layer.gains.numel()), layer.rank_step(rank_multiple)))
+    return _round_down(min(rank, layer.gains.numel()), layer.rank_step(rank_multiple))
 
 
 def _round_down(rank: int, step: int) -> int:
@@ -212,7 +212,7 @@ def _allocate_global(
     curves = {}
     for name, layer in layers.items():
         step = layer.rank_step(rank_multiple)
-        floor = max(layer.least_rank, _round_down(_floor_rank(layer, ratio, storage, rank_floor), step))
+        floor = _round_down(_floor_rank(layer, ratio, storage, rank_floor), step)
         curves[name] = _Curve.build(layer, floor, step, storage)
     remaining = budget - sum(int(curve.costs[0]) for curve in curves.values())
     chosen = _climb(curves, remaining)

@@ -173,7 +173,7 @@ def choose_ranks(
         asked = asked_budget or f"`retained_ratio`={options.retained_ratio:g}"
         warnings.warn(
             f"{asked} is out of reach: {share:.3g} are kept of the targeted layers' parameters, "
-            "since each layer keeps a rank of one, and its adaptation ranks.",
+            "since each layer keeps a rank of one.",
             NumericalWarning,
             stacklevel=2,
         )
@@ -187,7 +187,7 @@ def layer_gains(
     options: DecompositionOptions,
     *,
     centred: bool,
-    num_reserved: int,
+    adaptation_rank: int,
 ) -> tuple[LayerGains, ProjectedWeight]:
     """Return what each rank of a layer gains, in units that compare between layers, and its projected weight.
 
@@ -197,7 +197,7 @@ def layer_gains(
         statistics: The layer's; ``None`` for a data-free decomposition.
         options: The decomposition.
         centred: Whether a bias will take up the mean error.
-        num_reserved: Ranks of the layer that are paid for something else.
+        adaptation_rank: Ranks that are left to the task.
 
     Raises:
         ValueError: With the layer's name, if the statistics cannot be used.
@@ -215,7 +215,7 @@ def layer_gains(
         gains=(weighting * projected.gains()).cpu(),
         dense_gain=weighting * projected.total_energy,
     )
-    return gains.with_reserved(num_reserved), projected
+    return gains.with_adaptation(adaptation_rank), projected
 
 
 def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
@@ -262,8 +262,8 @@ def factorize(
     elif projected is None:
         centred = options.bias_correction and bias is not None
         projected = project_weight(weight, statistics, options.decomposition, centred=centred)
-    adaptation_rank = capped_adaptation_rank(options.adaptation_rank, *weight.shape)
-    factors = projected.truncate(rank if rank >= min(weight.shape) else max(1, rank - adaptation_rank))
+    adaptation_rank = capped_adaptation_rank(options.adaptation_rank, min(rank, *weight.shape))
+    factors = projected.truncate(rank if rank >= min(weight.shape) else rank - adaptation_rank)
     if bias is not None:
         bias = to_decomposition_dtype(bias)
         if options.bias_correction and statistics is not None:

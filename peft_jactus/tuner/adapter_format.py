@@ -50,9 +50,11 @@ class AdapterShape:
     @classmethod
     def of(cls, rank: int, out_features: int, in_features: int, *, adaptation_rank: int, core_trains: bool) -> Self:
         """Return the shape of a layer of a total ``rank``; full rank means a dense weight with adaptation on top."""
-        adaptation_rank = capped_adaptation_rank(adaptation_rank, out_features, in_features)
-        is_full = rank >= min(out_features, in_features)
-        return cls(rank if is_full else rank - adaptation_rank, adaptation_rank, core_trains)
+        full_rank = min(out_features, in_features)
+        adaptation_rank = capped_adaptation_rank(adaptation_rank, min(rank, full_rank))
+        # Of a rank of one, none is left to the task: then the core has to train.
+        core_trains = core_trains or not adaptation_rank
+        return cls(rank if rank >= full_rank else rank - adaptation_rank, adaptation_rank, core_trains)
 
     def tensors(self, out_features: int, in_features: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, by name."""

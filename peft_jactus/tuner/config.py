@@ -185,23 +185,24 @@ class JactusConfig(PeftConfig):
         },
     )
     adaptation_rank: int = field(
-        default=0,
+        default=32,
         metadata={
             "help": (
-                "Ranks of each layer's budget that are left to the task, >= 0: a trainable product of two thin "
-                "matrices beside the compressed weight, free on both sides, as LoRA's. More learn more, and leave "
-                "less to the compressed weight. A layer that stays dense has them on top. 0: the core alone trains, "
-                "as in the paper."
+                "Ranks of each layer's budget that are left to the task, >= 0, but half of its ranks at most: a "
+                "trainable product of two thin matrices beside the compressed weight, free on both sides, as LoRA's. "
+                "More learn more, and leave less to the compressed weight. A layer that stays dense has them on top. "
+                "0: the core alone trains, as in the paper."
             )
         },
     )
-    adaptation_init: AdaptationInit = field(
-        default="gradient",
+    adaptation_init: AdaptationInit | None = field(
+        default=None,
         metadata={
             "help": (
                 "Directions in which the adaptation ranks read their inputs at the start: the leading ones of the "
                 "weight's mean gradient over the calibration batches ('gradient'), or of the inputs ('inputs'); "
-                "'random' is LoRA's start, without data."
+                "'random' is LoRA's start, without data. Default: 'random' for decomposition='svd', which needs no "
+                "data; 'gradient' for all others."
             )
         },
     )
@@ -348,7 +349,7 @@ class JactusConfig(PeftConfig):
 
     def statistics_needs(self) -> StatisticsNeeds:
         """Return what a calibration has to collect beside the two covariances."""
-        options = self.factorization_options()
+        options = self._options(data_free=self.init_weights is False)  # a saved one may compute new values later
         return StatisticsNeeds(
             row_fisher=options.decomposition.needs_row_fisher,
             num_directions=options.adaptation_rank if options.adaptation_init == "gradient" else 0,
@@ -357,7 +358,11 @@ class JactusConfig(PeftConfig):
     def factorization_options(self) -> FactorizationOptions:
         """Return the settings of the numerical part."""
         # A random start (PEFT's tests) is data-free whatever the decomposition.
-        decomposition = self.decomposition if self.init_weights is True else "svd"
+        return self._options(data_free=self.init_weights is not True)
+
+    def _options(self, *, data_free: bool) -> FactorizationOptions:
+        decomposition = "svd" if data_free else self.decomposition
+        init: AdaptationInit = "random" if decomposition == "svd" else "gradient"
         return FactorizationOptions(
             decomposition=DecompositionOptions(
                 decomposition=decomposition,
@@ -374,7 +379,7 @@ class JactusConfig(PeftConfig):
             rank_multiple=self.rank_multiple,
             bias_correction=self.bias_correction,
             adaptation_rank=self.adaptation_rank,
-            adaptation_init=self.adaptation_init if self.init_weights is True else "random",
+            adaptation_init=init if data_free else (self.adaptation_init or init),
         )
 
     def to_dict(self) -> dict[str, Any]:

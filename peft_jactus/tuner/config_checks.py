@@ -21,7 +21,7 @@ _CHOICES = {
     "allocation": ("global", "uniform"),
     "storage": get_args(Storage),
     "decomposition": get_args(Decomposition),
-    "adaptation_init": get_args(AdaptationInit),
+    "adaptation_init": (*get_args(AdaptationInit), None),
 }
 _NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
 
@@ -104,11 +104,6 @@ def _check_ranks(config: JactusConfig) -> None:
     for pattern, rank in config.rank_pattern.items():
         if type(rank) is not int or rank < 1:
             raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
-        if rank <= config.adaptation_rank:
-            raise ValueError(
-                f"`rank_pattern` gives {pattern!r} rank {rank}, of which `adaptation_rank`={config.adaptation_rank} "
-                "are left to the task: nothing remains for the weight. Raise the rank, or lower `adaptation_rank`."
-            )
 
 
 def _is_number(value: object) -> bool:

@@ -111,11 +111,6 @@ class JactusLayer(BaseTunerLayer):
         """
         if r < 1:
             raise ValueError(f"{self.module_name}: the rank must be at least 1; got {r}.")
-        if shape.core_rank < 1:
-            raise ValueError(
-                f"{self.module_name}: of rank {r}, {shape.adaptation_rank} adapt, and nothing remains for the weight. "
-                "The adapter's config was edited, or is damaged; save it again."
-            )
         weight = self._base().weight
         self.r[adapter_name] = r
         self.adapter_shapes[adapter_name] = shape

@@ -365,7 +365,8 @@ def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], con
     if not config.from_checkpoint:
         coefficients = coefficients_in(tensors)
         rank = coefficients.shape[1] if coefficients is not None and coefficients.dim() == 2 else 0
-        rank = min(rank + config.adapter_shape(min(features), *features).adaptation_rank, *features)
+        down = tensors.get("jactus_adapt_down")
+        rank = min(rank + (down.shape[0] if down is not None and down.dim() == 2 else 0), *features)
     expected_shapes = config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
     if set(tensors) != set(expected_shapes):
         raise ValueError(

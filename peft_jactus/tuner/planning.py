@@ -12,7 +12,6 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from peft_jactus._processes import gather_objects, process_index
-from peft_jactus.numerics.adaptation import capped_adaptation_rank
 from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.numerics.factorization import choose_ranks, layer_gains
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
@@ -93,7 +92,7 @@ def measure_gains(
             None if statistics is None else statistics[name],
             options.decomposition,
             centred=options.bias_correction and has_bias,
-            num_reserved=capped_adaptation_rank(options.adaptation_rank, *dense_weight(targets[name]).shape),
+            adaptation_rank=options.adaptation_rank,
         )
         if projected.num_bytes <= keep_bytes:
             keep_bytes -= projected.num_bytes

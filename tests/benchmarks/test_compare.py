@@ -23,13 +23,12 @@ from tests.support.compressed_models import VOCABULARY, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-METHODS = ["full", "dora", "{ours} pivoted 0.6", "svd-llm+lora 0.6"]
+METHODS = ["full", "dora", "jactus pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {
-    "text": ["lora+svd-llm+lora 0.4"],
+    "text": ["lora+svd-llm+lora 0.4", "lora+jactus-cores pivoted 0.4"],
     "vision": ["jactus+lora pivoted 0.4"],
     "language": ["full+svd-llm+lora 0.4", "jactus+full pivoted 0.4", "lora-embeddings"],
 }
-OURS = {"text": "lora+jactus", "vision": "jactus", "language": "full+jactus"}
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
 MODEL_NAMES = {"text": (text, "MINILM"), "vision": (vision, "VIT"), "language": (language, "LLAMA")}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,11 +94,11 @@ def run(model_dirs, monkeypatch, capsys):
 @pytest.mark.parametrize("kind", TASKS)
 def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(kind, run, data_dir, tmp_path):
     names = ["full", "lora", "lora-embeddings", "dora", "jactus", "jactus+lora", "jactus+full"]
-    names += ["lora+jactus", "full+jactus", "svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
+    names += ["lora+jactus-cores", "full+jactus-cores", "svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
     rates = dict.fromkeys(names, 1e-3)  # of others there are none yet
     (tmp_path / f"{kind}-learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
     options = ["--data-dir", data_dir, "--tasks", TASKS[kind], "--seeds", 0, "--rows", 48, "--out", tmp_path]
-    methods = [method.format(ours=OURS[kind]) for method in METHODS] + FURTHER_METHODS[kind]
+    methods = METHODS + FURTHER_METHODS[kind]
     ours = methods[2]
     run(compare, "run", kind, *options, "--methods", *methods)
     path = tmp_path / f"{kind}.jsonl"

@@ -834,10 +834,10 @@ def test_training_a_compressed_copy_leaves_the_deployed_layers_of_the_model_alon
 # -- refusals ---------------------------------------------------------------------------------------------
 
 
-def with_nan_core():
+def with_nan_adapter():
     model = trained()
     with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "jactus_core" in name)[0, 0] = torch.nan
+        next(p for name, p in model.named_parameters() if "jactus_adapt_up" in name)[0, 0] = torch.nan
     return model
 
 
@@ -874,7 +874,7 @@ REFUSALS = {
         TypeError,
         "Only transformers models have compressed checkpoints; got a Plain",
     ),
-    "nan core": (with_nan_core, {}, ValueError, r"bert\..*: `jactus_core` is not finite"),
+    "nan adapter": (with_nan_adapter, {}, ValueError, r"bert\..*: `jactus_adapt_up` is not finite"),
     "infinite bias": (with_infinite_bias, {}, ValueError, "`jactus_bias` is not finite"),
     "two active adapters": (with_two_active_adapters, {}, ValueError, "One JACTUS adapter must be active"),
     "unknown storage": (trained, {"storage": "dense"}, ValueError, "`storage` must be one of.*got 'dense'"),
@@ -1113,7 +1113,7 @@ def test_layers_that_float16_cannot_hold_are_stored_as_factors(tmp_path):
     model = trained(storage="pivoted")
     name, layer = next((n, m) for n, m in model.get_base_model().named_modules() if isinstance(m, JactusLayer))
     with torch.no_grad():
-        layer.jactus_core["default"].mul_(1e7)
+        layer.jactus_frozen_factor["default"].mul_(1e7)
     with pytest.warns(NumericalWarning, match=f"{re.escape(name)}: stored pivoted in torch.bfloat16"):
         folder = export(model, tmp_path / "compressed", dtype=torch.bfloat16)
     storages = {layer: form["storage"] for layer, form in layers_of(folder).items()}

@@ -7,6 +7,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from peft_jactus.numerics import allocation as module
+from peft_jactus.numerics.adaptation import capped_adaptation_rank
 from peft_jactus.numerics.allocation import LayerGains, stays_dense, stored_parameters, uniform_rank
 from tests.support import oracles
 from tests.support.strategies import spectra
@@ -143,6 +144,19 @@ def test_equal_costs_and_concave_gains_are_allocated_optimally(gains, ratio):
     allocation = allocate(layers, retained_ratio=ratio, rank_floor=0.0)
     best = oracles.best_allocation([candidates(layer, "factored") for layer in layers.values()], budget)
     assert total_gain(layers, allocation) == pytest.approx(best, abs=GAIN_ROUNDING)
+
+
+@given(layer=layer_gains(), adaptation_rank=st.integers(0, 6))
+def test_ranks_that_are_left_to_the_task_gain_nothing(layer, adaptation_rank):
+    shared = layer.with_adaptation(adaptation_rank)
+    full_rank = min(layer.out_features, layer.in_features)
+    for rank in range(1, full_rank + 1):
+        remaining = rank - capped_adaptation_rank(adaptation_rank, rank)
+        if remaining > len(layer.gains):
+            assert rank > len(shared.gains)
+            continue
+        assert float(shared.gains[:rank].sum()) == pytest.approx(float(layer.gains[:remaining].sum()))
+    assert shared.dense_gain == layer.dense_gain
 
 
 @given(layers=several(layer_gains()), ratio=ratios, storage=storages)

@@ -1,10 +1,10 @@
-"""Options of the numerical part, which has no defaults: those of `JactusConfig`, but with two factors a layer."""
+"""Options of the numerical part, which has no defaults: those of `JactusConfig`, but two factors and a core."""
 
 import dataclasses
 
 from peft_jactus import JactusConfig
 
-_DEFAULTS = JactusConfig(storage="factored").factorization_options()
+_DEFAULTS = JactusConfig(storage="factored", adaptation_rank=0).factorization_options()
 
 
 def decomposition_options(decomposition="jactus", **changes):

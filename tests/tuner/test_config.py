@@ -57,7 +57,7 @@ OTHER_VALUES = {
         "rank_floor": [-0.1, 1.1, math.nan],
         "rank_multiple": [0, -8, 1.5, True],
         "adaptation_rank": [-1, 1.5, True, None],
-        "adaptation_init": ["zeros", None],
+        "adaptation_init": ["zeros", 1],
         "shrinkage": [-0.1, 1.1, math.nan, "oas", None, True],
         "damping": [0, -1e-6, math.nan, math.inf],
         "rank_pattern": [{"query": 0}, {"query": -1}, {"query": 2.5}, {"query": "8"}, {"query": None}],

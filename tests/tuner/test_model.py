@@ -62,13 +62,15 @@ def test_error_shrinks_with_the_retained_ratio():
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_dense_weights_are_freed_and_only_cores_and_head_train():
-    model = compressed(tiny_bert())
+@pytest.mark.parametrize(("adaptation_rank", "trains"), [(0, {"core"}), (32, {"adapt_down", "adapt_up"})])
+def test_dense_weights_are_freed_and_nothing_trains_but_the_adapter_and_the_head(adaptation_rank, trains):
+    model = compressed(tiny_bert(), adaptation_rank=adaptation_rank)
     for name, layer in jactus_layers(model).items():
         assert layer.base_layer.weight.numel() == 0, name
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable
-    assert all(".jactus_core.default" in name or "classifier" in name for name in trainable)
+    of_the_adapter = {name for name in trainable if "classifier" not in name}
+    assert {name.split(".jactus_")[1] for name in of_the_adapter} == {f"{name}.default" for name in trains}
+    assert len(of_the_adapter) == len(trains) * len(jactus_layers(model)) < len(trainable)
 
 
 def test_printed_totals_count_the_frozen_bases():
@@ -211,7 +213,7 @@ def test_statistics_do_not_change_a_decomposition_that_needs_none():
 
 
 def test_training_moves_cores_only_and_lowers_the_loss():
-    model = compressed(tiny_bert()).train()
+    model = compressed(tiny_bert(), adaptation_rank=0).train()
     batch = batches_for(model.get_base_model())[0]
     frozen = {name: value.clone() for name, value in model.state_dict().items() if "core" not in name}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
@@ -229,14 +231,17 @@ def test_training_moves_cores_only_and_lowers_the_loss():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_core_gradients():
+@pytest.mark.parametrize("adaptation_rank", [0, 32])
+def test_gradient_checkpointing_gives_the_same_gradients(adaptation_rank):
     gradients = []
     for checkpointing in (False, True):
-        model = compressed(tiny_llama()).train()
+        model = compressed(tiny_llama(), adaptation_rank=adaptation_rank).train()
+        perturb_cores_(model)  # B has to leave zero, or A gets no gradient
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**batches_for(model.get_base_model())[0]).loss.backward()
-        gradients.append([p.grad.clone() for n, p in model.named_parameters() if "jactus_core" in n])
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        assert all(gradient.abs().max() > 0 for gradient in gradients[-1])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain, **FLOAT32_REORDERED)
 
@@ -251,7 +256,7 @@ def test_torch_compile_needs_no_graph_break():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_float32_cores(dtype):
-    model = compressed(tiny_bert(dtype=dtype))
+    model = compressed(tiny_bert(dtype=dtype), adaptation_rank=0)
     for layer in jactus_layers(model).values():
         tensors = layer.adapter_tensors("default")
         assert tensors["jactus_core"].dtype == torch.float32

@@ -154,7 +154,7 @@ def test_saved_config_says_how_to_load(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(next(k for k in t if "jactus_core" in k)), r"must hold \['jactus_"),
+        (lambda t: t.pop(next(k for k in t if "jactus_frozen_factor" in k)), r"must hold \['jactus_"),
         (
             lambda t: [t.pop(k) for k in list(t) if ".layers.0.mlp.down_proj." in k],
             r"disagree on the layers.*down_proj",
@@ -164,11 +164,11 @@ def test_saved_config_says_how_to_load(tmp_path):
             r"`jactus_left` must have",
         ),
         (
-            lambda t: t.update({k: v[:-1, :-1].clone() for k, v in t.items() if "jactus_core" in k}),
-            r"`jactus_core` must",
+            lambda t: t.update({k: v[:-1].clone() for k, v in t.items() if "jactus_adapt_up" in k}),
+            r"`jactus_adapt_up` must",
         ),
     ],
-    ids=["missing tensor", "missing layer", "misshapen basis", "misshapen core"],
+    ids=["missing tensor", "missing layer", "misshapen basis", "misshapen adaptation"],
 )
 def test_missing_or_misshapen_tensors_are_errors(tmp_path, change, message):
     saved_adapter(tmp_path, tiny_llama)
@@ -180,11 +180,11 @@ def test_missing_or_misshapen_tensors_are_errors(tmp_path, change, message):
         PeftModel.from_pretrained(base, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("name", ["jactus_right", "jactus_left_order"])
+@pytest.mark.parametrize("name", ["jactus_right", "jactus_left_order", "jactus_adapt_up"])
 def test_a_tensor_that_transformers_does_not_fill_raises_where_it_is_needed(tmp_path, name):
     saved_adapter(tmp_path, tiny_llama)
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
-    missing = next(key for key in tensors if key.endswith(name))
+    missing = next(key for key in tensors if key.endswith(name) and tensors[key].numel())
     del tensors[missing]
     save_file(tensors, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -199,10 +199,10 @@ def test_a_state_dict_that_is_refused_leaves_the_adapter_as_it_was():
     model = compressed(tiny_llama())
     expected = logits_of(model)
     others = get_peft_model_state_dict(compressed(tiny_llama(), retained_ratio=0.4))
-    last = [key for key in others if key.endswith("jactus_core")][-1]
+    last = [key for key in others if key.endswith("jactus_adapt_up")][-1]
     others[last] = others[last][:-1]
     ranks = dict(model.peft_config["default"].layer_ranks)
-    with pytest.raises(ValueError, match="`jactus_core` must have shape"):
+    with pytest.raises(ValueError, match="`jactus_adapt_up` must have shape"):
         set_peft_model_state_dict(model, others)
     assert model.peft_config["default"].layer_ranks == ranks
     assert torch.equal(logits_of(model), expected)

@@ -116,11 +116,11 @@ def test_statistics_on_disk_are_opened_again_when_they_are_pickled(tmp_path):
     path = tmp_path / "statistics.safetensors"
     model, config = tiny_bert(), jactus_config(tiny_bert())
     calibrate(
-        model, config, batches_for(model), statistics_file=path, max_statistics_memory="20KB", progress_bar=False
+        model, config, batches_for(model), statistics_file=path, max_statistics_memory="40KB", progress_bar=False
     )
     arrived = pickle.loads(pickle.dumps(config))
     assert isinstance(arrived.statistics, CalibrationStatistics)
-    assert arrived.statistics.memory_limit == config.statistics.memory_limit == 20_000
+    assert arrived.statistics.memory_limit == config.statistics.memory_limit == 40_000
     expected = logits_of(get_peft_model(tiny_bert(), config))
     assert torch.equal(logits_of(get_peft_model(tiny_bert(), arrived)), expected)
 
