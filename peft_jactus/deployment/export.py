@@ -32,7 +32,7 @@ from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -182,6 +182,7 @@ def compressed_copy(
             conv1d_layers += [name] if layer.is_conv1d else []
         else:
             forms[name] = LayerForm(DENSE, min(layer.in_features, layer.out_features), kept)
+    _warn_if_untrained(layers.values(), adapter_name)
     cast_(copied, dtype)
     attach_compression(
         copied,
@@ -199,6 +200,19 @@ def compressed_copy(
             stacklevel=3,
         )
     return copied
+
+
+def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None:
+    held = (layer.jactus_adapt_up for layer in layers)
+    adapting = [tensors[adapter_name] for tensors in held if adapter_name in tensors]
+    if adapting and not any(bool(tensor.any()) for tensor in adapting):
+        warnings.warn(
+            "No adaptation rank was trained, so that they are left out, and a part of the budget goes unused. Train "
+            "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which gives all ranks to the "
+            "weights.",
+            NumericalWarning,
+            stacklevel=4,
+        )
 
 
 def _model_name(name_or_path: str | None) -> str | None:

@@ -29,9 +29,10 @@ def targets_all_linear(target_modules: object) -> bool:
 class JactusConfig(PeftConfig):
     """Fine-tune a model and come out with a smaller one.
 
-    Each targeted linear layer is replaced by ``left @ core @ right.T``: two frozen bases, chosen from the weight and
-    from calibration statistics, and a small trainable core (Ge et al., arXiv:2605.02829). Call
-    `peft_jactus.calibrate` with this config before `peft.get_peft_model`, unless ``decomposition="svd"``.
+    Each targeted linear layer is replaced by a frozen approximation of low rank, chosen from the weight and from
+    calibration statistics (Ge et al., arXiv:2605.02829), and a few ranks that train. With ``adaptation_rank=0`` a core
+    between two frozen bases trains instead, as in the paper. Call `peft_jactus.calibrate` with this config before
+    `peft.get_peft_model`, unless ``decomposition="svd"``.
     """
 
     target_modules: list[str] | set[str] | str | None = field(

@@ -55,6 +55,7 @@ class JactusLayer(BaseTunerLayer):
     that.
     """
 
+    jactus_adapt_up: nn.ParameterDict
     jactus_bias: BufferDict
 
     adapter_layer_names = TRAINABLE

@@ -122,7 +122,7 @@ def test_a_file_of_other_layers_or_shapes_is_refused_and_named(path):
         run(tiny_bert(hidden_size=16), batches, statistics_file=path, targets=["query", "key"])
 
 
-@pytest.mark.parametrize("limit", [None, 4_000])
+@pytest.mark.parametrize("limit", [None, 8_000])
 @pytest.mark.parametrize("num_forwards", [2, 5, 100])
 def test_a_file_of_other_weights_is_refused_whatever_it_holds(path, num_forwards, limit):
     """Some batches, or all of some groups, or everything; with a limit the layer that changes is of a later group."""

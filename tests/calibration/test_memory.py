@@ -34,29 +34,35 @@ def batches_of(task):
     return [collate(task.examples()[i % 2 :]) for i in range(3)]
 
 
-def run(model, batches, *, head="classifier", **options):
-    config = JactusConfig(target_modules="all-linear", exclude_modules=[head], retained_ratio=0.6)
+def run(model, batches, *, head="classifier", adaptation_rank=0, **options):
+    config = JactusConfig(
+        target_modules="all-linear", exclude_modules=[head], retained_ratio=0.6, adaptation_rank=adaptation_rank
+    )
     statistics = calibrate(model, config, batches, progress_bar=False, **options)
     return config, statistics
 
 
 def bytes_of_largest_layers(statistics, count):
-    sizes = sorted(
-        sum(moment.scatter.nbytes + 2 * moment.mean.nbytes for moment in (layer.input, layer.gradient))
-        for layer in statistics.values()
-    )
-    return sum(sizes[-count:])
+    return sum(sorted(bytes_of(layer) for layer in statistics.values())[-count:])
 
 
+def bytes_of(layer):
+    moments = sum(moment.scatter.nbytes + 2 * moment.mean.nbytes for moment in (layer.input, layer.gradient))
+    sketch = layer.weight_gradient
+    return moments + (0 if sketch is None else sketch.left.nbytes + sketch.right.nbytes)
+
+
+@pytest.mark.parametrize("adaptation_rank", [0, 32])
 @pytest.mark.parametrize("name", ["bert", "t5", "llama", "vit"])
-def test_a_limit_of_two_layers_gives_the_statistics_of_no_limit(name):
+def test_a_limit_of_two_layers_gives_the_statistics_of_no_limit(name, adaptation_rank):
     task = TASKS[name]
-    _, expected = run(task.model(), batches_of(task), head=task.head)
+    options = {"head": task.head, "adaptation_rank": adaptation_rank}
+    _, expected = run(task.model(), batches_of(task), **options)
     forwards = []
     model = task.model()
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     limit = bytes_of_largest_layers(expected, 2)
-    config, statistics = run(model, batches_of(task), head=task.head, max_statistics_memory=limit)
+    config, statistics = run(model, batches_of(task), max_statistics_memory=limit, **options)
     assert config.statistics is statistics
     assert list(statistics) == list(expected)
     assert statistics.num_batches == expected.num_batches

@@ -138,7 +138,7 @@ def test_random_generators_come_back_as_they_were(calibrated):
     assert random_states() == before
 
 
-@pytest.mark.parametrize("limit", [None, 4_000], ids=["one pass", "groups"])
+@pytest.mark.parametrize("limit", [None, 8_000], ids=["one pass", "groups"])
 def test_random_numbers_drawn_by_the_batches_are_given_back(model, limit):
     def drawing():
         for batch in classified_texts():

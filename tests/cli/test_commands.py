@@ -37,6 +37,7 @@ from tests.support.compressed_models import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    trained,
 )
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -91,7 +92,7 @@ def home(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder / name)
         # 0.95 leaves some layers dense, and GPT-2 stores those transposed.
         fields = {"retained_ratio": 0.95} if name == "gpt2" else {}
-        model = compressed(type(build()).from_pretrained(folder / name), **fields)
+        model = trained(type(build()).from_pretrained(folder / name), **fields)
         perturb_cores_(model)
         model.save_pretrained(folder / f"{name}-adapter")
         export_compressed(model, folder / f"{name}-pivoted", progress_bar=False)
@@ -194,7 +195,9 @@ def test_inspect_says_how_many_ranks_adapt(tmp_path):
 
 def test_blocks_are_in_the_order_of_their_numbers():
     names = [f"layers.{block}.{name}" for block in range(12) for name in ("a", "b")]
-    config = JactusConfig(target_modules="all-linear", layer_ranks=dict.fromkeys(reversed(names), 2))
+    config = JactusConfig(
+        target_modules="all-linear", layer_ranks=dict.fromkeys(reversed(names), 2), adaptation_rank=0
+    )
     shapes = {
         f"base_model.model.{name}.{tensor}": shape
         for name in names
@@ -316,7 +319,7 @@ def test_export_restores_a_head_with_another_number_of_classes_than_the_base_mod
 
 def test_export_loads_an_adapter_without_task_type_by_the_class_of_its_base_model(home, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(home / "bert")
-    config = JactusConfig(target_modules=["query"], decomposition="svd", retained_ratio=0.5)
+    config = JactusConfig(target_modules=["query"], decomposition="svd", retained_ratio=0.5, adaptation_rank=0)
     model = get_peft_model(base, config)
     model.save_pretrained(tmp_path / "adapter")
     run("export", tmp_path / "adapter", tmp_path / "out")
@@ -402,7 +405,7 @@ def test_compress_writes_what_calibrating_and_exporting_by_hand_writes(home, tmp
     compress(home, name, out, "--data-dir", home / "rows", "--max-length", "16", "--batch-size", "4")
     base = loaded(name, home / name)
     task_type = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
-    config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6)
+    config = JactusConfig(task_type=task_type, target_modules="all-linear", retained_ratio=0.6, adaptation_rank=0)
     calibrate(base, config, calibrated.batches, max_batches=16, progress_bar=False)
     export_compressed(get_peft_model(base, config), tmp_path / "by-hand", progress_bar=False)
     result = loaded(name, out)

@@ -24,12 +24,12 @@ from tests.deployment.test_export import (
 )
 from tests.support.compressed_models import (
     batches_for,
-    compressed,
     logits_of,
     perturb_cores_,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    trained,
 )
 from tests.tuner.test_persistence import finish, in_fresh_process
 
@@ -37,7 +37,7 @@ PARTS = {"factored": ["down", "up"], "pivoted": ["rows", "columns", "others"]}
 
 
 def exported(folder, build, storage, **options):
-    model = compressed(build() if callable(build) else build, storage=storage)
+    model = trained(build() if callable(build) else build, storage=storage, adaptation_rank=0)
     perturb_cores_(model)
     return export(model, folder, **options)
 
@@ -70,7 +70,7 @@ LOAD_IN_FRESH_PROCESS = """
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     import peft_jactus
-    from tests.support.compressed_models import logits_of
+    from tests.support.compressed_models import logits_of, trained
 
     equal = {}
     for folder in map(Path, sys.argv[1:]):

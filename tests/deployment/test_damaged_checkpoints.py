@@ -35,7 +35,7 @@ from tests.deployment.damages.checkpoints import (
     tensors_of,
     write,
 )
-from tests.support.compressed_models import compressed, logits_of
+from tests.support.compressed_models import logits_of, trained
 
 AUTO = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 # What people can act on. DamagedCheckpointError is a ValueError; OSError and RuntimeError come from transformers.
@@ -52,7 +52,7 @@ def export(name, folder, *, seed=0):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     layers = targeted_layers(name)
     full = min(min(layers[layer].weight.shape) for layer in layers if re.fullmatch(DENSE_LAYERS, layer))
-    model = compressed(model, storage=STORAGES[name], rank_pattern={DENSE_LAYERS: full, ".*": RANK})
+    model = trained(model, storage=STORAGES[name], rank_pattern={DENSE_LAYERS: full, ".*": RANK})
     shard_size = SHARD_SIZE if name == "llama" else "5GB"
     export_compressed(model, folder, max_shard_size=shard_size, progress_bar=False)
     for path in folder.iterdir():

@@ -295,7 +295,7 @@ def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
 
 def test_a_layer_whose_pivoted_parts_are_not_accurate_is_stored_as_what_is_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_jactus.deployment.export._BFLOAT16_FACTORS_ERROR", 0.0)
-    model = trained(tiny_llama, storage="pivoted", retained_ratio=0.8)
+    model = trained(tiny_llama, storage="pivoted", retained_ratio=0.8, adaptation_rank=0)
     with pytest.warns(NumericalWarning, match="it is stored as one dense weight"):
         export(model, tmp_path / "compressed", dtype=torch.bfloat16)
     for name, form in layers_of(tmp_path / "compressed").items():
@@ -348,6 +348,7 @@ def test_targeted_layers_take_the_retained_ratio_on_disk(tmp_path, storage, reta
     dense = wide_bert()
     shapes = {name: module.weight.numel() for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     model = compressed(dense, storage=storage, retained_ratio=retained_ratio, decomposition="svd")
+    perturb_cores_(model)
     for dtype in (torch.float32, torch.bfloat16):
         folder = export(model, tmp_path / str(dtype), dtype=dtype)
         layers = layers_of(folder)
@@ -706,13 +707,20 @@ def test_an_adapter_from_disk_is_exported(tmp_path):
     assert_same_tensors(tensors_in(tmp_path / "from_transformers"), tensors_in(tmp_path / "from_peft"))
 
 
-def test_an_untrained_adapter_is_exported(tmp_path):
-    model = compressed(tiny_llama())
+def test_untrained_cores_are_exported(tmp_path):
+    model = compressed(tiny_llama(), adaptation_rank=0)
     assert_exports(model, tmp_path / "compressed", logits_of(model), tiny_llama)
+
+
+def test_untrained_adaptation_ranks_are_exported_with_a_warning(tmp_path):
+    model = compressed(tiny_llama())
+    with pytest.warns(NumericalWarning, match=r"No adaptation rank was trained.*JactusConfig\(adaptation_rank=0\)"):
+        assert_exports(model, tmp_path / "compressed", logits_of(model), tiny_llama)
 
 
 def test_an_adapter_without_calibration_is_exported(tmp_path):
     model = get_peft_model(tiny_llama(), jactus_config(tiny_llama(), decomposition="svd")).eval()
+    perturb_cores_(model)
     assert_exports(model, tmp_path / "compressed", logits_of(model), tiny_llama)
 
 
@@ -755,7 +763,7 @@ def test_the_active_one_of_several_adapters_is_exported(tmp_path):
 
 
 def test_storage_may_differ_from_that_of_the_budget_with_a_warning_if_that_takes_more(tmp_path):
-    model = trained(storage="pivoted")
+    model = trained(storage="pivoted", adaptation_rank=0)
     message = r"`storage`='pivoted', to keep 60%; stored factored, .* keep 67%.*JactusConfig\(storage='factored'\)"
     with pytest.warns(UserWarning, match=message):
         folder = export(model, tmp_path / "factored", storage="factored")

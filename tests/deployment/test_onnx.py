@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_jactus.deployment.export import compressed_copy
-from tests.support.compressed_models import compressed, tiny_bert, tiny_llama
+from tests.support.compressed_models import tiny_bert, tiny_llama, trained
 
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
@@ -28,7 +28,7 @@ class Logits(torch.nn.Module):
 @pytest.mark.parametrize("storage", ["pivoted", "factored"])
 @pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
 def test_onnxruntime_gives_the_logits_at_any_batch_size_and_length(make, storage, tmp_path):
-    model = Logits(compressed_copy(compressed(make(), storage=storage))).eval()
+    model = Logits(compressed_copy(trained(make(), storage=storage))).eval()
     ids = torch.randint(2, 90, (3, 9), generator=torch.Generator().manual_seed(0))
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     program = torch.onnx.export(model, (ids[:2, :7],), dynamo=True, dynamic_shapes=(dynamic,))

@@ -29,7 +29,7 @@ import peft_jactus
 from peft_jactus import export_compressed, loading_options
 from peft_jactus.deployment.layers import FactorizedLinear
 from peft_jactus.deployment.remote_code import export_remote_code
-from tests.support.compressed_models import compressed, logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama
+from tests.support.compressed_models import logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama, trained
 
 IDS = torch.arange(2, 14)
 FORM_NAMES = {"LowRankLinear", "RowPivotedLinear", "ColumnPivotedLinear"}
@@ -78,7 +78,7 @@ def exported(tmp_path_factory):
         key = (family, storage, dtype, *fields.items())
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{family}_{storage}")
-            model = compressed(FAMILIES[family](dtype=dtype), storage=storage, **fields)
+            model = trained(FAMILIES[family](dtype=dtype), storage=storage, **fields)
             perturb_cores_(model)
             export_compressed(model, folder / "compressed", progress_bar=False)
             made[key] = folder / "compressed", export_remote_code(folder / "compressed", folder / "remote")
@@ -348,7 +348,7 @@ def test_only_a_compressed_causal_language_model_has_remote_code(exported, tmp_p
     tiny_llama().save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"has no low-rank layers; it needs no code of its own"):
         export_remote_code(tmp_path / "base", tmp_path / "remote")
-    export_compressed(compressed(tiny_bert()), tmp_path / "classifier", progress_bar=False)
+    export_compressed(trained(tiny_bert()), tmp_path / "classifier", progress_bar=False)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification.*only causal.*loading_options\(dense=True\)"):
         export_remote_code(tmp_path / "classifier", tmp_path / "remote")
     with pytest.raises(ValueError, match=r"has no config.json; give what `export_compressed` wrote"):
@@ -360,7 +360,7 @@ def test_only_a_compressed_causal_language_model_has_remote_code(exported, tmp_p
 
 
 def test_a_compressed_head_is_refused(tmp_path):
-    model = compressed(tiny_llama(), target_modules=["lm_head", "q_proj"])
+    model = trained(tiny_llama(), target_modules=["lm_head", "q_proj"])
     export_compressed(model, tmp_path / "compressed", progress_bar=False)
     with pytest.raises(ValueError, match=r"lm_head is compressed and outside of the base model.*`exclude_modules`"):
         export_remote_code(tmp_path / "compressed", tmp_path / "remote")

@@ -12,15 +12,7 @@ from transformers import Trainer, TrainingArguments
 from peft_jactus import loading_options
 from peft_jactus.deployment.layers import FORMS
 from tests.deployment.test_export import BUILDERS, export, layers_of, load, tensors_in
-from tests.support.compressed_models import (
-    batches_for,
-    compressed,
-    logits_of,
-    tiny_bert,
-    tiny_llama,
-    tiny_t5,
-    tiny_vit,
-)
+from tests.support.compressed_models import batches_for, logits_of, tiny_bert, tiny_llama, tiny_t5, tiny_vit, trained
 from tests.support.routed_models import routed
 
 STORAGES = list(FORMS)
@@ -31,7 +23,7 @@ def loaded(tmp_path):
     """A function that compresses a model, and loads its checkpoint."""
 
     def make(build, **fields):
-        export(compressed(build(), **fields), tmp_path / "compressed")
+        export(trained(build(), **fields), tmp_path / "compressed")
         return load(build, tmp_path / "compressed")
 
     return make
@@ -66,7 +58,7 @@ def test_the_tensors_that_are_passed_are_saved(build, storage, loaded, tmp_path)
 
 
 def exported(tmp_path):
-    return load(tiny_llama, export(compressed(tiny_llama()), tmp_path / "compressed"))
+    return load(tiny_llama, export(trained(tiny_llama()), tmp_path / "compressed"))
 
 
 def copied(tmp_path):

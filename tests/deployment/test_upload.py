@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peft_jactus
-from tests.support.compressed_models import compressed, logits_of, perturb_cores_, tiny_llama
+from tests.support.compressed_models import logits_of, perturb_cores_, tiny_llama, trained
 from tests.support.stand_in_hub import TOKEN, running_hub
 
 ROOT = Path(peft_jactus.__file__).parents[1]
@@ -27,11 +27,11 @@ import sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from peft_jactus import export_compressed
-from tests.support.compressed_models import compressed, perturb_cores_, tiny_llama
+from tests.support.compressed_models import perturb_cores_, tiny_llama, trained
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 folder, token = Path(sys.argv[1]), sys.argv[2]
-model = compressed(tiny_llama())
+model = trained(tiny_llama())
 perturb_cores_(model)
 upload = {"push_to_hub": True, "token": token, "processor": tiny_tokenizer(), "progress_bar": False}
 export_compressed(model, folder / "local", repo_id="user/compressed", max_shard_size="30KB", **upload)
@@ -85,7 +85,7 @@ def write(files, folder):
 
 
 def expected_logits():
-    model = compressed(tiny_llama())
+    model = trained(tiny_llama())
     perturb_cores_(model)
     return logits_of(model)
 

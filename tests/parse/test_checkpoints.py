@@ -24,7 +24,7 @@ from peft_jactus.deployment.remote_code import export_remote_code
 from peft_jactus.parse import RankRouter, RouterConfig, conversion, routed_copy
 from peft_jactus.parse.installation import ROUTER_FIELD, ROUTER_NAME, RouterExtension, router_of
 from tests.parse.test_models import inputs_of, run
-from tests.support.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.support.compressed_models import compressed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, trained
 from tests.support.routed_models import routed, static
 
 CLASSES = {
@@ -218,7 +218,7 @@ def test_the_loader_knows_the_router_by_the_names_that_it_has():
 
 
 def test_who_never_routes_never_imports_what_routes(tmp_path):
-    folder = export_compressed(compressed(tiny_llama()), tmp_path / "compressed", progress_bar=False)
+    folder = export_compressed(trained(tiny_llama()), tmp_path / "compressed", progress_bar=False)
     script = (
         "import sys, peft_jactus, transformers\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"

@@ -58,7 +58,9 @@ def test_terms_are_the_same_weight_and_lead_with_the_best_truncation(decompositi
     dense = tiny_llama()
     config = jactus_config(dense, decomposition="fwsvd", retained_ratio=0.9, allocation="uniform")
     statistics = calibrate(dense, config, batches_for(dense), progress_bar=False)
-    full = compressed_copy(compressed(copy.deepcopy(dense), retained_ratio=0.9, decomposition="svd")).eval()
+    full = compressed_copy(
+        compressed(copy.deepcopy(dense), retained_ratio=0.9, decomposition="svd", adaptation_rank=0)
+    ).eval()
     model = routed_copy(
         full,
         RouterConfig(active_ratio=0.5, expert_size=2),

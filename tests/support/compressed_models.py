@@ -150,8 +150,15 @@ def compressed(model, *, adapter_name="default", **fields):
     return get_peft_model(model, config, adapter_name=adapter_name).eval()
 
 
+def trained(model, **fields):
+    """Return what `compressed` does, as if trained."""
+    model = compressed(model, **fields)
+    perturb_cores_(model)
+    return model
+
+
 def perturb_cores_(model, *, seed=0, scale=0.05):
-    """Stand in for training: move every core and the head."""
+    """Stand in for training: move all that trains."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

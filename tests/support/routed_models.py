@@ -14,7 +14,7 @@ from tests.support.compressed_models import VOCABULARY, compressed
 def static(model, **fields):
     """Compress; return the deployed model in evaluation mode."""
     options = {"retained_ratio": 0.8, "allocation": "uniform", **fields}
-    return compressed_copy(compressed(copy.deepcopy(model), **options)).eval()
+    return compressed_copy(compressed(copy.deepcopy(model), adaptation_rank=0, **options)).eval()
 
 
 def routed(model, *, seed=0, spread=10.0, **fields):
