@@ -18,7 +18,7 @@ from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from benchmarks.compare.adapting import with_lora
+from benchmarks.compare.adapting import HEAD_WARMUP_STEPS, with_lora
 from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, LEARNING_RATE_ROWS
 from benchmarks.compare.training import make_trainer
 from benchmarks.harness.arguments import add_data_dir, study_parser
@@ -30,17 +30,18 @@ from peft_jactus import JactusConfig, calibrate, rank_summary
 
 TASKS = ("clinc150", "trec", "mr")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-# By name: fields of the config, on top of the ratio. The paper's way is the core alone.
+WARM = {"head_warmup_steps": HEAD_WARMUP_STEPS}
+# By name: fields of the config, on top of the ratio, and of the call of `calibrate`. As in the paper: "core".
 VARIANTS = {
     "lora": None,
     "core": {"adaptation_rank": 0},
-    "gradient 16": {"adaptation_rank": 16},
-    "inputs 16": {"adaptation_rank": 16, "adaptation_init": "inputs"},
-    "random 16": {"adaptation_rank": 16, "adaptation_init": "random"},
-    "gradient 16, core": {"adaptation_rank": 16, "train_core": True},
-    "gradient 8": {"adaptation_rank": 8},
+    "gradient 32, warm head": {"adaptation_rank": 32, **WARM},  # the default
+    "gradient 16, warm head": {"adaptation_rank": 16, **WARM},
+    "gradient 64, warm head": {"adaptation_rank": 64, **WARM},
     "gradient 32": {"adaptation_rank": 32},
-    "gradient 16, warm head": {"adaptation_rank": 16, "head_warmup_steps": 50},
+    "inputs 32, warm head": {"adaptation_rank": 32, "adaptation_init": "inputs", **WARM},
+    "random 32, warm head": {"adaptation_rank": 32, "adaptation_init": "random", **WARM},
+    "gradient 32, core, warm head": {"adaptation_rank": 32, "train_core": True, **WARM},
 }
 
 

@@ -119,7 +119,9 @@ class JactusLayer(BaseTunerLayer):
         for name, size in self._expected_shapes(shape).items():
             dtype = tensor_dtype(name, weight.dtype)
             tensor = values[name] if name in values else unfilled(size, dtype, weight.device)
-            self._set_tensor(name, adapter_name, tensor.to(device=weight.device, dtype=dtype).contiguous())
+            tensor = tensor.to(device=weight.device, dtype=dtype).contiguous()
+            # With one row, a transposed matrix is contiguous, too, but DDP wants the same strides in all processes.
+            self._set_tensor(name, adapter_name, tensor.flatten().view(size))
         self._unfilled.discard(adapter_name)
         if factors is None:
             self._unfilled.add(adapter_name)

@@ -280,15 +280,15 @@ def test_the_plan_is_compared_with_what_comes_out(run, data_dir, tmp_path):
 
 def test_ways_to_adapt_are_compared_on_held_out_rows_and_a_finished_case_is_skipped(run, data_dir, tmp_path):
     options = ["--data-dir", data_dir, "--tasks", TASKS["text"], "--rates", 1e-3, "--rows", 48, "--out", tmp_path]
-    run(adaptation, "run", *options, "--variants", "lora", "core", "gradient 8", "gradient 16, warm head")
+    run(adaptation, "run", *options, "--variants", "lora", "core", "gradient 32", "gradient 16, warm head")
     rows = [json.loads(line) for line in (tmp_path / "adaptation-text.jsonl").read_text().splitlines()]
-    assert {row["variant"] for row in rows} == {"lora", "core", "gradient 8", "gradient 16, warm head"}
+    assert {row["variant"] for row in rows} == {"lora", "core", "gradient 32", "gradient 16, warm head"}
     assert all(row["retained_ratio_reached"] <= row["retained_ratio"] for row in rows)
     before = (tmp_path / "adaptation-text.jsonl").stat().st_mtime_ns
     run(adaptation, "run", *options, "--variants", "lora", "core")
     assert (tmp_path / "adaptation-text.jsonl").stat().st_mtime_ns == before
     table = run(adaptation, "report", "--out", tmp_path)
-    assert "| gradient 8 |" in table
+    assert "| gradient 32 |" in table
 
 
 def names_of_modules():

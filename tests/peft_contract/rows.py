@@ -60,7 +60,7 @@ def _custom(
     **options: Any,
 ) -> Row:
     """Return a row of test_custom_models: (test_name, model_id, config_cls, config_kwargs)."""
-    options = KEPT_BASE | {"target_modules": list(ranks), "rank_pattern": ranks} | options
+    options = KEPT_BASE | {"adaptation_rank": 0, "target_modules": list(ranks), "rank_pattern": ranks} | options
     return Row(name, (name, model, JactusConfig, options), fails or {})
 
 
@@ -85,7 +85,7 @@ def task(task_type: str) -> list[Row]:
     options = {"task_type": task_type}
     freed = FREED_BASE | {"retained_ratio": 0.5} | options
     return [
-        Row("kept-base", (JactusConfig, KEPT_BASE | LOW_RANK | options)),
+        Row("kept-base", (JactusConfig, KEPT_BASE | LOW_RANK | {"adaptation_rank": 0} | options)),
         Row("freed-base", (JactusConfig, freed), FREED_BASE_FAILURES),
         Row(
             "adapting",

@@ -64,7 +64,7 @@ def test_several_processes_give_the_ranks_and_factors_of_one(name, world_size, f
 def test_a_memory_limit_and_a_file_work_in_several_processes(tmp_path):
     expected_ranks, expected = factors_of(compressed("llama", slice(None)))
     path = tmp_path / "statistics.safetensors"
-    options = {"statistics_file": str(path), "save_every": 1, "max_statistics_memory": 60_000}
+    options = {"statistics_file": str(path), "save_every": 1, "max_statistics_memory": 120_000}
     assert (process := launch(2, tmp_path, "llama", **options)).returncode == 0, process.stderr
     assert CalibrationStatistics.load(path).num_batches == 8
     assert list(tmp_path.glob("*.process-*")) == []

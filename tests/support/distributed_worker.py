@@ -67,7 +67,7 @@ def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def losses_of_training(model, share, *, wrap=lambda model: model, num_steps=8):
+def losses_of_training(model, share, *, wrap=lambda model: model, num_steps=12):
     """Train on the rows ``share`` of a batch, with mean gradients over processes; return the mean losses."""
     (batch,) = batches_for(model.get_base_model(), num_batches=1)
     model = wrap(model.float().train())

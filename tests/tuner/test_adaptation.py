@@ -301,3 +301,10 @@ def test_without_data_they_start_at_random():
         assert len(down.unique()) == down.numel()
     with pytest.raises(ValueError, match="no calibration statistics"):
         get_peft_model(tiny_llama(), dataclasses.replace(config, layer_ranks={}, adaptation_init="gradient"))
+
+
+def test_a_single_row_has_the_strides_that_it_has_in_every_process():
+    model = compressed(tiny_llama(), adaptation_rank=1)
+    for layer in layers_of(model).values():
+        for tensor in layer.adapter_tensors("default").values():
+            assert tensor.stride() == torch.empty(tensor.shape).stride()
