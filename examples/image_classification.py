@@ -186,7 +186,7 @@ config = JactusConfig(
 )
 loader = DataLoader(dataset["train"], args.batch_size, collate_fn=DefaultDataCollator())
 start = time.perf_counter()
-calibrate(model, config, loader, max_batches=args.calibration_batches)
+calibrate(model, config, loader, max_batches=args.calibration_batches, head_warmup_steps=50)
 model = get_peft_model(model, config)
 preparation_seconds = time.perf_counter() - start
 model.print_trainable_parameters()
