@@ -237,8 +237,12 @@ class _Curve:
     def build(cls, layer: LayerGains, floor: int, step: int, storage: Storage) -> _Curve:
         multiples = range(floor - floor % step + step, layer.gains.numel() + 1, step)
         in_reach = (floor, *multiples)
-        ranks = [rank for rank in in_reach if _cost(layer, rank, storage) < layer.num_parameters]
         cumulative = layer.gains.cumsum(0).tolist()
+        ranks: list[int] = []
+        for rank in in_reach:  # but for those that cost more and gain nothing, which would end the climb
+            gains_more = not ranks or cumulative[rank - 1] > cumulative[ranks[-1] - 1]
+            if gains_more and _cost(layer, rank, storage) < layer.num_parameters:
+                ranks.append(rank)
         costs = [_cost(layer, rank, storage) for rank in ranks]
         gains = [cumulative[rank - 1] for rank in ranks]
         costs.append(layer.num_parameters)

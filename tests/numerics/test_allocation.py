@@ -159,6 +159,14 @@ def test_ranks_that_are_left_to_the_task_gain_nothing(layer, adaptation_rank):
     assert shared.dense_gain == layer.dense_gain
 
 
+@pytest.mark.parametrize("adaptation_rank", [0, 5, 32])
+def test_ranks_that_gain_nothing_do_not_end_the_climb(adaptation_rank):
+    """A flat spectrum: staying dense is best for each parameter, but not affordable."""
+    layer = LayerGains(64, 64, torch.ones(64, dtype=torch.float64), 64.0).with_adaptation(adaptation_rank)
+    found = allocate({"layer": layer}, retained_ratio=0.5)
+    assert found.ranks["layer"] in (15, 16)  # of 16 ranks that are paid for, the last may be the task's
+
+
 @given(layers=several(layer_gains()), ratio=ratios, storage=storages)
 def test_any_allocation_is_within_one_item_of_the_optimum(layers, ratio, storage):
     budget = math.floor(ratio * sum(layer.num_parameters for layer in layers.values()))
