@@ -109,7 +109,9 @@ def _inspect_adapter(folder: Path) -> Inspection:
     }
     if config.adaptation_rank:
         trains = "they and the cores train" if config.train_core else "they train"
-        facts["adaptation"] = f"{config.adaptation_rank} of each layer's ranks, or on top of a dense one; {trains}"
+        facts["adaptation"] = (
+            f"{config.adaptation_rank} of each layer's ranks, half at most, or on top of a dense one; {trains}"
+        )
     return Inspection(folder, facts, summary_of_adapter(config, shapes), None)
 
 

@@ -207,7 +207,7 @@ def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None
     adapting = [tensors[adapter_name] for tensors in held if adapter_name in tensors]
     if adapting and not any(bool(tensor.any()) for tensor in adapting):
         warnings.warn(
-            "No adaptation rank was trained, so that they are left out, and a part of the budget goes unused. Train "
+            "No adaptation rank was trained. The export leaves them out, and a part of the budget goes unused. Train "
             "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which gives all ranks to the "
             "weights.",
             NumericalWarning,

@@ -111,8 +111,8 @@ def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...
             wrong = {key: held.get(key, ()) for key, shape in expected.items() if held.get(key) != shape}
         if not left or not right or wrong:
             raise ValueError(
-                f"{name}: adapter_config.json gives it rank {rank}, which does not fit what the adapter's file holds "
-                f"of it: {wrong or 'nothing'}. It is damaged; save it again."
+                f"{name}: adapter_config.json gives it rank {rank}. The adapter's file does not fit: it holds "
+                f"{wrong or 'nothing'}. It is damaged; save it again."
             )
         storage = DENSE if stays_dense(rank, *features, config.storage) else config.storage
         rows.append(LayerRank(name, *features, rank, storage, config.layer_energy.get(name)))

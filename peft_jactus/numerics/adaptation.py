@@ -37,8 +37,8 @@ def starting_directions(
 ) -> Tensor:
     """Return ``A`` ``(adaptation_rank, in)`` at the start, float64.
 
-    Each row of it sees inputs as large as a row of LoRA's does, so that LoRA's learning rates serve: along the data,
-    a row is the shorter, the more of the inputs lies in its direction; at most `ROW_LENGTH`.
+    Each row sees inputs as large as a row of LoRA's does, so that LoRA's learning rates serve. Where much of the
+    inputs lies in a row's direction, the row is short. No row is longer than `ROW_LENGTH`.
 
     Args:
         weight: ``(out, in)``; its shape and device.

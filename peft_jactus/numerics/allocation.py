@@ -20,9 +20,12 @@ import bisect
 import heapq
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
+
+from peft_jactus.numerics.adaptation import capped_adaptation_rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,11 +97,10 @@ class LayerGains:
 
     def with_adaptation(self, adaptation_rank: int) -> LayerGains:
         """Return the gains where ``adaptation_rank`` of the ranks, but half at most, are left to the task."""
-        ranks = torch.arange(1, self.full_rank + 1)
-        remaining = ranks - (ranks // 2).clamp(max=adaptation_rank)  # `adaptation.capped_adaptation_rank`
-        remaining = remaining[remaining <= self.gains.numel()]
-        cumulative = torch.cat([self.gains.new_zeros(1), self.gains.cumsum(0)[remaining - 1]])
-        return replace(self, gains=cumulative.diff())
+        of_weight = [rank - capped_adaptation_rank(adaptation_rank, rank) for rank in range(self.full_rank + 1)]
+        steps = [(rank, rank > before) for before, rank in pairwise(of_weight) if rank <= self.gains.numel()]
+        ranks, grows = (torch.tensor(column, device=self.gains.device) for column in zip(*steps, strict=True))
+        return replace(self, gains=torch.where(grows, self.gains[ranks - 1], 0.0))
 
     @property
     def num_parameters(self) -> int:

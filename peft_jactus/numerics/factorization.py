@@ -104,12 +104,6 @@ class LowRankWeight:
     down: Tensor | None = None
     up: Tensor | None = None
 
-    @property
-    def rank(self) -> int:
-        """Rank of the whole weight, at most."""
-        adaptation_rank = 0 if self.down is None else self.down.shape[0]
-        return min(self.core.shape[0] + adaptation_rank, self.left.shape[0], self.right.shape[0])
-
     def compressed(self) -> Tensor:
         """Return the weight ``(out, in)`` without its adaptation ranks."""
         return self.left @ self.core @ self.right.mT
@@ -129,7 +123,6 @@ class LowRankWeight:
         (left, left_triangle), (right, right_triangle) = torch.linalg.qr(left), torch.linalg.qr(right)
         vectors, values, covectors = torch.linalg.svd(left_triangle @ core @ right_triangle.mT)
         rank = max(1, int((values > torch.finfo(values.dtype).eps * len(values) * values[0]).sum()))
-        rank = min(rank, self.rank)
         return left @ vectors[:, :rank], torch.diag(values[:rank]), right @ covectors[:rank].mT
 
     def dense(self) -> Tensor:

@@ -53,7 +53,7 @@ class JactusConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules that are trained and saved whole, beside the cores; for a freshly initialised head."
+            "help": "Modules that are trained and saved whole, beside the adapter; for a freshly initialised head."
         },
     )
     layers_to_transform: list[int] | int | None = field(
@@ -247,7 +247,7 @@ class JactusConfig(PeftConfig):
         default=True,
         metadata={
             "help": (
-                "True: the core starts as the approximation of the weight. False: a random core on a data-free basis, "
+                "True: start as the approximation of the weight. False: a random core on a data-free basis, "
                 "for tests. Saved configs say 'empty': values come from the checkpoint."
             )
         },

@@ -25,7 +25,6 @@ from tests.deployment.test_export import (
 from tests.support.compressed_models import (
     batches_for,
     logits_of,
-    perturb_cores_,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -38,7 +37,6 @@ PARTS = {"factored": ["down", "up"], "pivoted": ["rows", "columns", "others"]}
 
 def exported(folder, build, storage, **options):
     model = trained(build() if callable(build) else build, storage=storage, adaptation_rank=0)
-    perturb_cores_(model)
     return export(model, folder, **options)
 
 

@@ -29,7 +29,7 @@ import peft_jactus
 from peft_jactus import export_compressed, loading_options
 from peft_jactus.deployment.layers import FactorizedLinear
 from peft_jactus.deployment.remote_code import export_remote_code
-from tests.support.compressed_models import logits_of, perturb_cores_, tiny_bert, tiny_gpt2, tiny_llama, trained
+from tests.support.compressed_models import logits_of, tiny_bert, tiny_gpt2, tiny_llama, trained
 
 IDS = torch.arange(2, 14)
 FORM_NAMES = {"LowRankLinear", "RowPivotedLinear", "ColumnPivotedLinear"}
@@ -79,7 +79,6 @@ def exported(tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{family}_{storage}")
             model = trained(FAMILIES[family](dtype=dtype), storage=storage, **fields)
-            perturb_cores_(model)
             export_compressed(model, folder / "compressed", progress_bar=False)
             made[key] = folder / "compressed", export_remote_code(folder / "compressed", folder / "remote")
         return made[key]

@@ -51,7 +51,7 @@ def factors_of(model):
     for name, layer in model.named_modules():
         if isinstance(layer, JactusLayer):
             factors = layer.get_factors("default")
-            ranks[name] = factors.rank
+            ranks[name] = layer.r["default"]
             tensors[f"{name}.weight"] = factors.dense()
             for side in ("left", "right"):
                 basis = torch.linalg.qr(getattr(factors, side))[0]
