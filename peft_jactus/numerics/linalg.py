@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # A jitter beyond this share of the mean diagonal would change the metric, not repair its rounding.
 _MAX_RELATIVE_JITTER = 1e-4
+# Of the columns of a Gram matrix; smaller blocks than these multiply more slowly than they save.
+_NUM_GRAM_BLOCKS, _MIN_GRAM_BLOCK = 4, 96
 
 
 def to_decomposition_dtype(matrix: Tensor) -> Tensor:
@@ -41,6 +43,21 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)
+
+
+def add_gram_(matrix: Tensor, vectors: Tensor) -> None:
+    """Add ``vectors^T vectors`` to a symmetric ``matrix`` in place; of blocks that mirror each other, one is computed.
+
+    Args:
+        matrix: ``(dim, dim)``, symmetric; stays so up to rounding.
+        vectors: ``(num_vectors, dim)``.
+    """
+    dim = matrix.shape[0]
+    size = max(_MIN_GRAM_BLOCK, -(-dim // _NUM_GRAM_BLOCKS))
+    for start in range(0, dim, size):
+        end = start + size
+        matrix[start:end, start:].addmm_(vectors[:, start:end].mT, vectors[:, start:])
+        matrix[end:, start:end] = matrix[start:end, end:].mT
 
 
 def singular_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft_jactus.numerics.linalg import to_decomposition_dtype
+from peft_jactus.numerics.linalg import add_gram_, to_decomposition_dtype
 from peft_jactus.numerics.sketches import GradientSketch
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class SecondMoment:
         vectors = vectors.detach().to(self.scatter.dtype)
         mean = vectors.mean(0)
         around_mean = vectors - mean
-        self.scatter.addmm_(around_mean.mT, around_mean)
+        add_gram_(self.scatter, around_mean)
         self.quartic_sum.add_(torch.linalg.vector_norm(vectors, dim=1).to(self.quartic_sum).pow(4).sum())
         self.absolute_sum.add_(vectors.abs().sum(0))
         # What rounding took from the mean is what is left around it.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_jactus.numerics.adaptation import capped_adaptation_rank
+from peft_jactus.numerics.adapted_product import FrozenWeight, has_row_basis
 from peft_jactus.numerics.core_product import core_scales
 from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
-from peft_jactus.numerics.frozen_product import FrozenWeight, has_row_basis
 from peft_jactus.numerics.interpolation import InterpolativeBasis
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_jactus._dtypes import output_dtype
 from peft_jactus.errors import BaseWeightsFreedError
+from peft_jactus.numerics.adapted_product import adapted_product
 from peft_jactus.numerics.core_product import core_product
-from peft_jactus.numerics.frozen_product import frozen_product
 from peft_jactus.tuner.adapter_format import (
     TENSOR_NAMES,
     TRAINABLE,
@@ -44,7 +44,7 @@ class JactusLayer(BaseTunerLayer):
     With a core that trains, ``jactus_core``, there are two frozen bases: ``jactus_left`` ``(out - rank, rank)`` and
     ``jactus_right`` ``(in - rank, rank)`` are their coefficients, ``jactus_left_order`` and ``jactus_right_order`` say
     of which features (`interpolation.InterpolativeBasis`). Without, there are one of them and ``jactus_frozen_factor``
-    (`frozen_product.FrozenWeight`).
+    (`adapted_product.FrozenWeight`).
 
     ``jactus_adapt_down`` ``(adaptation rank, in)`` and ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where
     there are adaptation ranks.
@@ -312,17 +312,16 @@ class JactusLayer(BaseTunerLayer):
         if self._unfilled and adapter_name in self._unfilled and not torch.compiler.is_compiling():
             self._check_filled(adapter_name)
         tensors = self.adapter_tensors(adapter_name)
-        bias = tensors.get("jactus_bias")
-        if "jactus_core" in tensors:
-            left, right = bases_in(tensors)
-            x_of_weight = self._cast_input_dtype(x, right.coefficients.dtype)
-            output = core_product(x_of_weight, tensors["jactus_core"], left, right, bias)
-        else:
-            frozen = frozen_weight_in(tensors)
-            output = frozen_product(self._cast_input_dtype(x, frozen.factor.dtype), frozen, bias)
-        if "jactus_adapt_down" not in tensors:
+        bias, down, up = (tensors.get(f"jactus_{name}") for name in ("bias", "adapt_down", "adapt_up"))
+        if "jactus_core" not in tensors:
+            assert down is not None
+            assert up is not None
+            return adapted_product(x, frozen_weight_in(tensors), bias, down, up)
+        left, right = bases_in(tensors)
+        x_of_weight = self._cast_input_dtype(x, right.coefficients.dtype)
+        output = core_product(x_of_weight, tensors["jactus_core"], left, right, bias)
+        if down is None or up is None:
             return output
-        down, up = tensors["jactus_adapt_down"], tensors["jactus_adapt_up"]
         return output + functional.linear(functional.linear(self._cast_input_dtype(x, down.dtype), down), up)
 
 

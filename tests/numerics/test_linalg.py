@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from peft_jactus.errors import NumericalWarning
-from peft_jactus.numerics.linalg import cholesky_root, leading_count, singular_spectrum
+from peft_jactus.numerics.linalg import add_gram_, cholesky_root, leading_count, singular_spectrum
 from tests.support.strategies import (
     covariances,
     dims,
@@ -23,6 +23,19 @@ ORTHONORMAL = 1e-12  # rounding of float64, times the dimension
 def assert_orthonormal(basis):
     eye = torch.eye(basis.shape[1], dtype=basis.dtype)
     torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=ORTHONORMAL)
+
+
+# -- add_gram_ --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 95, 96, 97, 384, 386, 1000])
+def test_a_gram_matrix_is_added_block_by_block(dim):
+    vectors, start = randn(0, 5, dim), randn(1, dim, dim)
+    start = start + start.mT
+    matrix = start.clone()
+    add_gram_(matrix, vectors)
+    torch.testing.assert_close(matrix, start + vectors.mT @ vectors, rtol=0, atol=ORTHONORMAL)
+    torch.testing.assert_close(matrix, matrix.mT, rtol=0, atol=ORTHONORMAL)
 
 
 # -- singular_spectrum ------------------------------------------------------------------------------------
