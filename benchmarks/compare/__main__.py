@@ -16,7 +16,17 @@ from pathlib import Path
 import transformers
 from datasets import disable_progress_bars
 
-from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, ROWS, SEEDS, TASKS, Case, budgets, first_stage
+from benchmarks.compare.cases import (
+    EPOCHS,
+    EPOCHS_BY_TASK,
+    ROWS,
+    SEEDS,
+    TASKS,
+    Case,
+    budgets,
+    first_stage,
+    learning_rate_group,
+)
 from benchmarks.compare.learning_rates import choose_learning_rates, load_learning_rates
 from benchmarks.compare.running import run
 from benchmarks.compare.tables import write_report
@@ -39,13 +49,15 @@ def parse_arguments():
 
 
 def table_cases(args):
-    rates = load_learning_rates(args.out, args.kind)
-    without = sorted({method for method, *_ in budgets(args.kind)} - set(rates))
-    if without:
-        print(f"No learning rate yet, left out: {', '.join(without)}.")
+    by_group = load_learning_rates(args.out, args.kind)
+    for group, rates in by_group.items():
+        without = sorted({method for method, *_ in budgets(args.kind)} - set(rates))
+        if without:
+            print(f"No learning rate yet on {group}, left out there: {', '.join(without)}.")
     for seed, task in itertools.product(args.seeds, args.tasks or TASKS[args.kind]):
+        rates = by_group[learning_rate_group(args.kind, task)]
         for method, ratio, storage in budgets(args.kind):
-            if method in without:
+            if method not in rates:
                 continue
             yield Case(
                 task,

@@ -18,8 +18,9 @@ from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from benchmarks.compare.adapting import HEAD_WARMUP_STEPS, with_lora
-from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, LEARNING_RATE_ROWS
+from benchmarks.compare.adapting import with_lora
+from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, LEARNING_RATE_GROUPS
+from benchmarks.compare.starts import HEAD_WARMUP_STEPS
 from benchmarks.compare.training import make_trainer
 from benchmarks.harness.arguments import add_data_dir, study_parser
 from benchmarks.harness.environment import environment
@@ -54,7 +55,8 @@ def parse_arguments():
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, default=LEARNING_RATE_ROWS["text"], help="training rows at most")
+    rows = LEARNING_RATE_GROUPS["text"]["others"].num_rows
+    parser.add_argument("--rows", type=int, default=rows, help="training rows at most")
     parser.add_argument("--out", type=Path, default=RESULTS / "compare", help="folder of the table")
     return parser.parse_args()
 

@@ -2,16 +2,16 @@
 
 import time
 
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
 from torch import nn
 
 from benchmarks.compare.cases import FULL_SIZE
+from benchmarks.compare.starts import HEAD_WARMUP_LEARNING_RATE, HEAD_WARMUP_STEPS, with_eva, with_lora_ga
 from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.deployment.export import compressed_copy
 
 RANK = 16
-# Of a new head alone, before the calibration of a model whose adaptation ranks start along the gradient.
-HEAD_WARMUP_STEPS = 50
+STARTS = {"eva": with_eva, "lora-ga": with_lora_ga}
 LORA = {
     "lora": {"lora_alpha": 2 * RANK},
     "lora-embeddings": {"lora_alpha": 2 * RANK},
@@ -19,6 +19,15 @@ LORA = {
     # As its authors do: no scaling, so that the adapter starts as the leading directions of the weight.
     "pissa": {"lora_alpha": RANK, "init_lora_weights": "pissa"},
     "rslora": {"lora_alpha": 2 * RANK, "use_rslora": True},
+    # Rows of A along the inputs, of length one, and the ranks shared out by what they explain.
+    "eva": {"lora_alpha": RANK, "init_lora_weights": "eva", "eva_config": EvaConfig(use_label_mask=False)},
+    # Both sides along the gradient, with its authors' scale.
+    "lora-ga": {
+        "lora_alpha": RANK,
+        "use_rslora": True,
+        "init_lora_weights": "lora_ga",
+        "lora_ga_config": LoraGAConfig(),
+    },
 }
 
 
@@ -46,7 +55,8 @@ def with_lora(model, name, workload):
         r=RANK,
         **LORA[name],
     )
-    model = get_peft_model(model, config)
+    start = STARTS.get(name)
+    model = get_peft_model(model, config) if start is None else start(model, config, workload)
     if name == "lora-embeddings":
         for module in model.modules():
             if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
@@ -83,7 +93,14 @@ def compressed(model, case, workload, decomposition):
     started = time.perf_counter()
     if config.factorization_options().decomposition.needs_statistics:
         warmup = HEAD_WARMUP_STEPS if adapting and workload.head is not None else 0
-        calibrate(model, config, workload.calibration_batches(), head_warmup_steps=warmup, progress_bar=False)
+        calibrate(
+            model,
+            config,
+            workload.calibration_batches(),
+            head_warmup_steps=warmup,
+            head_warmup_lr=HEAD_WARMUP_LEARNING_RATE,
+            progress_bar=False,
+        )
     calibrated = time.perf_counter()
     model = get_peft_model(model, config)
     return model, {

@@ -1,4 +1,4 @@
-"""The learning rate of each method: the best of its grid, on held-out training rows."""
+"""The learning rate of each method: the best of its grid, on held-out training rows, for each group of like tasks."""
 
 import itertools
 import json
@@ -7,8 +7,7 @@ import statistics
 from benchmarks.compare.cases import (
     EPOCHS,
     EPOCHS_BY_TASK,
-    LEARNING_RATE_ROWS,
-    LEARNING_RATE_TASKS,
+    LEARNING_RATE_GROUPS,
     Case,
     budgets,
     first_stage,
@@ -25,15 +24,15 @@ def file_of_rates(folder, kind):
 
 
 def load_learning_rates(folder, kind):
-    """Return the chosen rate of each method."""
+    """Return {group: {method: its rate}}."""
     path = file_of_rates(folder, kind)
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `python -m benchmarks.compare learning-rates {kind}` first.")
     return json.loads(path.read_text())["learning_rates"]
 
 
-def learning_rate_cases(args, tasks, rates):
-    """Yield the grid of each method, around the rate that it has in ``rates``, the best so far.
+def learning_rate_cases(args, group, rates):
+    """Yield the grid of each method on a group's tasks, around the rate that it has in ``rates``, the best so far.
 
     One with a first stage waits until ``rates`` has the rate of that stage.
     """
@@ -41,28 +40,28 @@ def learning_rate_cases(args, tasks, rates):
         first = first_stage(method)
         if first is not None and first not in rates:
             continue
-        for task, rate in itertools.product(tasks, grid(args.kind, method, rates.get(method))):
+        for task, rate in itertools.product(group.tasks, grid(args.kind, method, rates.get(method))):
             yield Case(
                 task,
                 method,
                 ratio,
                 storage,
                 learning_rate=rate,
-                num_rows=LEARNING_RATE_ROWS[args.kind],
+                num_rows=group.num_rows,
                 epochs=EPOCHS_BY_TASK.get(task, EPOCHS),
                 scored_on="held-out",
                 first_learning_rate=rates.get(first),
             )
 
 
-def mean_scores(args, rates):
+def mean_scores(args, group, rates):
     """Return {method: {learning rate: mean over tasks}} of the accuracy, or negative loss, on held-out training rows.
 
     A method whose grid (see `learning_rate_cases`) is not complete is left out, with a message.
     """
     scores, incomplete = {}, set()
     table = results_of(args.out, args.kind)
-    for case in learning_rate_cases(args, LEARNING_RATE_TASKS[args.kind], rates):
+    for case in learning_rate_cases(args, group, rates):
         result = table.find(case.settings())
         if result is not None:
             score = result.get("accuracy", -result["loss"])
@@ -70,7 +69,7 @@ def mean_scores(args, rates):
         else:
             incomplete.add(case.method)
     if incomplete:
-        print(f"Grid not complete, left out: {', '.join(sorted(incomplete))}.")
+        print(f"Grid on {', '.join(group.tasks)} not complete, left out: {', '.join(sorted(incomplete))}.")
     return {
         method: {rate: statistics.mean(found) for rate, found in by_rate.items()}
         for method, by_rate in scores.items()
@@ -78,14 +77,29 @@ def mean_scores(args, rates):
     }
 
 
-def choose_learning_rates(args):
-    """Run the grids until no method's best rate is at the end of its grid; write and return the best rates."""
+def choose_in_group(args, group):
+    """Run the grids until no method's best rate is at the end of its grid; return the best rates, and all means."""
     rates, previous = {}, None
     while rates != previous:  # methods with a first stage join in the second round
         previous = rates
-        run(learning_rate_cases(args, args.tasks or LEARNING_RATE_TASKS[args.kind], rates), args)
-        means = mean_scores(args, rates)
+        run(
+            (case for case in learning_rate_cases(args, group, rates) if case.task in (args.tasks or group.tasks)),
+            args,
+        )
+        means = mean_scores(args, group, rates)
         rates = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
-    result = {"learning_rates": rates, "mean_score": means, "tasks": LEARNING_RATE_TASKS[args.kind]}
+    return rates, means
+
+
+def choose_learning_rates(args):
+    """Choose the rates of each group of tasks; write and return them."""
+    groups = LEARNING_RATE_GROUPS[args.kind]
+    chosen = {name: choose_in_group(args, group) for name, group in groups.items()}
+    rates = {name: best for name, (best, _) in chosen.items()}
+    result = {
+        "learning_rates": rates,
+        "mean_score": {name: means for name, (_, means) in chosen.items()},
+        "tasks": {name: group.tasks for name, group in groups.items()},
+    }
     write_document(file_of_rates(args.out, args.kind), result | {"environment": environment()})
     return rates

@@ -27,6 +27,8 @@ COLORS = {
     "lora-embeddings": "indigo",
     "dora": "tab:brown",
     "pissa": "tab:pink",
+    "eva": "tab:gray",
+    "lora-ga": "darkgreen",
 }
 
 

@@ -17,7 +17,7 @@ from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.compare.cases import EPOCHS, Case
+from benchmarks.compare.cases import EPOCHS, Case, learning_rate_group
 from benchmarks.compare.learning_rates import load_learning_rates
 from benchmarks.compare.training import trained
 from benchmarks.harness.arguments import add_data_dir, study_parser
@@ -111,7 +111,7 @@ def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
-    rates = load_learning_rates(RESULTS / "compare", "text")
+    rates = load_learning_rates(RESULTS / "compare", "text")[learning_rate_group("text", args.task)]
     workload = load_workload(args.data_dir, args.task, num_rows=args.rows, scored_on="test")
     results = []
     for ratio in args.retained_ratio:

@@ -1,0 +1,61 @@
+"""Starts of LoRA that look at data first, as PEFT has them."""
+
+import warnings
+
+import torch
+from peft import get_peft_model, initialize_lora_eva_weights, preprocess_loraga
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
+from torch.utils.data import DataLoader
+
+from benchmarks.tasks.workload import CALIBRATION_BATCHES
+from peft_jactus import JactusConfig
+from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
+from peft_jactus.calibration.summed_loss import SummedLoss
+from peft_jactus.tuner.targeting import targeted_modules
+
+# More rows than the largest rank, for a pooler sees one vector of each.
+EVA_BATCH_SIZE = 64
+# Of a new head alone, before anything starts along the gradient.
+HEAD_WARMUP_STEPS = 50
+HEAD_WARMUP_LEARNING_RATE = 1e-3
+
+
+def with_eva(model, config, workload):
+    """Return the model with rows of A along the inputs."""
+
+    def counted(inputs, positions, name):
+        tensor = inputs[0] if isinstance(inputs, tuple) else inputs
+        if tensor.dim() == 2:
+            return tensor.contiguous()
+        return prepare_layer_inputs_fn_language_modeling(tensor, positions, name)
+
+    with warnings.catch_warnings():
+        # With it, a fresh head could not run for the start.
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
+        model = get_peft_model(model, config)
+    loader = DataLoader(workload.train, EVA_BATCH_SIZE, shuffle=True, collate_fn=workload.collator)
+    batches = [dict(batch) for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+    initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=counted, show_progress_bar=False)
+    return model
+
+
+def with_lora_ga(model, config, workload):
+    """Return the model with both sides along the gradient; a fresh head is warmed up for it as for ours."""
+    ours = JactusConfig(
+        task_type=workload.task_type, target_modules="all-linear", modules_to_save=workload.modules_to_save
+    )
+    config.target_modules = sorted(targeted_modules(model, ours))  # "all-linear" it would not find
+    if workload.head is not None:
+        warmup = HeadWarmup(HEAD_WARMUP_STEPS, HEAD_WARMUP_LEARNING_RATE)
+        loss = SummedLoss(None, "mean")
+        warm_up_head(model, ours, workload.calibration_batches(), loss, warmup, progress_bar=False)
+
+    def backward():
+        for batch in workload.calibration_batches():
+            torch.autograd.backward(model(**batch).loss)
+
+    with warnings.catch_warnings():
+        # Inputs of the first layer need no gradient.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        preprocess_loraga(model, config, backward)
+    return get_peft_model(model, config)
