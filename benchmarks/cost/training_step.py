@@ -40,7 +40,10 @@ def parse_arguments():
     parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
     parser.add_argument("--adaptation-ranks", type=int, nargs="+", default=[32], help="0: the core trains")
     parser.add_argument("--dtype", default="float32", help="of the model; what trains in an adapter stays float32")
-    parser.add_argument("--out", type=Path, help="default: results/cost/training_step[-WIDTH][-DTYPE].json")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, block by block")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/cost/training_step[-WIDTH][-DTYPE][-checkpointing].json"
+    )
     parser.add_argument("--stage", choices=["compress", "memory", "time"], help="used internally")
     parser.add_argument("--methods", nargs="+", help="used internally")
     parser.add_argument("--adapters", type=Path, help="used internally")
@@ -128,6 +131,8 @@ def load(method, args):
         import peft_jactus  # noqa: F401  # registers the tuner
 
         model = PeftModel.from_pretrained(model, args.adapters / method, is_trainable=True)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)
     return model.train(), optimizer
 
@@ -172,6 +177,7 @@ def run_stage(args, stage, methods, adapters):
     options += ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
     options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage, "--dtype", args.dtype]
     options += ["--adaptation-ranks", *args.adaptation_ranks]
+    options += ["--checkpointing"] if args.checkpointing else []
     return run_fresh(__spec__.name, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters)
 
 
@@ -214,9 +220,10 @@ def main():
     rows = [row_of(method, memory, seconds) for method in methods]
     model = f"Llama, width {args.width}, {args.blocks} blocks" if args.width else "all-MiniLM-L6-v2"
     settings = {"model": model, "batch_size": args.batch_size, "length": args.length, "lora_rank": RANK}
-    settings |= {"dtype": args.dtype}
+    settings |= {"dtype": args.dtype, "checkpointing": args.checkpointing}
     kind = [str(args.width)] if args.width else []
     kind += [args.dtype] if args.dtype != "float32" else []
+    kind += ["checkpointing"] if args.checkpointing else []
     out = args.out or RESULTS / "cost" / f"{'-'.join(['training_step', *kind])}.json"
     write_document(out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})
 

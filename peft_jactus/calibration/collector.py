@@ -108,8 +108,11 @@ class StatisticsCollector:
         targets: Mapping[str, nn.Module],
         start: CalibrationStatistics | None,
         needs: StatisticsNeeds,
+        *,
+        in_groups: bool,
     ) -> None:
         self._model = model
+        self._in_groups = in_groups  # then the loss may depend on targets of other ones
         self._targets = targets
         self._start = start
         self._inputs: dict[tuple[str, ...], SecondMoment] = {}
@@ -140,17 +143,18 @@ class StatisticsCollector:
         self._masks.start(batch)
         with torch.enable_grad():
             loss = compute_loss(self._model, batch)
-        if not loss.requires_grad:
-            raise ValueError(
-                "The loss does not depend on any targeted module. Check `target_modules`, and that `loss_fn` "
-                "neither detaches nor runs under torch.no_grad()."
-            )
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss of calibration batch {self.num_batches} is {loss.item()}. Check the data (labels that are "
                 f"all -100 have no loss), and whether the model's dtype ({loss.dtype}) overflows."
             )
-        torch.autograd.backward(loss)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        elif not self._in_groups:
+            raise ValueError(
+                "The loss does not depend on any targeted module. Check `target_modules`, and that `loss_fn` "
+                "neither detaches nor runs under torch.no_grad()."
+            )
         self._end_batch()
         self._num_loss_terms += compute_loss.count(self._model, batch)
         self.num_batches += 1
@@ -169,33 +173,25 @@ class StatisticsCollector:
         statistics = CalibrationStatistics(layers, num_batches=num_new, num_loss_terms=self._num_loss_terms)
         return statistics if self._start is None else self._start.merge(statistics)
 
-    def checked_statistics(self) -> CalibrationStatistics:
-        """Return the sums of all processes, or raise for a module whose statistics cannot be used; name it."""
+    def finished_statistics(self) -> CalibrationStatistics:
+        """Return the sums of all processes.
+
+        Raises:
+            ValueError: If there was no batch, or sums are not finite; it names the modules.
+        """
         statistics = summed_over_processes(self.statistics())
         if statistics.num_batches == 0:
             raise ValueError("`batches` is empty; calibration needs at least one batch.")
-        for name in self._targets:
-            layer = statistics[name]
-            if layer.num_tokens == 0:
-                raise RuntimeError(
-                    f"{name}: no calibration token reached it, or none of its output reached the loss. Add the name "
-                    "to `exclude_modules`, or calibrate on batches that use it."
-                )
-            if not (layer.input.is_finite() and layer.gradient.is_finite()):
-                raise ValueError(
-                    f"{name}: its inputs or gradients are not finite. Check the calibration data, or load the model "
-                    "in bf16 or fp32."
-                )
-            if not layer.input.quartic_sum > 0:
-                raise ValueError(
-                    f"{name}: its inputs are zero everywhere. Check the calibration data, or add the name to "
-                    "`exclude_modules`."
-                )
-            if not layer.gradient.quartic_sum > 0:
-                raise ValueError(
-                    f"{name}: its gradient is zero everywhere. If the head starts at zero, pass `head_warmup_steps`; "
-                    "otherwise add the name to `exclude_modules`."
-                )
+        not_finite = [
+            name
+            for name in self._targets
+            if not (statistics[name].input.is_finite() and statistics[name].gradient.is_finite())
+        ]
+        if not_finite:
+            raise ValueError(
+                f"{', '.join(not_finite)}: its inputs or gradients are not finite. Check the calibration data, or "
+                "load the model in bf16 or fp32."
+            )
         return statistics
 
     def _end_batch(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,8 @@ from peft_jactus.calibration.resume import StatisticsStore
 from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
 from peft_jactus.calibration.statistics_files import save_index
 from peft_jactus.calibration.summed_loss import SummedLoss
+from peft_jactus.calibration.unusable import ADVICE, exclude_, find_unusable, report
+from peft_jactus.calibration.weight_watch import WeightWatch
 from peft_jactus.tuner.targeting import targeted_modules
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ def calibrate(
     statistics_file: str | os.PathLike[str] | None = None,
     save_every: int = 16,
     max_statistics_memory: int | str | None = None,
+    leave_unusable_dense: bool = False,
     progress_bar: bool = True,
 ) -> CalibrationStatistics:
     """Collect the statistics that `peft.get_peft_model` needs to compress ``model``, and attach them to ``config``.
@@ -91,15 +95,19 @@ def calibrate(
             ``statistics_file``, by default in a temporary folder, from which `get_peft_model` reads a layer at a
             time. So the memory for statistics does not grow with the depth of the model; that for activations, of
             the backward pass, hardly does if the model checkpoints (above). Default: no limit, one pass.
+        leave_unusable_dense: Add targeted layers that calibration says nothing about to ``config.exclude_modules``,
+            with a warning, instead of raising: those that no token reached, as in a vision tower that is calibrated
+            on text; whose inputs or gradients are zero everywhere; whose weight the model uses without calling the
+            layer.
         progress_bar: Show a bar over the batches.
 
     Returns:
         The statistics by full module name; also in ``config.statistics``. `get_peft_model` releases that reference.
 
-        A `ValueError` is raised for an empty iterable, a model that returns no loss, a value that is not finite, a
-        targeted module with no gradient, a statistics file of other layers or weights, a memory limit below one
-        layer's. A `TypeError` names a module that cannot be factorized, or a batch that is no mapping; a
-        `RuntimeError` a targeted module that no token reached.
+        A `ValueError` is raised for an empty iterable, a model that returns no loss, a value that is not finite,
+        targeted modules that calibration says nothing about (see ``leave_unusable_dense``; all are named at once), a
+        statistics file of other layers or weights, a memory limit below one layer's. A `TypeError` names modules that
+        cannot be factorized, or a batch that is no mapping.
 
     Example:
         >>> import torch
@@ -110,8 +118,7 @@ def calibrate(
         >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
         CalibrationStatistics(1 layers, 1 batches)
     """
-    _check_counts(1, max_batches=max_batches, save_every=save_every)
-    _check_warmup(head_warmup_steps, batches)
+    _check_counts(head_warmup_steps, batches, max_batches=max_batches, save_every=save_every)
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
@@ -121,12 +128,14 @@ def calibrate(
     groups = split_into_groups(targets, limit, needs)
     run = _Pass(
         model=model,
+        targets=targets,
         compute_loss=SummedLoss(loss_fn, loss_reduction),
         max_batches=max_batches,
         train_mode=train_mode,
         save_every=save_every,
         needs=needs,
         progress_bar=progress_bar,
+        leave_unusable_dense=leave_unusable_dense,
     )
     store = None if statistics_file is None else StatisticsStore(Path(statistics_file), targets, needs)
     saved = None if store is None else store.read(lazily=limit is not None)
@@ -142,11 +151,13 @@ def calibrate(
             saved.statistics.num_batches,
         )
         config.statistics = saved.statistics
+        run.unusable.update(find_unusable(saved.statistics, targets, {}))
     elif limit is None or len(groups) == 1:
         config.statistics = run.collect(targets, batches, store, start)
     else:
         config.statistics = run.collect_groups(groups, batches, store, start, limit)
     config.statistics.memory_limit = limit
+    run.leave_dense(config)
     return config.statistics
 
 
@@ -155,12 +166,27 @@ class _Pass:
     """How to run the batches through the model."""
 
     model: nn.Module
+    targets: dict[str, nn.Module]
     compute_loss: SummedLoss
     max_batches: int | None
     train_mode: bool
     save_every: int
     needs: StatisticsNeeds
     progress_bar: bool
+    leave_unusable_dense: bool
+    unusable: dict[str, str] = field(default_factory=dict)  # layers, and why
+
+    def refuse_unusable(self) -> None:
+        """Raise for layers that were found, unless they are to be left dense."""
+        if self.unusable and not self.leave_unusable_dense:
+            raise ValueError(f"{report(self.unusable)}\n{ADVICE}")
+
+    def leave_dense(self, config: JactusConfig) -> None:
+        """Exclude layers that were found, if there are any, or raise for them."""
+        self.refuse_unusable()
+        if self.unusable:
+            exclude_(config, self.unusable)
+            logger.warning("Left dense, added to `exclude_modules`:\n%s", report(self.unusable))
 
     def collect_groups(
         self,
@@ -175,11 +201,15 @@ class _Pass:
         ``start`` holds those of the first batches, of a run without groups. ``limit`` is what the groups were made
         for, in bytes.
         """
-        folder = None
         if store is None:
-            folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
-            path = Path(gather_objects(folder.name)[0]) / "statistics.safetensors"
-            store = StatisticsStore(path, {}, self.needs)  # read in this run only: no digests
+            with contextlib.ExitStack() as stack:
+                folder = tempfile.TemporaryDirectory(prefix="peft_jactus_")
+                stack.callback(folder.cleanup)
+                path = Path(gather_objects(folder.name)[0]) / "statistics.safetensors"
+                own_store = StatisticsStore(path, {}, self.needs)  # read in this run only: no digests
+                statistics = self.collect_groups(groups, batches, own_store, start, limit)
+                weakref.finalize(statistics, stack.pop_all().close)
+            return statistics
         with random_state_kept():
             batches = list(itertools.islice(batches, self.max_batches))
         parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
@@ -192,10 +222,7 @@ class _Pass:
             save_index(store.path, [part.path for part in parts], limit)
         gather_objects(None)  # wait for it
         store.remove_own_part()
-        statistics = open_statistics(store.path)
-        if folder is not None:
-            weakref.finalize(statistics, folder.cleanup)
-        return statistics
+        return open_statistics(store.path)
 
     def collect(
         self,
@@ -216,7 +243,9 @@ class _Pass:
                 num_batches=start.num_batches,
                 num_loss_terms=start.num_loss_terms,
             )
-        collector = StatisticsCollector(self.model, targets, start, self.needs)
+        in_groups = len(targets) < len(self.targets)
+        collector = StatisticsCollector(self.model, targets, start, self.needs, in_groups=in_groups)
+        watch = WeightWatch(self.model, self.targets)
         total = num_batches(batches, self.max_batches)
         show_bar = self.progress_bar and process_index() == 0
         with (
@@ -226,26 +255,38 @@ class _Pass:
             tqdm(total=total, desc=description, unit="batch", disable=not show_bar) as bar,
         ):
             bar.update(collector.num_batches)
-            for batch in itertools.islice(batches, collector.num_batches, self.max_batches):
-                collector.collect(batch, self.compute_loss)
+            first = collector.num_batches
+            for batch in itertools.islice(batches, first, self.max_batches):
+                if collector.num_batches == first:  # all batches take the same way through the model
+                    with watch.attached(), watch:
+                        collector.collect(batch, self.compute_loss)
+                    self._note(watch)
+                else:
+                    collector.collect(batch, self.compute_loss)
                 bar.update()
                 if store is not None and collector.num_batches % self.save_every == 0:
                     store.save_part(collector.statistics())
-        statistics = collector.checked_statistics()
+        statistics = collector.finished_statistics()
         if store is not None:
             store.save(statistics)
+        self._note(watch)
+        self.unusable.update(find_unusable(statistics, targets, watch.uses))
         return statistics
 
+    def _note(self, watch: WeightWatch) -> None:
+        """Note what the model does with weights, and raise for it early."""
+        watch.find_changes()
+        self.unusable.update(find_unusable({}, (), watch.uses))
+        self.refuse_unusable()
 
-def _check_counts(least: int, **counts: int | None) -> None:
+
+def _check_counts(warmup_steps: int, batches: Iterable[Batch], **counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {count}.")
-
-
-def _check_warmup(steps: int, batches: Iterable[Batch]) -> None:
-    _check_counts(0, head_warmup_steps=steps)
-    if steps > 0 and isinstance(batches, Iterator):
+        if count is not None and count < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {count}.")
+    if warmup_steps < 0:
+        raise ValueError(f"`head_warmup_steps` must be at least 0; got {warmup_steps}.")
+    if warmup_steps > 0 and isinstance(batches, Iterator):
         raise ValueError(
             "`head_warmup_steps` reads the batches twice, but `batches` is an iterator that can be read once. Pass a "
             "DataLoader or a list."

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from peft_jactus._dtypes import output_dtype
+from peft_jactus._placeholders import WeightPlaceholder
 from peft_jactus.numerics.interpolation import interpolate_rows
-from peft_jactus.numerics.linalg import to_decomposition_dtype
+from peft_jactus.numerics.linalg import balanced_factors, to_decomposition_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,24 +28,10 @@ if TYPE_CHECKING:
     _Device = torch.device | str | None
 
 
-def balanced_factors(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold a core into two factors of equal norm: ``left core right^T = up down``.
-
-    Args:
-        left: ``(out, rank)``.
-        core: ``(rank, rank)``.
-        right: ``(in, rank)``.
-
-    Returns:
-        ``up`` ``(out, rank)`` and ``down`` ``(rank, in)``, float64: the singular vectors, each scaled by the root of
-        its singular value.
-    """
-    left, core, right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
-    left_basis, left_triangle = torch.linalg.qr(left)
-    right_basis, right_triangle = torch.linalg.qr(right)
-    vectors, singular_values, covectors = torch.linalg.svd(left_triangle @ core @ right_triangle.mT)
-    roots = singular_values.sqrt()
-    return left_basis @ (vectors * roots), (roots.unsqueeze(1) * covectors) @ right_basis.mT
+_USED_PAST_THE_LAYER = (
+    "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, and name "
+    "the layer in `exclude_modules`."
+)
 
 
 class FactorizedLinear(nn.Module, ABC):
@@ -55,12 +42,21 @@ class FactorizedLinear(nn.Module, ABC):
         out_features: Rows of the weight.
         rank: Its rank, in [1, min(out, in)).
         weight: One number, not used. A loader that does not know this package stops at its shape, instead of filling
-            a dense layer with random numbers; and some models read the ``dtype`` and ``device`` of a layer's weight.
+            a dense layer with random numbers. A model may read its ``dtype`` and ``device``, as some do; its numbers
+            raise `RuntimeError`.
     """
 
     storage: str
     weight: Tensor
     bias: Tensor | None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a placeholder for the weight."""
+        value = super().__getattr__(name)
+        if name != "weight" or not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+            return value
+        layer = f"A {type(self).__name__} ({self.out_features} x {self.in_features})"
+        return WeightPlaceholder.of(value, value.shape, f"{layer} {_USED_PAST_THE_LAYER}", buffer=True)
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()

@@ -77,6 +77,26 @@ def singular_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return eigh_descending(short @ short.mT)
 
 
+def balanced_factors(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a core into two factors of equal norm: ``left core right^T = up down``.
+
+    Args:
+        left: ``(out, rank)``.
+        core: ``(rank, rank)``.
+        right: ``(in, rank)``.
+
+    Returns:
+        ``up`` ``(out, rank)`` and ``down`` ``(rank, in)``, float64: the singular vectors, each scaled by the root of
+        its singular value.
+    """
+    left, core, right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
+    left_basis, left_triangle = torch.linalg.qr(left)
+    right_basis, right_triangle = torch.linalg.qr(right)
+    vectors, singular_values, covectors = torch.linalg.svd(left_triangle @ core @ right_triangle.mT)
+    roots = singular_values.sqrt()
+    return left_basis @ (vectors * roots), (roots.unsqueeze(1) * covectors) @ right_basis.mT
+
+
 def cholesky_root(matrix: Tensor) -> Tensor:
     """Return a lower-triangular ``K`` with ``K K^T = matrix``.
 

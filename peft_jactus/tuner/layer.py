@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus._dtypes import output_dtype
+from peft_jactus._placeholders import WeightPlaceholder
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.adapted_product import adapted_product
 from peft_jactus.numerics.core_product import core_product
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
+
+
+_USED_PAST_THE_LAYER = (
+    "the model uses its weight without calling the layer. What the adapter learned is not in it, and what is written "
+    "into it is lost. Add the name to `exclude_modules`, and compress the dense model again."
+)
 
 
 class JactusLayer(BaseTunerLayer):
@@ -94,6 +101,21 @@ class JactusLayer(BaseTunerLayer):
         """Whether the layer adds a bias."""
         base = self.get_base_layer()
         return base.has_bias if isinstance(base, FreedBase) else getattr(base, "bias", None) is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """What a model sees that reads the layer's weight: a placeholder, unless the dense one is what counts.
+
+        Its dtype, device and shape can be read, as some models do. Its numbers would be old ones, or none, and what a
+        model writes into it would be lost: so both raise `RuntimeError`.
+        """
+        weight = self._base().weight
+        dense_counts = self.merged or (self.disable_adapters and not self.base_weights_freed)
+        if dense_counts or torch.compiler.is_compiling():
+            return weight
+        features = (self.in_features, self.out_features)
+        shape = features if self.is_conv1d else features[::-1]
+        return WeightPlaceholder.of(weight, shape, f"{self.module_name}: {_USED_PAST_THE_LAYER}")
 
     # -- creating an adapter ------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -24,9 +24,10 @@ from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
 from peft_jactus.tuner.replication import digest, factors_for_all, share_out_layers
+from peft_jactus.tuner.target_checks import find_refusal, layer_sharing, raise_refusals
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
-    check_supported,
+    add_further_heads_,
     dense_weight,
     dense_weight_and_bias,
     features_of,
@@ -37,7 +38,7 @@ from peft_jactus.tuner.targeting import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Set
+    from collections.abc import Iterator, Mapping
 
     from peft import PeftConfig
     from torch import Tensor
@@ -83,16 +84,13 @@ class JactusModel(BaseTuner):
 
     _factorizing_bar: tqdm[NoReturn] | None = None
     _prepared: _Prepared | None = None  # while layers are replaced
-    _replaceable: Set[nn.Module] = frozenset()  # meanwhile, those that stand in one place of the model only
+    _sharing: Mapping[str, list[str]] = MappingProxyType({})  # meanwhile; see `layer_sharing`
 
     # -- injecting ----------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the targeted layers; let go of the statistics once it is done."""
-        places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-        self._replaceable = {
-            module for module, count in places.items() if count == 1 and not isinstance(module, JactusLayer)
-        }
+        self._sharing = layer_sharing(model)
         config = self.peft_config[adapter_name]
         assert isinstance(config, JactusConfig)
         asked = config.target_modules
@@ -102,7 +100,7 @@ class JactusModel(BaseTuner):
             if targets_all_linear(asked):  # PEFT writes names of this model into the user's config
                 config.target_modules = asked
             self._prepared = None
-            self._replaceable = set()
+            self._sharing = {}
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
@@ -129,6 +127,7 @@ class JactusModel(BaseTuner):
         if peft_config.from_checkpoint:
             peft_config.check_not_calibrated()
             return
+        add_further_heads_(peft_config, model)
         resolve_all_linear_(peft_config, model)
         targets = targeted_modules(model, peft_config)
         options = peft_config.factorization_options()
@@ -171,7 +170,8 @@ class JactusModel(BaseTuner):
     ) -> None:
         del parameter_name  # PEFT's, for experts held in one parameter
         assert isinstance(peft_config, JactusConfig)
-        check_supported(current_key, target, parent)
+        if (refusal := find_refusal(current_key, target, parent, self._sharing)) is not None:
+            raise_refusals({current_key: refusal})
         with weight_loaded(target):
             rank = self._rank_of(peft_config, current_key, target)
             factors = None
@@ -193,7 +193,7 @@ class JactusModel(BaseTuner):
             if self._nobody_needs_base_weight(current_key):
                 # Only now: _replace_module reads the device of the dense weight.
                 layer.free_base_weights()
-        if layer.base_weights_freed and target in self._replaceable:
+        if layer.base_weights_freed and target is not layer:
             # PEFT holds the dense layers until the last one is replaced.
             target.register_parameter("weight", None)
 

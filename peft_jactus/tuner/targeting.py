@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
+import logging
 from typing import TYPE_CHECKING
 
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -15,24 +18,28 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import resolve_quantization_backend
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.config import targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.target_checks import Refusal, describe, find_refusal, layer_sharing, raise_refusals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from peft_jactus.tuner.config import JactusConfig
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_TARGET_MODULES = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-# By task type, names of the head that PEFT trains whole; it adds them to `modules_to_save` after layers are replaced.
+# By task type, names of fresh heads that PEFT does not know: BART's; those of XLNet and XLM.
+FURTHER_HEAD_NAMES = {"SEQ_CLS": ("classification_head", "logits_proj", "sequence_summary")}
+# By task type, names of the head that is trained whole. PEFT adds its own ones to `modules_to_save` after layers are
+# replaced, `add_further_heads_` the others.
 HEAD_NAMES = {
-    "SEQ_CLS": ("classifier", "score"),
+    "SEQ_CLS": ("classifier", "score", *FURTHER_HEAD_NAMES["SEQ_CLS"]),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
@@ -46,16 +53,24 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     """
     config = _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
+    heads, sharing = head_names(config), layer_sharing(model)
     adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     targets: dict[str, nn.Module] = {}
+    refusals: dict[str, Refusal] = {}
     for name, module in modules.items():
-        if not name or name.startswith(adapted):
+        if not name or name.startswith(adapted) or not _matches(config, name):
             continue
-        matched = check_target_module_exists(config, name)
-        if matched and not isinstance(matched, _ExcludedModule):
-            parent = modules[name.rpartition(".")[0]]
-            check_supported(name, module, parent)
-            targets[name] = module
+        targets[name] = module
+        refusal = find_refusal(name, module, modules[name.rpartition(".")[0]], sharing)
+        if refusal is None and is_trained_whole(name, heads):
+            refusal = Refusal(
+                f"is targeted, and PEFT would train it whole beside the adapter, for its name ends with one of "
+                f"{sorted(heads)} (`modules_to_save`, and the head of `task_type`). Add it to `exclude_modules`."
+            )
+        if refusal is not None:
+            refusals[name] = refusal
+    if refusals:
+        raise_refusals(refusals)
     if not targets:
         raise ValueError(
             f"`target_modules`={config.target_modules!r} matches no module of {type(model).__name__}. Use "
@@ -64,37 +79,64 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     return targets
 
 
+def _matches(config: JactusConfig, name: str) -> bool:
+    matched = check_target_module_exists(config, name)
+    return bool(matched) and not isinstance(matched, _ExcludedModule)
+
+
 def head_names(config: JactusConfig) -> tuple[str, ...]:
-    """Return the last parts of the names of modules that are trained whole: the user's, and those of the task."""
-    return (*(config.modules_to_save or ()), *HEAD_NAMES.get(str(config.task_type).rpartition(".")[2], ()))
+    """Return what modules that are trained whole are called: the user's names, and those of the task's head."""
+    return (*(config.modules_to_save or ()), *HEAD_NAMES.get(_task_of(config), ()))
+
+
+def add_further_heads_(config: JactusConfig, model: nn.Module) -> None:
+    """Add fresh heads of ``model`` that PEFT does not know to ``modules_to_save``."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    heads = [head for head in FURTHER_HEAD_NAMES.get(_task_of(config), ()) if head in names]
+    held = list(config.modules_to_save or ())
+    if new := [head for head in heads if head not in held]:
+        config.modules_to_save = held + new
+
+
+def _task_of(config: JactusConfig) -> str:
+    return str(config.task_type).rpartition(".")[2]
+
+
+def is_trained_whole(name: str, heads: Iterable[str]) -> bool:
+    """Whether PEFT will train a module, or one that holds it, whole: where its name ends with one of ``heads``."""
+    parts = name.split(".")
+    paths = (".".join(parts[: length + 1]) for length in range(len(parts)))
+    return any(path.endswith(head) for path, head in itertools.product(paths, heads))
 
 
 def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
-    """Replace ``target_modules="all-linear"`` by names: of all linear layers, but for heads and some subclasses.
+    """Replace ``target_modules="all-linear"`` by names: of all linear layers, but for heads, and what has no factors.
 
     PEFT's own rule keeps the output layer of language models and, for one of the tasks, that of classifiers. Quantized
-    layers stay in, so that they are refused by name.
+    layers stay in, so that they are refused by name. What else is left dense is logged, once.
     """
     if not targets_all_linear(config.target_modules):
         return
     _maybe_include_all_linear_layers(config, model)  # in place
-    heads = set(head_names(config))
-    config.target_modules = {
-        name
-        for name in config.target_modules or ()
-        if heads.isdisjoint(name.split(".")) and not _has_own_forward(model.get_submodule(name))
-    }
+    heads, sharing = head_names(config), layer_sharing(model)
+    targets, left_dense = set(), {}
+    for name in config.target_modules or ():
+        if is_trained_whole(name, heads):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        refusal = find_refusal(name, model.get_submodule(name), parent, sharing)
+        if refusal is None or refusal.always:
+            targets.add(name)
+        elif _matches(config, name):
+            left_dense[name] = refusal
+    config.target_modules = targets
+    if left_dense:
+        _log_once(f"'all-linear' leaves dense what has no factors:\n{describe(dict(sorted(left_dense.items())))}")
 
 
-def _is_quantized(module: nn.Linear | Conv1D) -> bool:
-    return resolve_quantization_backend(module) is not None or not module.weight.is_floating_point()
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a layer computes something else than its product: routers of experts do, grouped linear layers do."""
-    if not isinstance(module, (nn.Linear, Conv1D)) or _is_quantized(module):
-        return False
-    return type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+@functools.lru_cache(maxsize=128)
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
@@ -111,43 +153,6 @@ def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
         resolved.target_modules = set(defaults)
     resolve_all_linear_(resolved, model)
     return resolved
-
-
-def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
-    """Raise `TypeError` if ``module`` cannot be replaced by factors; say why and what to do."""
-    if isinstance(module, JactusLayer):
-        return
-    if isinstance(module, BaseTunerLayer):
-        raise TypeError(
-            f"{name} already carries a {type(module).__module__}.{type(module).__name__}. Merge that adapter first "
-            "(`merge_and_unload`), or add the name to `exclude_modules`."
-        )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise TypeError(
-            f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls it. Add the name to "
-            "`exclude_modules`."
-        )
-    if isinstance(module, (nn.Linear, Conv1D)):
-        if _is_quantized(module):
-            raise TypeError(
-                f"{name} is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, "
-                "and quantize the result; or add the name to `exclude_modules`."
-            )
-        if _has_own_forward(module):
-            raise TypeError(
-                f"{name} is a {type(module).__name__}, which computes more than the product with its weight: factors "
-                "would lose that. Add the name to `exclude_modules`."
-            )
-        if module.weight.is_meta and not has_offloaded_params(module):
-            raise TypeError(
-                f"{name} has no weight in memory (device 'meta'). Load the model with its weights; an adapter only "
-                "loads onto a model without offloaded layers."
-            )
-        return
-    raise TypeError(
-        f"{name} is a {type(module).__name__}; only torch.nn.Linear and transformers' Conv1D can be factorized. "
-        "Add the name to `exclude_modules`, or make `target_modules` more specific."
-    )
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_names_the_module():
     def loss_fn(model, batch):
         return Overflow.apply(model(**batch).loss)
 
-    with pytest.raises(ValueError, match=f"{QUERY}: its inputs or gradients are not finite"):
+    with pytest.raises(ValueError, match=f"^{QUERY}, {QUERY.replace('0', '1')}: its inputs or gradients"):
         run(tiny_bert(), loss_fn=loss_fn)
 
 
@@ -124,12 +124,12 @@ def run_forked(targets):
 
 @pytest.mark.parametrize("name", ["unused", "ignored"])
 def test_a_module_that_no_token_reached(name):
-    with pytest.raises(RuntimeError, match=f"^{name}: no calibration token reached it"):
+    with pytest.raises(ValueError, match=f"^{name}: no calibration token reached it"):
         run_forked(["used", name])
 
 
 def test_a_module_whose_input_is_zero():
-    with pytest.raises(ValueError, match=r"^second: its inputs are zero everywhere.*`exclude_modules`"):
+    with pytest.raises(ValueError, match=r"(?s)^second: its inputs are zero everywhere.*`exclude_modules`"):
         run(Starved(), [{"x": randn(0, 5, 4)}], targets=["first", "second"], loss_fn=lambda model, b: model(b["x"]))
 
 
@@ -145,7 +145,7 @@ class Starved(nn.Module):
 
 
 def test_a_module_whose_gradient_is_zero():
-    with pytest.raises(ValueError, match=r"^masked: its gradient is zero everywhere.*`head_warmup_steps`"):
+    with pytest.raises(ValueError, match=r"(?s)^masked: its gradient is zero everywhere.*`head_warmup_steps`"):
         run_forked(["used", "masked"])
     assert list(run_forked(["used"])) == ["used"]
 

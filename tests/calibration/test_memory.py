@@ -142,17 +142,6 @@ def test_the_limit_holds_for_compression_also_where_all_statistics_fit():
     assert statistics.memory_limit == 2**20
 
 
-def test_a_layer_that_stands_in_two_places_stays_whole_in_the_second():
-    model = nn.ModuleDict({"first": nn.Linear(6, 6)})
-    model["second"] = model["first"]
-    config = JactusConfig(target_modules=["first", "second"], retained_ratio=0.5, decomposition="svd")
-    inputs = torch.randn(3, 6)
-    expected = model["second"](inputs)
-    get_peft_model(nn.Sequential(model), config)
-    assert torch.equal(model["second"](inputs), expected)
-    assert not torch.allclose(model["first"](inputs), expected)
-
-
 def test_temporary_files_go_with_the_statistics(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config, statistics = run(tiny_bert(), batches_of(TASKS["bert"]), max_statistics_memory=LIMIT)

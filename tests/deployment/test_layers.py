@@ -14,9 +14,9 @@ from peft_jactus.deployment.layers import (
     FactorizedLinear,
     RowPivotedLinear,
     arrange_parts_,
-    balanced_factors,
 )
 from peft_jactus.numerics.allocation import stays_dense, stored_parameters
+from peft_jactus.numerics.linalg import balanced_factors
 from tests.support.strategies import dims, orthonormal, randn, random_orthonormal, seeds, spectra, weights
 
 FLOAT64 = 1e-12

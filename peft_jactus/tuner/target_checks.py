@@ -1,0 +1,163 @@
+"""Which layers of a model factors can replace, and why others can't."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from peft_jactus.tuner.layer import JactusLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Inputs of these sizes show whether a layer clips, rounds, or is linear only in part.
+_PROBE_SCALES = (1e-3, 1.0, 1e3)
+# In units of rounding: different orders of summation.
+_PROBE_TOLERANCE = 32
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layer can't be replaced.
+
+    Attributes:
+        reason: What follows the layer's name, and what to do, in full sentences.
+        always: Whether ``target_modules="all-linear"`` is refused for it, too, instead of leaving the layer dense:
+            where the model came in a state in which none of its layers may be compressible.
+    """
+
+    reason: str
+    always: bool = False
+
+
+def layer_sharing(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for each linear layer whose weight stands in several places of ``model``, the other places' names."""
+    places: dict[object, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight") if isinstance(module, (nn.Linear, Conv1D)) else None
+        if weight is not None:
+            # Two parameters of one memory count as one; without memory (device 'meta', ZeRO-3), one object does.
+            in_memory = not weight.is_meta and weight.data_ptr() != 0
+            here = (weight.device, weight.data_ptr(), weight.shape) if in_memory else id(weight)
+            places.setdefault(here, []).append(name.removesuffix(".base_layer"))
+    return {
+        name: [other for other in names if other != name]
+        for names in places.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def find_refusal(name: str, module: nn.Module, parent: nn.Module, sharing: Mapping[str, list[str]]) -> Refusal | None:
+    """Return why factors can't replace ``module``, or None if they can.
+
+    Args:
+        name: Of the module.
+        module: Any.
+        parent: That holds it.
+        sharing: `layer_sharing` of the model.
+    """
+    if others := sharing.get(name):
+        return Refusal(
+            f"has one weight with {', '.join(others)}: factors for each place would take more memory, not less, and "
+            "what one of them learns the others would not have. Add all of them to `exclude_modules`."
+        )
+    if isinstance(module, JactusLayer):
+        return None
+    if isinstance(module, BaseTunerLayer):
+        return Refusal(
+            f"already carries a {type(module).__module__}.{type(module).__name__}. Merge that adapter first "
+            "(`merge_and_unload`), or add the name to `exclude_modules`.",
+            always=True,
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        return Refusal(
+            "belongs to an nn.MultiheadAttention, which reads its weight and never calls it. Add the name to "
+            "`exclude_modules`."
+        )
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return Refusal(
+            f"is a {type(module).__name__}; only torch.nn.Linear and transformers' Conv1D can be factorized. Add the "
+            "name to `exclude_modules`, or make `target_modules` more specific.",
+            always=True,
+        )
+    return _refusal_of_linear(module)
+
+
+def _refusal_of_linear(module: nn.Linear | Conv1D) -> Refusal | None:
+    if module._parameters.get("weight") is None:
+        return Refusal(
+            "has a weight that is computed from other tensors (by a parametrization, weight or spectral norm, or "
+            "pruning). Make it a plain parameter (torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_weight_norm, remove_spectral_norm, prune.remove), or add the name to `exclude_modules`."
+        )
+    if is_quantized(module):
+        return Refusal(
+            f"is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, and quantize "
+            "the result; or add the name to `exclude_modules`.",
+            always=True,
+        )
+    if not _is_plain_product(module):
+        return Refusal(
+            f"is a {type(module).__name__}, which computes more than the product with its weight: factors would lose "
+            "that. Add the name to `exclude_modules`."
+        )
+    if module.weight.is_meta and not has_offloaded_params(module):
+        return Refusal(
+            "has no weight in memory (device 'meta'). Load the model with its weights; an adapter only loads onto a "
+            "model without offloaded layers.",
+            always=True,
+        )
+    return None
+
+
+def is_quantized(module: nn.Linear | Conv1D) -> bool:
+    """Whether the weight is not held in floating-point numbers."""
+    return resolve_quantization_backend(module) is not None or not module.weight.is_floating_point()
+
+
+def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
+    """Whether a layer computes ``x W^T + b`` and nothing else, whatever its class is called."""
+    # Routers of experts and grouped linear layers compute more. A class with a forward of its own is tried.
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return not module.weight.is_meta and all(_agrees_with_product(module, scale) for scale in _PROBE_SCALES)
+
+
+@torch.no_grad()
+def _agrees_with_product(module: nn.Linear | Conv1D, scale: float) -> bool:
+    weight = module.weight.mT if isinstance(module, Conv1D) else module.weight
+    generator = torch.Generator().manual_seed(0)
+    x = scale * torch.randn(2, 3, weight.shape[1], generator=generator)
+    x = x.to(weight)
+    try:
+        output = type(module).forward(module, x)  # type: ignore[arg-type]  # its own; without hooks
+    except Exception:  # noqa: BLE001  # of a layer that takes something else
+        return False
+    expected = functional.linear(x, weight, module.bias)
+    if not isinstance(output, torch.Tensor) or output.shape != expected.shape or output.dtype != expected.dtype:
+        return False
+    difference = torch.linalg.vector_norm((output - expected).double())
+    size = torch.linalg.vector_norm(expected.double())
+    return bool(difference <= _PROBE_TOLERANCE * torch.finfo(weight.dtype).eps * size)
+
+
+def raise_refusals(refusals: Mapping[str, Refusal]) -> None:
+    """Raise one `TypeError` for all of them."""
+    raise TypeError("\n".join(f"{name} {refusal.reason}" for name, refusal in refusals.items()))
+
+
+def describe(refusals: Mapping[str, Refusal]) -> str:
+    """Return a line for each reason, without the advice, which is for layers that were asked for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, refusal in refusals.items():
+        by_reason.setdefault(refusal.reason.split(". ")[0], []).append(name)
+    return "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in by_reason.items())

@@ -1,0 +1,249 @@
+"""Which layers are targeted, which are refused, and which 'all-linear' leaves dense: before anything is changed."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from peft_jactus import JactusConfig, calibrate
+from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.targeting import _log_once
+
+DIM = 8
+
+
+@pytest.fixture(autouse=True)
+def each_log_message_is_new():
+    _log_once.cache_clear()
+
+
+def config_for(targets="all-linear", **options):
+    return JactusConfig(target_modules=targets, decomposition="svd", **options)
+
+
+def compressed_names(model, config):
+    return {name for name, module in get_peft_model(model, config).named_modules() if isinstance(module, JactusLayer)}
+
+
+def linear_model(*names):
+    return nn.ModuleDict({name: nn.Linear(DIM, DIM) for name in names})
+
+
+# -- one weight in several places -------------------------------------------------------------------------
+
+
+def share_the_parameter(model):
+    model["second"].weight = model["first"].weight
+
+
+def share_the_memory(model):
+    model["second"].weight = nn.Parameter(model["first"].weight.data)
+
+
+def share_the_layer(model):
+    model["second"] = model["first"]
+
+
+SHARED = [share_the_parameter, share_the_memory, share_the_layer]
+
+
+@pytest.mark.parametrize("share", SHARED)
+@pytest.mark.parametrize("targets", [["first", "second", "third"], ["first", "third"]])
+def test_a_weight_in_several_places_is_refused(share, targets):
+    model = linear_model("first", "second", "third")
+    share(model)
+    before = copy.deepcopy(model)
+    with pytest.raises(TypeError, match=r"^first has one weight with second: .*`exclude_modules`"):
+        get_peft_model(model, config_for(targets))
+    config = JactusConfig(target_modules=targets)
+    with pytest.raises(TypeError, match=r"^first has one weight with second: "):
+        calibrate(model, config, [], loss_fn=lambda *_: pytest.fail("the model was run"))
+    assert repr(model) == repr(before)
+    assert torch.equal(model["first"].weight, before["first"].weight)
+
+
+@pytest.mark.parametrize("share", SHARED)
+def test_all_linear_leaves_a_weight_in_several_places_dense_and_says_so_once(share, caplog):
+    model = linear_model("first", "second", "third")
+    share(model)
+    again = copy.deepcopy(model)
+    with caplog.at_level(logging.WARNING):
+        assert compressed_names(model, config_for()) == {"base_model.model.third"}
+        compressed_names(again, config_for())
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "'all-linear' leaves dense what has no factors:\n- first" in message
+    assert "third" not in message
+
+
+def test_layers_of_a_model_that_shares_blocks_stay_dense():
+    config = transformers.AlbertConfig(
+        vocab_size=40, embedding_size=DIM, hidden_size=DIM, intermediate_size=12, num_attention_heads=2,
+        num_hidden_layers=2, num_hidden_groups=1,
+    )  # fmt: skip
+    model = transformers.AlbertModel(config)  # one block that is called twice stands in one place
+    num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert len(compressed_names(model, config_for())) == num_linear
+
+
+# -- what is exactly a product ----------------------------------------------------------------------------
+
+
+class OwnProduct(nn.Linear):
+    """As FalconLinear."""
+
+    def forward(self, x):
+        product = x @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Clipped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-10, 10))
+
+
+class Rounded(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(torch.bfloat16).to(x.dtype))
+
+
+class Grouped(nn.Linear):
+    def forward(self, x):
+        return torch.bmm(x, self.weight.expand(x.shape[0], *self.weight.shape))
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_class_of_its_own_that_computes_the_product_is_compressed(bias, dtype):
+    model = nn.ModuleDict({"own": OwnProduct(DIM, DIM, bias=bias, dtype=dtype)})
+    assert compressed_names(model, config_for()) == {"base_model.model.own"}
+
+
+@pytest.mark.parametrize("layer_class", [Clipped, Rounded, Grouped, Router])
+def test_one_that_computes_something_else_is_left_dense(layer_class, caplog):
+    model = nn.ModuleDict({"plain": nn.Linear(DIM, DIM), "other": layer_class(DIM, DIM)})
+    assert compressed_names(model, config_for()) == {"base_model.model.plain"}
+    assert f"- other: is a {layer_class.__name__}, which computes more" in caplog.text
+
+
+class Nested(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(DIM, 2)
+        self.layer = layer
+
+
+def test_all_linear_leaves_dense_what_it_would_refuse_by_name(caplog):
+    model = Nested(nn.Linear(DIM, DIM))
+    assert compressed_names(model, config_for()) == {"base_model.model.layer"}
+    assert "- attention.out_proj: belongs to an nn.MultiheadAttention" in caplog.text
+
+
+def test_what_is_excluded_is_not_spoken_of(caplog):
+    compressed_names(Nested(nn.Linear(DIM, DIM)), config_for(exclude_modules=["out_proj"]))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    ],
+    ids=["weight norm", "spectral norm", "pruning"],
+)
+def test_a_weight_that_is_computed_is_refused(wrap, caplog):
+    model = linear_model("plain", "computed")
+    wrap(model["computed"])
+    with pytest.raises(TypeError, match=r"^computed has a weight that is computed.*remove_parametrizations"):
+        get_peft_model(model, config_for(["plain", "computed"]))
+    assert compressed_names(model, config_for()) == {"base_model.model.plain"}
+    assert "- computed: has a weight that is computed" in caplog.text
+
+
+def test_all_refusals_come_at_once():
+    model = linear_model("plain", "one", "two")
+    model["one"], model["two"] = Router(DIM, DIM), nn.Embedding(DIM, DIM)
+    with pytest.raises(TypeError, match=r"(?s)^one is a Router.*\ntwo is a Embedding"):
+        get_peft_model(model, config_for(["plain", "one", "two"]))
+
+
+# -- heads that are trained whole -------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 40, "dim": DIM, "hidden_dim": 12, "n_heads": 2, "n_layers": 1}
+
+
+def tiny_distilbert():
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**SIZES))
+
+
+def tiny_bart():
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=DIM, encoder_ffn_dim=12, decoder_ffn_dim=12, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, num_labels=2, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    return transformers.BartForSequenceClassification(config)
+
+
+def tiny_xlnet():
+    config = transformers.XLNetConfig(vocab_size=40, d_model=DIM, n_layer=1, n_head=2, d_inner=12, num_labels=2)
+    return transformers.XLNetForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"),
+    [
+        (tiny_distilbert, ["pre_classifier", "classifier"]),
+        (tiny_bart, ["classification_head.dense", "classification_head.out_proj"]),
+        (tiny_xlnet, ["sequence_summary.summary", "logits_proj"]),
+    ],
+)
+def test_a_head_is_trained_whole_and_comes_back(build, heads, tmp_path):
+    torch.manual_seed(0)
+    base = build()
+    config = config_for(task_type="SEQ_CLS")
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for head in heads:
+        root, _, rest = head.partition(".")
+        suffix = ".".join(filter(None, [root, "modules_to_save.default", rest, "weight"]))
+        assert any(name.endswith(suffix) for name in trained), suffix
+    assert not any(head.split(".")[0] in name and "jactus" in name for head in heads for name in trained)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 2]])}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(loaded(**ids).logits, model(**ids).logits)
+
+
+def test_a_target_that_peft_would_train_whole_is_refused_with_the_dense_weights_still_there():
+    model = tiny_distilbert()
+    with pytest.raises(TypeError, match=r"^pre_classifier is targeted, and PEFT would train it whole.*'classifier'"):
+        get_peft_model(model, config_for(["q_lin", "pre_classifier"], task_type="SEQ_CLS"))
+    assert not any(isinstance(module, JactusLayer) for module in model.modules())
+    assert model.pre_classifier.weight.shape == (DIM, DIM)
+
+
+def test_modules_to_save_are_matched_as_peft_matches_them():
+    model = linear_model("first", "out_first", "second")
+    names = compressed_names(model, config_for(modules_to_save=["first"]))
+    assert names == {"base_model.model.second"}
+
+
+def test_probing_runs_no_hook():
+    model = nn.ModuleDict({"own": OwnProduct(DIM, DIM)})
+    model["own"].register_forward_hook(lambda *_: pytest.fail("its hook was run"))
+    assert compressed_names(model, config_for(["own"]))
