@@ -96,26 +96,53 @@ def task_type(args):
 
 
 def compress(args):
+    """Save an adapter for each of our methods."""
     from peft import get_peft_model
 
-    from peft_jactus import JactusConfig, calibrate
+    from peft_jactus import calibrate
 
     for method in jactus_methods(args):
-        _, ratio, storage, *adaptation_rank = method.split("-")
-        model = load_model(args)
-        config = JactusConfig(
-            task_type=task_type(args),
-            target_modules="all-linear",
-            retained_ratio=float(ratio),
-            storage=storage,
-            # Random weights have nothing to calibrate for, and time does not depend on what is in the factors.
-            decomposition="svd" if args.width else "jactus",
-            adaptation_rank=int(adaptation_rank[0]) if adaptation_rank else 0,
-            adaptation_init="random" if args.width else "gradient",
-        )
-        if config.needs_statistics:
-            calibrate(model, config, batches(args, MEMORY_STEPS))
+        model, config = load_model(args), config_of(method, args)
+        if args.width:
+            save_random_adapter(model, config, args.adapters / method)
+            continue
+        calibrate(model, config, batches(args, MEMORY_STEPS))
         get_peft_model(model, config).save_pretrained(args.adapters / method)
+
+
+def config_of(method, args):
+    from peft_jactus import JactusConfig
+
+    _, ratio, storage, *adaptation_rank = method.split("-")
+    return JactusConfig(
+        task_type=task_type(args),
+        target_modules="all-linear",
+        retained_ratio=float(ratio),
+        storage=storage,
+        adaptation_rank=int(adaptation_rank[0]) if adaptation_rank else 0,
+    )
+
+
+def save_random_adapter(model, config, folder):
+    """Save an adapter with uniform ranks and random numbers: of random weights nothing better could be said."""
+    import torch
+    from safetensors.torch import save_file
+
+    from peft_jactus.numerics.allocation import uniform_rank
+    from peft_jactus.tuner.adapter_format import tensor_dtype
+    from peft_jactus.tuner.targeting import features_of, targeted_modules
+
+    tensors = {}
+    for name, module in targeted_modules(model, config).items():
+        features = features_of(module)
+        rank = config.layer_ranks[name] = uniform_rank(config.retained_ratio, *features, config.storage)
+        shapes = config.adapter_shape(rank, *features).tensors(*features, bias=module.bias is not None)
+        for tensor_name, shape in shapes.items():
+            dtype = tensor_dtype(tensor_name, module.weight.dtype)
+            values = 0.02 * torch.randn(shape) if dtype.is_floating_point else torch.randperm(shape[0])
+            tensors[f"base_model.model.{name}.{tensor_name}"] = values.to(dtype)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def load(method, args):
