@@ -66,7 +66,6 @@ class _AdaptedProduct(torch.autograd.Function):
     """`_product` with a gradient that gathers where autograd would add up, and adds up in place.
 
     It keeps the inputs once, as they came, and what the adaptation ranks see of them, ``(rows, adaptation rank)``.
-    Autograd would keep a copy of the inputs in the dtype of what trains.
     """
 
     @staticmethod
@@ -82,25 +81,38 @@ class _AdaptedProduct(torch.autograd.Function):
         up: Tensor,
     ) -> Tensor:
         weight = FrozenWeight(InterpolativeBasis(order, coefficients), factor, by_rows)
-        seen = x.to(down.dtype) @ down.mT
+        dtype = _dtype_of_adaptation(x, factor, down)
+        seen = x.to(dtype) @ down.to(dtype).mT
         ctx.save_for_backward(x, seen, order, coefficients, factor, down, up)
         ctx.by_rows = by_rows
-        return _add_product_(weight.product(x.to(factor.dtype), bias), seen, up.mT)
+        return _add_product_(weight.product(x.to(factor.dtype), bias), seen, up.to(dtype).mT)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, seen, order, coefficients, factor, down, up = ctx.saved_tensors
         of_x, *_, of_down, of_up = ctx.needs_input_grad
-        wide = gradient.to(up.dtype)
-        gradient_seen = wide @ up
-        gradient_x = None
+        gradient_of_adaptation = gradient.to(seen.dtype)
+        gradient_seen = gradient_of_adaptation @ up.to(seen.dtype)
+        gradient_x = gradient_down = gradient_up = None
         if of_x:
             weight = FrozenWeight(InterpolativeBasis(order, coefficients), factor, ctx.by_rows)
-            gradient_x = _add_product_(weight.transposed_product(gradient), gradient_seen, down).to(x.dtype)
-        gradient_down = gradient_seen.mT @ x.to(down.dtype) if of_down else None
-        gradient_up = wide.mT @ seen if of_up else None
+            gradient_x = weight.transposed_product(gradient)
+            gradient_x = _add_product_(gradient_x, gradient_seen, down.to(seen.dtype)).to(x.dtype)
+        if of_down:
+            gradient_down = (gradient_seen.mT @ x.to(seen.dtype)).to(down.dtype)
+        if of_up:
+            gradient_up = (gradient_of_adaptation.mT @ seen).to(up.dtype)
         return gradient_x, None, None, None, None, None, gradient_down, gradient_up
+
+
+def _dtype_of_adaptation(x: Tensor, factor: Tensor, down: Tensor) -> torch.dtype:
+    """Return the dtype of the products with what trains: its own, but bfloat16 in a bfloat16 model, as under autocast.
+
+    In float32 the few adaptation ranks of a wide bfloat16 layer would take as long as a third of the frozen weight.
+    Float16 overflows in the sums of gradients.
+    """
+    return torch.bfloat16 if x.dtype == factor.dtype == torch.bfloat16 else down.dtype
 
 
 def _add_product_(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -116,7 +128,7 @@ def adapted_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None, down: 
         x: ``(..., in)``.
         weight: ``W`` ``(out, in)``.
         bias: ``(out,)`` or ``None``, of the dtype of the weight.
-        down: ``(adaptation rank, in)``; the products with it and with ``up`` are taken in their own dtype.
+        down: ``(adaptation rank, in)``.
         up: ``(out, adaptation rank)``.
 
     Returns:
@@ -130,8 +142,9 @@ def adapted_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None, down: 
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # which makes its own gradient
+            adapting = _dtype_of_adaptation(rows, weight.factor, down)
             output = weight.product(rows.to(weight.factor.dtype), bias)
-            output = (output + rows.to(down.dtype) @ down.mT @ up.mT).to(output.dtype)
+            output = (output + rows.to(adapting) @ down.to(adapting).mT @ up.to(adapting).mT).to(output.dtype)
         else:
             output = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]  # torch has no annotation here
                 rows, weight.basis.order, weight.basis.coefficients, weight.factor, weight.by_rows, bias, down, up
