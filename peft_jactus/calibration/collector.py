@@ -16,7 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_jactus.calibration.batches import to_model_device
-from peft_jactus.calibration.position_masks import PositionMasks, encoder_of
+from peft_jactus.calibration.position_masks import PositionMasks
 from peft_jactus.calibration.reduction import summed_over_processes
 from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
@@ -121,7 +121,7 @@ class StatisticsCollector:
         self._row_fisher: dict[str, Tensor] = {}
         self._sketches: dict[str, GradientSketch] = {}
         self._readings: Any = WeakTensorKeyDictionary()  # of the tensors that are still in use
-        self._masks = PositionMasks(encoder_of(model))
+        self._masks = PositionMasks(model)
         self._num_loss_terms = 0
         self.num_batches = 0 if start is None else start.num_batches
 
