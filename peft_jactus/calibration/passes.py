@@ -157,8 +157,7 @@ def calibrate(
     else:
         config.statistics = run.collect_groups(groups, batches, store, start, limit)
     config.statistics.memory_limit = limit
-    run.leave_dense(config)
-    return config.statistics
+    return run.finish(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +180,14 @@ class _Pass:
         if self.unusable and not self.leave_unusable_dense:
             raise ValueError(f"{report(self.unusable)}\n{ADVICE}")
 
-    def leave_dense(self, config: JactusConfig) -> None:
-        """Exclude layers that were found, if there are any, or raise for them."""
+    def finish(self, config: JactusConfig) -> CalibrationStatistics:
+        """Return the statistics. Layers that cannot be used are excluded, or raised for."""
+        assert isinstance(config.statistics, CalibrationStatistics)
         self.refuse_unusable()
         if self.unusable:
             exclude_(config, self.unusable)
             logger.warning("Left dense, added to `exclude_modules`:\n%s", report(self.unusable))
+        return config.statistics
 
     def collect_groups(
         self,

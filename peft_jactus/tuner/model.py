@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -18,7 +16,9 @@ from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
 from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
-from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, coefficients_in, frozen_dtype
+from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dtype
+from peft_jactus.tuner.atomic_tuner import AtomicTuner
+from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
     from peft_jactus.numerics.approximation import ProjectedWeight
 
-# A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
-_TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
 
@@ -66,7 +64,7 @@ class _Prepared:
     factors: dict[str, LayerFactors] = field(default_factory=dict)
 
 
-class JactusModel(BaseTuner):
+class JactusModel(AtomicTuner):
     """Replaces targeted linear layers by low-rank ones with a trainable core.
 
     Args:
@@ -287,29 +285,26 @@ class JactusModel(BaseTuner):
         """Check a checkpoint against the model, whole, before PEFT fills in what fits and ignores the rest."""
         assert isinstance(config, JactusConfig)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        root = "base_model.model."
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in state_dict.items():
-            if matched := _TENSOR_KEY.fullmatch(key):
-                found.setdefault(matched["module"].removeprefix(root), {})[matched["tensor"]] = tensor
-        layers = {
-            name.removeprefix(root): module
-            for name, module in model.named_modules()
-            if isinstance(module, JactusLayer) and adapter_name in module.r
-        }
-        unmatched = sorted(set(found) ^ set(layers))
-        if unmatched:
-            raise ValueError(
-                f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them "
-                f"has: {unmatched}. Load the adapter with the config it was saved with, onto the base model it was "
-                "made for."
-            )
-        ranks = {name: _checked_rank(name, layer, found[name], config) for name, layer in layers.items()}
-        for name, layer in layers.items():
-            shape = config.adapter_shape(ranks[name], layer.out_features, layer.in_features)
-            layer.resize_adapter(adapter_name, ranks[name], shape)
-        config.layer_ranks.update(ranks)
+        fit_layers_to_checkpoint(model, config, adapter_name, state_dict)
         return state_dict
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Return the tensors to save; none may be missing."""
+        assert isinstance(config, JactusConfig)
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if state_dict:  # in processes that do not save it can be empty
+            check_complete(config, adapter_name, found)
+        return found
 
     # -- what needs the dense weights ---------------------------------------------------------------------
 
@@ -356,27 +351,3 @@ class JactusModel(BaseTuner):
             for tensor in layer.adapter_tensors(adapter_name).values()
             if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         )
-
-
-def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
-    """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
-    features = (layer.out_features, layer.in_features)
-    rank = config.layer_ranks.get(name) or 0
-    if not config.from_checkpoint:
-        coefficients = coefficients_in(tensors)
-        rank = coefficients.shape[1] if coefficients is not None and coefficients.dim() == 2 else 0
-        down = tensors.get("jactus_adapt_down")
-        rank = min(rank + (down.shape[0] if down is not None and down.dim() == 2 else 0), *features)
-    expected_shapes = config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
-    if set(tensors) != set(expected_shapes):
-        raise ValueError(
-            f"{name}: the checkpoint must hold {sorted(expected_shapes)}; it holds {sorted(tensors)}. It is damaged, "
-            "or was made for another base model."
-        )
-    for tensor_name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected_shapes[tensor_name]:
-            raise ValueError(
-                f"{name}: `{tensor_name}` must have shape {expected_shapes[tensor_name]}; the checkpoint has "
-                f"{tuple(tensor.shape)}. It is damaged or was made for another base model."
-            )
-    return rank
