@@ -42,7 +42,8 @@ class PatternCache:
     Args:
         max_entries: Prompts at most; 0 remembers none.
         max_bytes: Memory of the patterns' factors at most. A pattern counts once, however many prompts share it.
-        similarity: Least cosine between the keys of two prompts that share a pattern, in (0, 1].
+        similarity: Least cosine between the keys of two prompts that share a pattern, in (0, 1]; at 1 the keys must be
+            equal, which a cosine near 1 does not say.
     """
 
     def __init__(self, max_entries: int, max_bytes: int, similarity: float) -> None:
@@ -92,8 +93,11 @@ class PatternCache:
         if self._keys is None or not self._patterns:
             return None
         rows = list(self._patterns)
+        if similarity == 1:
+            equal = (self._keys[rows] == key.to(self._keys)).all(1).nonzero()
+            return rows[int(equal[0])] if len(equal) else None
         cosine, place = (self._keys[rows] @ key.to(self._keys)).max(0)
-        return rows[int(place)] if float(cosine) >= similarity - _ROUNDING else None
+        return rows[int(place)] if float(cosine) >= similarity else None
 
     def find_equal(self, digest: bytes) -> ExpertPattern | None:
         """Return the pattern of this choice, whichever prompt made it; no look-up in the statistics."""
@@ -149,10 +153,6 @@ class PatternCache:
                 patterns=len(self._shared),
                 num_bytes=self._num_bytes,
             )
-
-
-# The cosine of a vector with itself, in float32, can be this far from one.
-_ROUNDING = 1e-6
 
 
 def _normalised(key: Tensor) -> Tensor:

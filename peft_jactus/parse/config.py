@@ -29,7 +29,12 @@ class RouterConfig:
         cache_bytes: Memory that the gathered factors of remembered choices may take. Default: as much as the dense
             weights of the routed layers; one choice takes about ``active_ratio`` of that.
         cache_similarity: A prompt takes the choice of a remembered one if the cosine between their (standardised)
-            router inputs is at least this, in (0, 1].
+            router inputs is at least this, in (0, 1]. At 1 the inputs must be equal, so that no result depends on
+            earlier prompts; less saves choices, and makes results depend on them.
+        reroute_continuations: Whether more than one token on top of a filled key-value cache (what follows a cached
+            system prompt, the next chunk of a long prompt, a further turn) is routed anew, by all such parts so far.
+            If not, the first part decides for all that follows; assisted generation, which checks several tokens at a
+            time, needs that to give what plain generation gives.
     """
 
     active_ratio: float = 0.6
@@ -39,7 +44,8 @@ class RouterConfig:
     hidden_features: int = 256
     cache_entries: int = 64
     cache_bytes: int | None = None
-    cache_similarity: float = 0.98
+    cache_similarity: float = 1.0
+    reroute_continuations: bool = True
 
     def __post_init__(self) -> None:
         self._check("active_ratio", _is_number(self.active_ratio) and 0 < self.active_ratio <= 1, "be in (0, 1]")
@@ -50,6 +56,7 @@ class RouterConfig:
         self._check("cache_bytes", limit is None or (type(limit) is int and limit >= 0), "be null or not negative")
         similarity = self.cache_similarity
         self._check("cache_similarity", _is_number(similarity) and 0 < similarity <= 1, "be in (0, 1]")
+        self._check("reroute_continuations", isinstance(self.reroute_continuations, bool), "be true or false")
         hints = get_type_hints(type(self))
         for name in ("allocation", "router_kind"):
             choices = get_args(hints[name])

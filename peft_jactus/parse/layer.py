@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
 
+    from peft_jactus.parse.kept_patterns import PooledEmbeddings
     from peft_jactus.parse.patterns import PatternBatch
 
 
@@ -37,12 +38,14 @@ class RoutedCall:
         mask: Its attention mask.
         cache: Its key-value cache.
         patterns: What was chosen.
+        pooled: The embeddings that chose it, of the prompt's earlier parts, too.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     mask: Tensor | None = None
     cache: Cache | None = None
     patterns: PatternBatch | None = None
+    pooled: PooledEmbeddings | None = None
 
 
 class RoutingState(threading.local):

@@ -108,21 +108,9 @@ class PatternBatch(ActiveExperts):
         num_terms = sum(pattern.num_terms[layer.position] for pattern, _ in self._groups)
         return num_terms > layer.rank and num_vectors < _VECTORS_A_PATTERN * len(self._groups)
 
-    def repeated(self, num_rows: int) -> PatternBatch:
-        """Return the patterns for a batch whose rows were repeated in place, as `generate` does for beams.
-
-        Raises:
-            ValueError: If ``num_rows`` is no multiple of the rows here.
-        """
-        if num_rows == len(self.patterns):
-            return self
-        if num_rows % len(self.patterns):
-            raise ValueError(
-                f"The key-value cache was filled by a batch of {len(self.patterns)} rows, whose rank experts are "
-                f"kept; it is now used with {num_rows} rows. Use it with the same rows, or fill a new one."
-            )
-        times = num_rows // len(self.patterns)
-        return PatternBatch([pattern for pattern in self.patterns for _ in range(times)])
+    def selected(self, rows: Sequence[int]) -> PatternBatch:
+        """Return the patterns of these rows, in their order."""
+        return PatternBatch([self.patterns[row] for row in rows])
 
 
 class GateBatch(ActiveExperts):

@@ -1,7 +1,7 @@
 """The router, and how it steers a model: through hooks, so that calls and ``generate`` stay as they are.
 
-A prompt is routed once, when its embeddings are computed, and keeps its experts as long as its key-value cache lives:
-the choice travels on the cache object.
+A prompt is routed when its embeddings are computed, and keeps its experts while tokens are generated one by one: the
+choice travels on the key-value cache. A further part of a prompt is routed with all parts so far.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
 from peft_jactus.errors import RoutingWarning
 from peft_jactus.parse.cache import CacheInfo, PatternCache
 from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
+from peft_jactus.parse.kept_patterns import KeptPatterns, PooledEmbeddings, keep_on, kept_on
 from peft_jactus.parse.layer import RoutedCall
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
 
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peft_jactus.parse.config import RouterConfig
-    from peft_jactus.parse.layer import RoutedLinear, RoutingState
-
-# Where a key-value cache keeps the choice of its prompts.
-_ON_CACHE = "_jactus_patterns"
-
+    from peft_jactus.parse.layer import RoutedLinear
 
 # Length of the router's input. Adam moves every weight alike, and a short input makes the sum of many weights move as
 # slowly as the bias: with length one, routers of a small Llama were worse on text of another kind than no router.
@@ -240,12 +236,20 @@ class RankRouter(nn.Module):
         if call.patterns is not None:
             return
         embeddings = arguments.get("inputs_embeds")
-        kept: KeptPatterns | None = getattr(call.cache, _ON_CACHE, None)
-        if call.cache is not None and kept is not None and kept.state is self._state and call.cache.get_seq_length():
+        kept = kept_on(call.cache, self._state)
+        if kept is not None:
             inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
-            call.patterns = kept.repeated(len(inputs))
-        elif embeddings is not None:
+            kept = kept.repeated(len(inputs))
+            call.pooled = kept.pooled
+            if not self._continues_prompt(call, inputs):
+                call.patterns = kept.batch
+        if embeddings is not None and call.patterns is None:
             self._route(call, embeddings)
+
+    def _continues_prompt(self, call: RoutedCall, inputs: Tensor) -> bool:
+        """Whether what comes on top of a filled cache is routed anew: not one token, as of generation."""
+        whole = isinstance(call.cache, EncoderDecoderCache)  # the encoder has read all of the prompt
+        return self.router_config.reroute_continuations and inputs.shape[1] > 1 and not whole
 
     def _route_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         del module, args
@@ -254,7 +258,9 @@ class RankRouter(nn.Module):
             self._route(call, output)
 
     def _route(self, call: RoutedCall, embeddings: Tensor) -> None:
-        call.patterns = self.choose(pool_embeddings(embeddings, call.mask))
+        pooled = PooledEmbeddings.of(embeddings, call.mask)
+        call.pooled = pooled if call.pooled is None else call.pooled + pooled
+        call.patterns = self.choose(call.pooled.mean())
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del args
@@ -263,10 +269,10 @@ class RankRouter(nn.Module):
             return
         while call.modules.pop() is not module:  # an exception may have skipped some
             pass
-        if call.patterns is not None and output is not None:
+        if call.patterns is not None and call.pooled is not None and output is not None:
             cache = _cache_of(output) if call.cache is None else call.cache
             if cache is not None:
-                setattr(cache, _ON_CACHE, KeptPatterns(call.patterns, self._state))
+                keep_on(cache, KeptPatterns(call.patterns, call.pooled, self._state))
         if call.modules:
             return
         self._state.call = None
@@ -287,26 +293,6 @@ class RankRouter(nn.Module):
                         del hooks[key]  # what torch notes beside them (`with_kwargs`) has no effect without
 
 
-@dataclass(frozen=True)
-class KeptPatterns:
-    """The patterns of the prompts in a key-value cache; a copied cache shares them.
-
-    Attributes:
-        batch: One pattern for each row.
-        state: Of the model that they were chosen for.
-    """
-
-    batch: PatternBatch
-    state: RoutingState
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeptPatterns:
-        return self
-
-    def repeated(self, num_rows: int) -> PatternBatch:
-        """Return a pattern for each row of a batch; see `PatternBatch.repeated`."""
-        return self.batch.repeated(num_rows)
-
-
 def _cache_of(output: Any) -> Cache | None:
     values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
     if not isinstance(output, Mapping | tuple):
@@ -325,14 +311,4 @@ def pool_embeddings(embeddings: Tensor, mask: Tensor | Mapping[str, Tensor] | No
     Returns:
         ``(batch, dim)``; float64, so that padding does not show in the last digit (float32 where there is no float64).
     """
-    wide = torch.float32 if embeddings.device.type == "mps" else torch.float64
-    embeddings = embeddings.detach().flatten(1, -2).to(wide)
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is not None and mask.dim() == 4:
-        seen_by_last = mask[:, 0, -1, : embeddings.shape[1]]
-        mask = seen_by_last if seen_by_last.dtype == torch.bool else seen_by_last == 0
-    if mask is None or mask.shape[-1] < embeddings.shape[1]:
-        return embeddings.mean(1)
-    kept = mask[:, -embeddings.shape[1] :].to(embeddings).unsqueeze(2)  # (batch, positions, 1)
-    return (embeddings * kept).sum(1) / kept.sum(1).clamp(min=1)
+    return PooledEmbeddings.of(embeddings, mask).mean()

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
 from peft_jactus.errors import RoutingWarning
@@ -99,7 +100,7 @@ def test_generating_for_a_left_padded_batch_is_as_for_its_prompts_alone(make, op
 
 
 def test_decoding_keeps_the_experts_of_the_prompt():
-    model = routed(tiny_llama())
+    model = routed(tiny_llama(), reroute_continuations=False)
     ids = prompts(1, 12)[0].unsqueeze(0)
     selected = model.rank_router.select(model.get_input_embeddings()(ids[:, :6]).mean(1))
     with model.rank_router.gated(selected.float()):
@@ -112,6 +113,90 @@ def test_decoding_keeps_the_experts_of_the_prompt():
         rest.append(model(input_ids=ids[:, 7:12], **with_cache(model, copied)))
     logits = torch.cat([start.logits, *(part.logits for part in rest)], dim=1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def distinct_prompts(model, length):
+    """Return two prompts for which other experts run."""
+    rows = [prompt[:length] for prompt in prompts(16, length) if len(prompt) >= length]
+    chosen = [model.rank_router.select(model.get_input_embeddings()(row).mean(0, keepdim=True)) for row in rows]
+    other = next(row for row, selected in enumerate(chosen) if not torch.equal(selected, chosen[0]))
+    return rows[0], rows[other]
+
+
+def reorder(cache, rows):
+    cache.reorder_cache(rows)
+
+
+def select(cache, rows):
+    cache.batch_select_indices(rows)
+
+
+@pytest.mark.parametrize("change", [reorder, select])
+def test_experts_move_with_the_rows_of_a_cache(change):
+    model = routed(tiny_llama())
+    rows = torch.stack(distinct_prompts(model, 4))
+    following = torch.tensor([[7], [8]])
+    with torch.no_grad():
+        cache = cache_of(model(input_ids=rows, use_cache=True))
+        assert len(cache._jactus_patterns.batch._groups) == 2
+        change(cache, torch.tensor([1, 0]))
+        together = model(input_ids=following, **with_cache(model, copy.deepcopy(cache))).logits
+        for place, row in enumerate((1, 0)):
+            alone = cache_of(model(input_ids=rows[row : row + 1], use_cache=True))
+            expected = model(input_ids=following[place : place + 1], **with_cache(model, alone)).logits
+            torch.testing.assert_close(together[place : place + 1], expected, rtol=0, atol=1e-5)
+
+
+def test_experts_are_repeated_and_picked_with_the_rows_of_a_cache():
+    model = routed(tiny_llama())
+    rows = torch.stack(distinct_prompts(model, 4))
+    with torch.no_grad():
+        cache = cache_of(model(input_ids=rows, use_cache=True))
+        first, second = cache._jactus_patterns.batch.patterns
+        cache.batch_repeat_interleave(2)
+        assert cache._jactus_patterns.batch.patterns == (first, first, second, second)
+        cache.batch_select_indices(torch.tensor([False, True, True, False]))
+        assert cache._jactus_patterns.batch.patterns == (first, second)
+        assert type(cache).__name__ == "DynamicCache"
+        assert isinstance(cache, transformers.DynamicCache)
+
+
+def test_what_follows_a_cached_system_prompt_is_routed_by_both():
+    model = routed(tiny_llama())
+    system, question = distinct_prompts(model, 6)
+    whole = torch.cat([system, question]).unsqueeze(0)
+    with torch.no_grad():
+        cache = cache_of(model(input_ids=system.unsqueeze(0), use_cache=True))
+        model(input_ids=question.unsqueeze(0), **with_cache(model, cache))
+        (pattern,) = cache._jactus_patterns.batch.patterns
+        embeddings = model.get_input_embeddings()(whole)
+    assert torch.equal(pattern.selected, model.rank_router.select(embeddings.double().mean(1))[0])
+
+
+def test_chunks_of_a_prompt_end_with_its_own_choice_whatever_their_length():
+    model = routed(tiny_llama())
+    ids = torch.cat(distinct_prompts(model, 6)).unsqueeze(0)
+    expected = model.rank_router.select(model.get_input_embeddings()(ids).double().mean(1))[0]
+    with torch.no_grad():
+        for lengths in ([12], [6, 6], [2, 4, 6], [5, 3, 4]):
+            cache = None
+            for chunk in ids.split(lengths, dim=1):
+                options = {"use_cache": True} if cache is None else with_cache(model, cache)
+                cache = cache_of(model(input_ids=chunk, **options))
+            assert torch.equal(cache._jactus_patterns.batch.patterns[0].selected, expected)
+
+
+def test_by_default_no_output_depends_on_earlier_prompts():
+    model = routed(tiny_llama(), seed=1, cache_bytes=2**20)
+    rows = prompts(16)
+    alone = []
+    for row in rows:
+        model.rank_router.clear_cache()
+        alone.append(run(model, input_ids=row.unsqueeze(0)))
+    for _ in range(2):
+        for row, expected in zip(rows, alone, strict=True):
+            assert torch.equal(run(model, input_ids=row.unsqueeze(0)), expected)
+    assert model.rank_router.cache_info().hits
 
 
 def test_a_cache_of_other_rows_is_refused():
