@@ -1,8 +1,9 @@
-"""What calibration and factorization of a Llama take, counted: floating-point operations and bytes."""
+"""What calibration, factorization and training of a Llama take, counted: floating-point operations and bytes."""
 
 from dataclasses import dataclass
 
 FLOAT32 = 4
+BFLOAT16 = 2
 # Of the longer side, in operations per number of a factor: two QR and an LU decomposition, two solutions.
 FACTORS_OF_FACTORS = 8
 # A symmetric eigendecomposition with vectors (Demmel, "Applied numerical linear algebra", 1997, section 5.3.2).
@@ -18,6 +19,7 @@ class Llama:
     intermediate: int
     key_value: int
     blocks: int
+    vocabulary: int = 0
 
     @property
     def layers(self):
@@ -36,6 +38,24 @@ class Llama:
     def parameters(self):
         """Of the blocks."""
         return self.blocks * sum(out_features * in_features for out_features, in_features in self.layers)
+
+    @property
+    def embedding_parameters(self):
+        """Of the embeddings and the output layer, which stay as they are."""
+        return 2 * self.vocabulary * self.hidden
+
+    def adapter_parameters(self, rank):
+        """Of adapters of one rank on all layers."""
+        return self.blocks * sum(rank * (out_features + in_features) for out_features, in_features in self.layers)
+
+    def training_bytes(self, retained_ratio, adapter_rank, *, inside=False):
+        """Count weights in 16 bits, and of what trains four float32 numbers each: weight, gradient, Adam's two states.
+
+        ``inside``: the adapter is part of what is kept (adaptation ranks), and not on top (LoRA).
+        """
+        trained = self.adapter_parameters(adapter_rank)
+        frozen = retained_ratio * self.parameters + self.embedding_parameters - (trained if inside else 0)
+        return BFLOAT16 * frozen + 4 * FLOAT32 * trained
 
     @property
     def covariances(self):
@@ -58,8 +78,8 @@ class Llama:
 
 
 LLAMAS = (
-    Llama("Llama-2-7B", hidden=4096, intermediate=11008, key_value=4096, blocks=32),
-    Llama("Llama-3-70B", hidden=8192, intermediate=28672, key_value=1024, blocks=80),
+    Llama("Llama-2-7B", hidden=4096, intermediate=11008, key_value=4096, blocks=32, vocabulary=32000),
+    Llama("Llama-3-70B", hidden=8192, intermediate=28672, key_value=1024, blocks=80, vocabulary=128256),
 )
 
 
