@@ -67,8 +67,9 @@ def write_model_card(
 
 def _kept(summary: RankSummary) -> str:
     asked = "" if summary.asked_ratio is None else f" (asked for {summary.asked_ratio:.1%})"
+    whole = "" if summary.model_ratio is None else f", the whole model {summary.model_ratio:.1%}"
     return (
-        f"{len(summary.rows)} linear layers keep {summary.retained_ratio:.1%} of their parameters{asked}; "
+        f"{len(summary.rows)} linear layers keep {summary.retained_ratio:.1%} of their parameters{asked}{whole}; "
         f"{sum(row.stays_dense for row in summary.rows)} of them stay dense, because factors would not pay."
     )
 

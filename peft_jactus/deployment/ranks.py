@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peft_jactus.deployment.layers import FactorizedLinear
 from peft_jactus.deployment.quantizer import JactusQuantizer
@@ -52,7 +54,18 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
             rank, shape = config.layer_ranks[name], (layer.out_features, layer.in_features)
             storage = DENSE if stays_dense(rank, *shape, config.storage) else config.storage
             rows.append(LayerRank(name, *shape, rank, storage, config.layer_energy.get(name)))
-    return RankSummary(rows, config.asked_ratio)
+    biases = sum(layer.out_features for layer in model.modules() if isinstance(layer, JactusLayer) and layer.has_bias)
+    return RankSummary(rows, config.asked_ratio, _parameters_outside_layers(model) + biases)
+
+
+def _parameters_outside_layers(model: nn.Module) -> int:
+    """Count the parameters of the base model that are in no adapted layer; shared ones, and copies, once."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, JactusLayer))
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(inside) and "modules_to_save" not in name.split(".")
+    )
 
 
 def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> RankSummary:
@@ -69,7 +82,17 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
         rows.append(LayerRank(name, out_features, in_features, form.rank, form.storage, form.energy_kept))
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])
-    return RankSummary(rows, quantizer.quantization_config.retained_ratio)
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_on_top(name, modules))
+    others = total - sum(row.num_stored for row in rows)
+    return RankSummary(rows, quantizer.quantization_config.retained_ratio, others)
+
+
+def _is_on_top(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a parameter is an adapter's, by the modules that hold it."""
+    parts = name.split(".")
+    holders = (".".join(parts[:length]) for length in range(1, len(parts)))
+    wrapped = [holder for holder in holders if isinstance(modules.get(holder), BaseTunerLayer)]
+    return bool(wrapped) and not name.startswith(f"{wrapped[-1]}.base_layer.")
 
 
 def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:
@@ -85,7 +108,10 @@ def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, t
         LayerRank(name, *_stored_features(name, form, shapes), form.rank, form.storage, form.energy_kept)
         for name, form in sorted(compression.layers.items(), key=lambda item: _with_numbers(item[0]))
     ]
-    return RankSummary(rows, compression.retained_ratio)
+    of_layers = {f"{row.name}.{part}" for row in rows for part in ("weight", "row_index", "column_index")}
+    of_layers -= {f"{row.name}.weight" for row in rows if row.stays_dense}
+    total = sum(math.prod(shape) for name, shape in shapes.items() if name not in of_layers)
+    return RankSummary(rows, compression.retained_ratio, total - sum(row.num_stored for row in rows))
 
 
 def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:

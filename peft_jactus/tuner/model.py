@@ -21,7 +21,7 @@ from peft_jactus.tuner.atomic_tuner import AtomicTuner
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer, Linear
-from peft_jactus.tuner.model_size import ModelSize, budget_ratio
+from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
 from peft_jactus.tuner.replication import digest, factors_for_all, share_out_layers
 from peft_jactus.tuner.target_checks import find_refusal, layer_sharing, raise_refusals
@@ -132,6 +132,7 @@ class JactusModel(AtomicTuner):
         statistics = peft_config.statistics = usable_statistics(peft_config, targets, peft_config.statistics)
         limit = getattr(statistics, "memory_limit", None)
         ratio = budget_ratio(peft_config, ModelSize.of(model, targets))
+        warn_of_large_rest(model, targets)
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
         owners = share_out_layers(targets) if num_processes() > 1 else None
         measured = measure_gains(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from peft_jactus.tuner.sizes import parse_size
-from peft_jactus.tuner.targeting import dense_weight
+from peft_jactus.tuner.targeting import dense_weight, log_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +25,26 @@ _INDEX_BYTES = 4  # a pivoted layer stores where each of its rows (or columns) b
 # A factorised layer has so many tensors more than a dense one: a second part, one number in the place of the weight,
 # and the index of a pivoted one.
 _MORE_TENSORS = {"factored": 2, "pivoted": 3}
+
+
+_MOST_NAMED = 4
+
+
+def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Log, once, what the rest of a model is where it has more parameters than the targeted layers."""
+    weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
+    groups: Counter[str] = Counter()
+    total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if name not in weights:
+            groups[re.sub(r"\.\d+\.", ".*.", name)] += parameter.numel()
+    if groups.total() > total / 2:
+        largest = ", ".join(f"{name} {count / total:.0%}" for name, count in groups.most_common(_MOST_NAMED))
+        log_once(
+            f"The targeted layers have {1 - groups.total() / total:.0%} of the model's {total:,} parameters. The "
+            f"others stay as they are, the most of them in: {largest}."
+        )
 
 
 @dataclass(frozen=True)

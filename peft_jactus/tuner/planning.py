@@ -226,7 +226,8 @@ class RankPlan:
             shape = self._layers.size.shapes[name]
             form = DENSE if stays_dense(rank, *shape, storage) else storage
             rows.append(LayerRank(name, *shape, rank, form, kept[name]))
-        return RankSummary(rows, self._asked_ratio)
+        size = self._layers.size
+        return RankSummary(rows, self._asked_ratio, size.num_parameters - size.targeted_parameters)
 
     @property
     def retained_ratio(self) -> float:

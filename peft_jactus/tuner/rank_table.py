@@ -56,10 +56,13 @@ class RankSummary:
     Attributes:
         rows: One for each targeted layer, in the model's order.
         asked_ratio: ``retained_ratio`` of the config; ``None`` if it is not known.
+        other_parameters: Of the rest of the model, which stays as it is (embeddings, norms, heads, experts); ``None``
+            if it is not known.
     """
 
     rows: list[LayerRank]
     asked_ratio: float | None
+    other_parameters: int | None = None
 
     @property
     def storage(self) -> str:
@@ -71,6 +74,15 @@ class RankSummary:
     def retained_ratio(self) -> float:
         """Parameters that are kept, as a share of all targeted ones."""
         return sum(row.num_stored for row in self.rows) / sum(row.num_dense for row in self.rows)
+
+    @property
+    def model_ratio(self) -> float | None:
+        """Parameters that are kept, as a share of the whole model's; ``None`` if these are not known."""
+        if self.other_parameters is None:
+            return None
+        stored = sum(row.num_stored for row in self.rows)
+        dense = sum(row.num_dense for row in self.rows)
+        return (self.other_parameters + stored) / (self.other_parameters + dense)
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.name) for row in self.rows))
@@ -89,4 +101,9 @@ class RankSummary:
             f"{len(self.rows)} targeted layers keep {stored:,} of {dense:,} parameters: {self.retained_ratio:.1%} "
             f"({self.storage})" + ("" if self.asked_ratio is None else f", asked for {self.asked_ratio:.1%}")
         )
+        if self.other_parameters is not None:
+            lines.append(
+                f"The whole model keeps {self.other_parameters + stored:,} of {self.other_parameters + dense:,}: "
+                f"{self.model_ratio:.1%}"
+            )
         return "\n".join(lines)

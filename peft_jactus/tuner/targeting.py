@@ -131,11 +131,12 @@ def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
             left_dense[name] = refusal
     config.target_modules = targets
     if left_dense:
-        _log_once(f"'all-linear' leaves dense what has no factors:\n{describe(dict(sorted(left_dense.items())))}")
+        log_once(f"'all-linear' leaves dense what has no factors:\n{describe(dict(sorted(left_dense.items())))}")
 
 
 @functools.lru_cache(maxsize=128)
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Log a warning that was not logged before."""
     logger.warning(message)
 
 

@@ -6,20 +6,21 @@ import logging
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from peft_jactus import JactusConfig, calibrate
+from peft_jactus import JactusConfig, calibrate, export_compressed, plan_ranks, rank_summary
+from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.targeting import _log_once
+from peft_jactus.tuner.targeting import log_once
 
 DIM = 8
 
 
 @pytest.fixture(autouse=True)
 def each_log_message_is_new():
-    _log_once.cache_clear()
+    log_once.cache_clear()
 
 
 def config_for(targets="all-linear", **options):
@@ -75,7 +76,7 @@ def test_all_linear_leaves_a_weight_in_several_places_dense_and_says_so_once(sha
     with caplog.at_level(logging.WARNING):
         assert compressed_names(model, config_for()) == {"base_model.model.third"}
         compressed_names(again, config_for())
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = [text for record in caplog.records if "has no factors" in (text := record.getMessage())]
     assert "'all-linear' leaves dense what has no factors:\n- first" in message
     assert "third" not in message
 
@@ -150,7 +151,7 @@ def test_all_linear_leaves_dense_what_it_would_refuse_by_name(caplog):
 
 def test_what_is_excluded_is_not_spoken_of(caplog):
     compressed_names(Nested(nn.Linear(DIM, DIM)), config_for(exclude_modules=["out_proj"]))
-    assert not caplog.records
+    assert "leaves dense" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -247,3 +248,58 @@ def test_probing_runs_no_hook():
     model = nn.ModuleDict({"own": OwnProduct(DIM, DIM)})
     model["own"].register_forward_hook(lambda *_: pytest.fail("its hook was run"))
     assert compressed_names(model, config_for(["own"]))
+
+
+# -- what is not targeted ---------------------------------------------------------------------------------
+
+
+def test_what_most_of_the_parameters_are_is_said_once_where_they_are_not_targeted(caplog):
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=DIM, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    models = [transformers.MixtralForCausalLM(config) for _ in range(2)]
+    total = sum(parameter.numel() for parameter in models[0].parameters())
+    experts = sum(parameter.numel() for name, parameter in models[0].named_parameters() if "experts.gate_up" in name)
+    targeted = 2 * 4 * DIM * DIM
+    for model in models:
+        tuned = get_peft_model(model, config_for(retained_ratio=0.5))
+    (message,) = [text for record in caplog.records if "stay as they are" in (text := record.getMessage())]
+    assert f"have {targeted / total:.0%} of the model's {total:,} parameters" in message
+    assert f"model.layers.*.mlp.experts.gate_up_proj {experts / total:.0%}" in message
+    summary = rank_summary(tuned)
+    stored = sum(row.num_stored for row in summary.rows)
+    assert summary.other_parameters == total - targeted
+    assert summary.model_ratio == pytest.approx((total - targeted + stored) / total)
+    assert f"The whole model keeps {total - targeted + stored:,} of {total:,}: " in str(summary)
+
+
+def test_a_model_that_is_mostly_targeted_is_not_spoken_of(caplog):
+    compressed_names(linear_model("first", "second"), config_for())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+@pytest.mark.parametrize("keep_base_weights", [False, True])
+def test_the_whole_models_share_is_the_same_before_and_after_export(storage, keep_base_weights, tmp_path):
+    base = tiny_distilbert()
+    total = base.num_parameters()
+    config = config_for(
+        task_type="SEQ_CLS", storage=storage, retained_ratio=0.5, adaptation_rank=0,
+        keep_base_weights=keep_base_weights,
+    )  # fmt: skip
+    planned = plan_ranks(base, config, None).summary
+    model = get_peft_model(base, config)
+    summary = rank_summary(model)
+    targeted = sum(row.num_dense for row in summary.rows)
+    assert summary.other_parameters == planned.other_parameters == total - targeted
+    export_compressed(model, tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    of_loaded = rank_summary(loaded)
+    assert of_loaded.model_ratio == summary.model_ratio
+    assert of_loaded.other_parameters == summary.other_parameters
+    assert f"the whole model {summary.model_ratio:.1%}" in (tmp_path / "README.md").read_text()
+    assert inspect_folder(tmp_path).summary.model_ratio == summary.model_ratio
+    on_top = get_peft_model(loaded, LoraConfig(target_modules="all-linear", r=1))
+    assert rank_summary(on_top).model_ratio == summary.model_ratio
