@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus._placeholders import WeightPlaceholder
 from peft_jactus.errors import BaseWeightsFreedError
 
 if TYPE_CHECKING:
@@ -35,6 +36,16 @@ class FreedBase(nn.Module):
     def extra_repr(self) -> str:
         """Show the features."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def unreadable_weight(name: str, weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return what stands for the weight of a compressed layer, of the dtype and device of ``weight``."""
+    return WeightPlaceholder.of(
+        weight,
+        shape,
+        f"{name}: the model uses its weight without calling the layer. What the adapter learned is not in it, and "
+        "what is written into it is lost. Add the name to `exclude_modules`, and compress the dense model again.",
+    )
 
 
 def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> nn.Linear | Conv1D:

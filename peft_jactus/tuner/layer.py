@@ -14,7 +14,6 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus._dtypes import output_dtype
-from peft_jactus._placeholders import WeightPlaceholder
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.adapted_product import adapted_product
 from peft_jactus.numerics.core_product import core_product
@@ -31,18 +30,12 @@ from peft_jactus.tuner.adapter_format import (
     unfilled,
     weight_of,
 )
-from peft_jactus.tuner.dense_layers import FreedBase, assign_parameters_, make_dense_layer
+from peft_jactus.tuner.dense_layers import FreedBase, assign_parameters_, make_dense_layer, unreadable_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
-
-
-_USED_PAST_THE_LAYER = (
-    "the model uses its weight without calling the layer. What the adapter learned is not in it, and what is written "
-    "into it is lost. Add the name to `exclude_modules`, and compress the dense model again."
-)
 
 
 class JactusLayer(BaseTunerLayer):
@@ -114,8 +107,7 @@ class JactusLayer(BaseTunerLayer):
         if dense_counts or torch.compiler.is_compiling():
             return weight
         features = (self.in_features, self.out_features)
-        shape = features if self.is_conv1d else features[::-1]
-        return WeightPlaceholder.of(weight, shape, f"{self.module_name}: {_USED_PAST_THE_LAYER}")
+        return unreadable_weight(self.module_name, weight, features if self.is_conv1d else features[::-1])
 
     # -- creating an adapter ------------------------------------------------------------------------------
 
@@ -148,6 +140,13 @@ class JactusLayer(BaseTunerLayer):
         if factors is None:
             self._unfilled.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        """Add an adapter with the values of another: what trains is copied, what is frozen shared."""
+        self.r[adapter_name], self.adapter_shapes[adapter_name] = self.r[source], self.adapter_shapes[source]
+        for name, tensor in self.adapter_tensors(source).items():
+            self._set_tensor(name, adapter_name, tensor.detach().clone() if name in TRAINABLE else tensor)
         self.set_adapter(self.active_adapters)
 
     def resize_adapter(self, adapter_name: str, r: int, shape: AdapterShape) -> None:

@@ -82,6 +82,7 @@ class JactusModel(AtomicTuner):
 
     _factorizing_bar: tqdm[NoReturn] | None = None
     _prepared: _Prepared | None = None  # while layers are replaced
+    _twin: str | None = None  # meanwhile, the adapter whose values a further one gets
     _sharing: Mapping[str, list[str]] = MappingProxyType({})  # meanwhile; see `layer_sharing`
 
     # -- injecting ----------------------------------------------------------------------------------------
@@ -91,23 +92,36 @@ class JactusModel(AtomicTuner):
         self._sharing = layer_sharing(model)
         config = self.peft_config[adapter_name]
         assert isinstance(config, JactusConfig)
+        self._twin = self._twin_of(adapter_name, config)
         asked = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            if targets_all_linear(asked):  # PEFT writes names of this model into the user's config
+            if targets_all_linear(asked) or self._twin is not None:  # names of this model are in the user's config
                 config.target_modules = asked
             self._prepared = None
             self._sharing = {}
+            self._twin = None
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
         config.statistics = None
 
+    def _twin_of(self, adapter_name: str, config: JactusConfig) -> str | None:
+        """Return the adapter of this very config, if a further one of it cannot be computed: it starts as a copy.
+
+        So trl makes the reference model of an adapter that it trains (``add_adapter("ref", peft_config["default"])``).
+        """
+        others = (name for name, other in self.peft_config.items() if other is config and name != adapter_name)
+        computable = not self._base_weights_freed() and not config.from_checkpoint and not config.needs_statistics
+        return None if computable or config.statistics is not None else next(others, None)
+
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         assert isinstance(config, JactusConfig)
         config.check_format()
+        if self._twin is not None:
+            return
         freed = [layer.module_name for layer in self._layers() if layer.base_weights_freed]
         if freed and not config.from_checkpoint:
             raise BaseWeightsFreedError("compute a further adapter")
@@ -122,6 +136,9 @@ class JactusModel(AtomicTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Decide the ranks of all layers, before the first one is replaced."""
         assert isinstance(peft_config, JactusConfig)
+        if self._twin is not None:
+            peft_config.target_modules = set(peft_config.layer_ranks)
+            return
         if peft_config.from_checkpoint:
             peft_config.check_not_calibrated()
             return
@@ -171,6 +188,10 @@ class JactusModel(AtomicTuner):
         assert isinstance(peft_config, JactusConfig)
         if (refusal := find_refusal(current_key, target, parent, self._sharing)) is not None:
             raise_refusals({current_key: refusal})
+        if self._twin is not None:
+            assert isinstance(target, JactusLayer)
+            target.copy_adapter(self._twin, adapter_name)
+            return
         with weight_loaded(target):
             rank = self._rank_of(peft_config, current_key, target)
             factors = None

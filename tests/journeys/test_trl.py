@@ -1,0 +1,80 @@
+"""trl's trainers on a compressed model, as its users write them."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+
+from peft_jactus import JactusConfig, calibrate
+from tests.support.compressed_models import batches_for, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+ROWS = 8
+
+
+def tuned(**options):
+    model = tiny_llama()
+    config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=0.6, **options)
+    calibrate(model, config, batches_for(model), progress_bar=False)
+    return model, config
+
+
+def arguments(config_class, folder, **options):
+    return config_class(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, **options,
+    )  # fmt: skip
+
+
+def texts(*names):
+    rows = [{name: f"w{5 + row} w{9 + row} w{20 + i}" for i, name in enumerate(names)} for row in range(ROWS)]
+    return Dataset.from_list(rows)
+
+
+def check_trained(trainer, model):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses
+    assert all(torch.isfinite(torch.tensor(losses)))
+    after = dict(model.named_parameters())
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(torch.isfinite(parameter).all() for parameter in after.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft(tmp_path):
+    model = get_peft_model(*tuned())
+    trainer = trl.SFTTrainer(
+        model, args=arguments(trl.SFTConfig, tmp_path, max_length=16), train_dataset=texts("text"),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    check_trained(trainer, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
+def test_dpo(tmp_path, wrapped):
+    model, config = tuned(keep_base_weights=not wrapped)  # then the dense model is the reference
+    model = get_peft_model(model, config) if wrapped else model
+    trainer = trl.DPOTrainer(
+        model, args=arguments(trl.DPOConfig, tmp_path, max_length=16),
+        train_dataset=texts("prompt", "chosen", "rejected"), processing_class=tiny_tokenizer(),
+        peft_config=None if wrapped else config,
+    )  # fmt: skip
+    check_trained(trainer, trainer.model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
+def test_grpo_with_a_reference(tmp_path, wrapped):
+    model, config = tuned(keep_base_weights=not wrapped)
+    model = get_peft_model(model, config) if wrapped else model
+    trainer = trl.GRPOTrainer(
+        model, reward_funcs=lambda completions, **_: [float(len(text)) + i for i, text in enumerate(completions)],
+        args=arguments(trl.GRPOConfig, tmp_path, beta=0.1, num_generations=2, max_completion_length=4),
+        train_dataset=texts("prompt"), processing_class=tiny_tokenizer(),
+        peft_config=None if wrapped else config,
+    )  # fmt: skip
+    check_trained(trainer, trainer.model)

@@ -1,0 +1,124 @@
+"""A further adapter of the config of one that is there, as trl makes its reference model: a copy that shares bases."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_jactus import JactusConfig, calibrate
+from peft_jactus.tuner.adapter_format import TRAINABLE
+from peft_jactus.tuner.layer import JactusLayer
+from tests.support.compressed_models import VOCABULARY, batches_for, tiny_llama
+
+IDS = {"input_ids": torch.randint(2, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))}
+
+
+def config_of(kind):
+    options = {"cores": {"adaptation_rank": 0}, "both": {"train_core": True}, "adaptation": {}}[kind]
+    return JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=0.6, **options)
+
+
+def tuned(kind="adaptation", **options):
+    model, config = tiny_llama(), config_of(kind)
+    for name, value in options.items():
+        setattr(config, name, value)
+    if config.decomposition != "svd":
+        calibrate(model, config, batches_for(model), progress_bar=False)
+    return learned(get_peft_model(model, config).eval(), "default")
+
+
+def learned(model, adapter_name, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            for name in TRAINABLE:
+                held = getattr(layer, name)
+                if adapter_name in held:
+                    held[adapter_name].add_(0.05 * torch.randn(held[adapter_name].shape, generator=generator))
+    return model
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, JactusLayer)]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**IDS).logits
+
+
+def add_reference(model):
+    """As in trl's DPOTrainer, GRPOTrainer and KTOTrainer."""
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, param in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(param.data)
+
+
+@pytest.mark.parametrize("kind", ["adaptation", "cores", "both"])
+@pytest.mark.parametrize("keep_base_weights", [False, True])
+def test_a_reference_adapter_computes_what_the_trained_one_did(kind, keep_base_weights):
+    model = tuned(kind, keep_base_weights=keep_base_weights)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    start = logits(model)
+    add_reference(model)
+    assert model.active_adapters == ["default"]
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert torch.equal(logits(model), start)
+    learned(model, "default", seed=2)
+    assert not torch.allclose(logits(model), start)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), start)
+
+
+def test_bases_are_shared_and_what_trains_is_not():
+    model = tuned()
+    add_reference(model)
+    for layer in layers_of(model):
+        mine, theirs = (layer.adapter_tensors(name) for name in ("default", "ref"))
+        for name, tensor in mine.items():
+            assert (tensor.data_ptr() == theirs[name].data_ptr()) == (name not in TRAINABLE), name
+
+
+def test_a_loaded_adapter_gets_a_reference_too(tmp_path):
+    model = tuned()
+    start = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True).eval()
+    add_reference(loaded)
+    learned(loaded, "default", seed=2)
+    loaded.set_adapter("ref")
+    assert torch.equal(logits(loaded), start)
+
+
+def test_both_are_saved_and_deleted(tmp_path):
+    model = tuned()
+    start = logits(model)
+    add_reference(model)
+    learned(model, "default", seed=2)
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    for folder, expected in ((tmp_path, trained), (tmp_path / "ref", start)):
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), folder).eval()), expected)
+    model.delete_adapter("ref")
+    assert torch.equal(logits(model), trained)
+    assert model.peft_config["default"].target_modules == "all-linear"
+
+
+def test_where_the_dense_weights_are_there_a_data_free_adapter_is_computed_anew():
+    model = tuned(decomposition="svd", keep_base_weights=True)
+    fresh = logits(tuned_without_training())
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), fresh)
+
+
+def tuned_without_training():
+    config = config_of("adaptation")
+    config.decomposition, config.keep_base_weights = "svd", True
+    return get_peft_model(tiny_llama(), config).eval()
+
+
+def test_an_equal_config_that_is_another_object_is_still_refused():
+    model = tuned()
+    with pytest.raises(ValueError, match="Cannot compute a further adapter"):
+        model.add_adapter("second", config_of("adaptation"))
