@@ -23,6 +23,8 @@ LAST_ADAPTER = ExpectedFailure(
     "without base weights the last adapter cannot be deleted, merged or not, and the error says so", AssertionError
 )
 SECOND_ADAPTER = ExpectedFailure("computes a second adapter, but the first has freed the base weights", ValueError)
+# Its two adapters have one config object, of which the second cannot be computed.
+COPY = ExpectedFailure("wants two adapters of one config to differ; the second is a copy of the first", AssertionError)
 
 LOW_RANK_FAILURES = {
     "test_disable_adapters": NOT_IDENTITY,
@@ -38,14 +40,10 @@ FREED_BASE_FAILURES = {
     "test_disable_adapters_with_merging": NO_BASE,
     "test_get_base_model_state_dict": NO_BASE_STATE,
     "test_unload_adapter": NO_BASE,
-    "test_active_adapter": SECOND_ADAPTER,
-    "test_adapter_dtype_autocast": SECOND_ADAPTER,
-    "test_add_adapter_no_autocast_adapter_dtype": SECOND_ADAPTER,
     "test_delete_adapter": SECOND_ADAPTER,
     "test_delete_inactive_adapter": SECOND_ADAPTER,
     "test_delete_merged_adapter_only_rejects_the_merged_one": SECOND_ADAPTER,
-    "test_merge_layers_multi": SECOND_ADAPTER,
-    "test_save_pretrained_adapter_name_substring": SECOND_ADAPTER,
+    "test_merge_layers_multi": COPY,
     "test_save_pretrained_selected_adapters": SECOND_ADAPTER,
     "test_save_pretrained_selected_adapters_pickle": SECOND_ADAPTER,
 }
