@@ -76,7 +76,7 @@ COMPRESSED = ("jactus", "svd+lora", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
 # on language, what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
-    "text": ("jactus-cores", "lora+jactus-cores", "lora+svd-llm+lora"),
+    "text": ("jactus-cores", "lora+jactus-cores", "full+jactus-cores", "lora+svd-llm+lora", "full+svd-llm+lora"),
     "vision": ("jactus-cores", "lora+jactus-cores", "jactus+lora"),
     "language": (
         "jactus-cores",
