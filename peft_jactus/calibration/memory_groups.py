@@ -45,8 +45,8 @@ def split_into_groups(
         needed = statistics_bytes(module, needs)
         if needed > limit:
             raise ValueError(
-                f"`max_statistics_memory` is {limit / 2**20:.1f} MiB, but {name} alone needs {needed / 2**20:.1f} "
-                "MiB. Raise the limit, or add the name to `exclude_modules`."
+                f"`max_statistics_memory` is {limit:,} bytes, but {name} alone needs {needed:,}. Raise the limit, or "
+                "add the name to `exclude_modules`."
             )
         if needed > free:
             groups.append({})

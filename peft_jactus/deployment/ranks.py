@@ -88,8 +88,10 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
 
 
 def _is_on_top(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a parameter is an adapter's, by the modules that hold it."""
+    """Whether a parameter is an adapter's, or a copy that is trained beside one, by the modules that hold it."""
     parts = name.split(".")
+    if "modules_to_save" in parts:
+        return True
     holders = (".".join(parts[:length]) for length in range(1, len(parts)))
     wrapped = [holder for holder in holders if isinstance(modules.get(holder), BaseTunerLayer)]
     return bool(wrapped) and not name.startswith(f"{wrapped[-1]}.base_layer.")

@@ -405,7 +405,7 @@ def test_summary_prints_a_row_for_each_layer_and_the_plot_has_a_line_for_each_pr
     model = compressed(tiny_bert())
     summary = rank_summary(model)
     text = str(summary)
-    assert len(text.splitlines()) == len(summary.rows) + 2
+    assert len(text.splitlines()) == len(summary.rows) + 3  # head, targeted layers, whole model
     for row in summary.rows:
         assert re.search(rf"^{re.escape(row.name)}\s+{row.out_features} x {row.in_features} ", text, re.MULTILINE)
         assert 0 < row.energy_kept <= 1
