@@ -100,8 +100,9 @@ class WeightPlaceholder(Tensor):
             if mine._buffer is None or func.__name__ not in _MOVES or mine is not args[0]:
                 raise RuntimeError(mine._complaint)
             return func(mine._buffer, *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch has no annotation
 
-    def __repr__(self, **_options: Any) -> str:  # type: ignore[override]  # torch's is not annotated
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as torch's, unannotated
         """Show the shape."""
+        del tensor_contents  # torch's argument
         return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"

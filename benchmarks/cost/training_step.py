@@ -10,6 +10,7 @@ twice: as it is, and without what the interpreter and its libraries held before 
 beside each other in one process and take turns, step by step; the ratio to LoRA's step is the median over rounds.
 """
 
+import importlib
 import itertools
 import json
 import statistics
@@ -171,11 +172,8 @@ def step(model, optimizer, batch):
 
 
 def measure_memory(args):
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
-
-    import peft_jactus  # noqa: F401
-
+    for name in ("peft", "transformers", "peft_jactus"):
+        importlib.import_module(name)
     libraries = resident_mib()
     model, optimizer = load(args.methods[0], args)
     whole = peak_mib()

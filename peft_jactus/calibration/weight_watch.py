@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
+    from transformers.pytorch_utils import Conv1D
 
 
 class WeightWatch(TorchFunctionMode):
@@ -92,8 +93,7 @@ class WeightWatch(TorchFunctionMode):
 
 def _weight_of(layer: nn.Module) -> Tensor:
     base = layer.get_base_layer() if isinstance(layer, JactusLayer) else layer
-    weight: Tensor = base.weight  # type: ignore[assignment]  # of a Linear or Conv1D
-    return weight
+    return cast("nn.Linear | Conv1D", base).weight
 
 
 def _version(weight: Tensor) -> int:

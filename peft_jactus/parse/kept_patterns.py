@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import Cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from transformers import Cache
 
     from peft_jactus.parse.layer import RoutingState
     from peft_jactus.parse.patterns import PatternBatch
-
-# The attribute of a cache.
-_ON_CACHE = "_jactus_patterns"
 
 
 @dataclass(frozen=True)
@@ -102,40 +98,44 @@ class KeptPatterns:
 
 def keep_on(cache: Cache, kept: KeptPatterns) -> None:
     """Let ``cache`` carry ``kept``, and change its rows as those of its keys and values change."""
-    if not hasattr(cache, _ON_CACHE):
-        cache.__class__ = _following(type(cache))  # type: ignore[arg-type]  # a class can be hashed
-    setattr(cache, _ON_CACHE, kept)
+    if not isinstance(cache, _FollowingCache):
+        own_class = type(cache)
+        if own_class not in _FOLLOWING:
+            _FOLLOWING[own_class] = type(own_class.__name__, (_FollowingCache, own_class), {})
+        cache.__class__ = _FOLLOWING[own_class]
+    cast("_FollowingCache", cache).jactus_patterns = kept
 
 
 def kept_on(cache: Cache | None, state: RoutingState) -> KeptPatterns | None:
     """Return what a filled cache carries for the model of ``state``."""
-    kept: KeptPatterns | None = getattr(cache, _ON_CACHE, None)
-    if cache is None or kept is None or kept.state is not state or not cache.get_seq_length():
+    if not isinstance(cache, _FollowingCache) or cache.jactus_patterns.state is not state:
         return None
-    return kept
+    return cache.jactus_patterns if cache.get_seq_length() else None
 
 
-@functools.cache
-def _following(cache_class: type[Cache]) -> type[Cache]:
-    """Return a class of caches whose kept patterns move with their rows."""
+class _FollowingCache(Cache):
+    """Comes before the class of a cache, and lets what it carries move with its rows."""
 
-    class Following(cache_class):  # type: ignore[misc,valid-type]  # known when it is called
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self._select(beam_idx.tolist())
+    jactus_patterns: KeptPatterns
 
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            rows = range(len(self._jactus_patterns.batch.patterns))
-            self._select(torch.tensor(rows)[indices.cpu()].tolist())  # also of a mask
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx.tolist())
 
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            rows = range(len(self._jactus_patterns.batch.patterns))
-            self._select([row for row in rows for _ in range(repeats)])
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(torch.arange(self._num_rows)[indices.cpu()].tolist())  # also of a mask
 
-        def _select(self, rows: Sequence[int]) -> None:
-            self._jactus_patterns: KeptPatterns = self._jactus_patterns.selected(rows)
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select([row for row in range(self._num_rows) for _ in range(repeats)])
 
-    Following.__name__, Following.__qualname__ = cache_class.__name__, cache_class.__qualname__
-    return Following
+    @property
+    def _num_rows(self) -> int:
+        return len(self.jactus_patterns.batch.patterns)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        self.jactus_patterns = self.jactus_patterns.selected(rows)
+
+
+_FOLLOWING: dict[type[Cache], type] = {}  # by the class that a cache came with

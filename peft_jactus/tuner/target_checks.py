@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 # Inputs of these sizes show whether a layer clips, rounds, or is linear only in part.
 _PROBE_SCALES = (1e-3, 1.0, 1e3)
@@ -138,9 +138,10 @@ def _agrees_with_product(module: nn.Linear | Conv1D, scale: float) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = scale * torch.randn(2, 3, weight.shape[1], generator=generator)
     x = x.to(weight)
+    forward: Callable[..., object] = type(module).forward  # without hooks
     try:
-        output = type(module).forward(module, x)  # type: ignore[arg-type]  # its own; without hooks
-    except Exception:  # noqa: BLE001  # of a layer that takes something else
+        output = forward(module, x)
+    except Exception:  # noqa: BLE001  # somebody's forward may want other inputs, and raise anything for these
         return False
     expected = functional.linear(x, weight, module.bias)
     if not isinstance(output, torch.Tensor) or output.shape != expected.shape or output.dtype != expected.dtype:

@@ -138,7 +138,7 @@ def test_experts_move_with_the_rows_of_a_cache(change):
     following = torch.tensor([[7], [8]])
     with torch.no_grad():
         cache = cache_of(model(input_ids=rows, use_cache=True))
-        assert len(cache._jactus_patterns.batch._groups) == 2
+        assert len(cache.jactus_patterns.batch._groups) == 2
         change(cache, torch.tensor([1, 0]))
         together = model(input_ids=following, **with_cache(model, copy.deepcopy(cache))).logits
         for place, row in enumerate((1, 0)):
@@ -152,11 +152,11 @@ def test_experts_are_repeated_and_picked_with_the_rows_of_a_cache():
     rows = torch.stack(distinct_prompts(model, 4))
     with torch.no_grad():
         cache = cache_of(model(input_ids=rows, use_cache=True))
-        first, second = cache._jactus_patterns.batch.patterns
+        first, second = cache.jactus_patterns.batch.patterns
         cache.batch_repeat_interleave(2)
-        assert cache._jactus_patterns.batch.patterns == (first, first, second, second)
+        assert cache.jactus_patterns.batch.patterns == (first, first, second, second)
         cache.batch_select_indices(torch.tensor([False, True, True, False]))
-        assert cache._jactus_patterns.batch.patterns == (first, second)
+        assert cache.jactus_patterns.batch.patterns == (first, second)
         assert type(cache).__name__ == "DynamicCache"
         assert isinstance(cache, transformers.DynamicCache)
 
@@ -168,7 +168,7 @@ def test_what_follows_a_cached_system_prompt_is_routed_by_both():
     with torch.no_grad():
         cache = cache_of(model(input_ids=system.unsqueeze(0), use_cache=True))
         model(input_ids=question.unsqueeze(0), **with_cache(model, cache))
-        (pattern,) = cache._jactus_patterns.batch.patterns
+        (pattern,) = cache.jactus_patterns.batch.patterns
         embeddings = model.get_input_embeddings()(whole)
     assert torch.equal(pattern.selected, model.rank_router.select(embeddings.double().mean(1))[0])
 
@@ -183,7 +183,7 @@ def test_chunks_of_a_prompt_end_with_its_own_choice_whatever_their_length():
             for chunk in ids.split(lengths, dim=1):
                 options = {"use_cache": True} if cache is None else with_cache(model, cache)
                 cache = cache_of(model(input_ids=chunk, **options))
-            assert torch.equal(cache._jactus_patterns.batch.patterns[0].selected, expected)
+            assert torch.equal(cache.jactus_patterns.batch.patterns[0].selected, expected)
 
 
 def test_by_default_no_output_depends_on_earlier_prompts():
