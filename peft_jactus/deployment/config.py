@@ -67,6 +67,8 @@ class CompressionConfig(QuantizationConfigMixin):
     Args:
         layers: `LayerForm`, or its JSON, of each targeted layer, by the name of the layer in the checkpoint's files.
         format_version: Of this format.
+        original_format: Whether transformers' conversions of names and weights apply to the files, as they do to those
+            of the base model; ``False``: the files hold what the modules hold.
         retained_ratio: Share of the targeted parameters that was asked for.
         base_model: Name or path of the model that was compressed.
         peft_jactus_version: Package that wrote the checkpoint.
@@ -84,6 +86,7 @@ class CompressionConfig(QuantizationConfigMixin):
         layers: Mapping[str, Any] | None = None,
         *,
         format_version: int = FORMAT_VERSION,
+        original_format: bool = True,
         retained_ratio: float | None = None,
         base_model: str | None = None,
         peft_jactus_version: str = __version__,
@@ -102,6 +105,7 @@ class CompressionConfig(QuantizationConfigMixin):
             raise ValueError(f"config.json: `quantization_config` has fields that it cannot have: {sorted(unknown)}.")
         if not isinstance(layers, dict) or not layers:
             raise ValueError("config.json: `quantization_config.layers` must say how each layer is stored.")
+        _check_field("original_format", original_format, isinstance(original_format, bool), "be true or false")
         is_share = retained_ratio is None or _is_share(retained_ratio)
         _check_field("retained_ratio", retained_ratio, is_share, "be null or in [0, 1]")
         _check_field("base_model", base_model, isinstance(base_model, str | None), "be null or a name")
@@ -112,6 +116,7 @@ class CompressionConfig(QuantizationConfigMixin):
         self.layers = {
             name: form if isinstance(form, LayerForm) else LayerForm.parse(name, form) for name, form in layers.items()
         }
+        self.original_format = original_format
         self.retained_ratio = retained_ratio
         self.base_model = base_model
         self.peft_jactus_version = peft_jactus_version
@@ -124,6 +129,8 @@ class CompressionConfig(QuantizationConfigMixin):
         """Return what goes into ``config.json``."""
         values = {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
         extensions = values.pop("extensions")
+        if self.original_format:  # as most are; releases before this field do not know it
+            del values["original_format"]
         return {**values, **{field: config.to_dict() for field, config in extensions.items()}}
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_jactus.deployment.layers import FactorizedLinear
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.target_checks import ties_to_break
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -53,23 +54,18 @@ def untie_(model: PreTrainedModel, names: Collection[str]) -> None:
     Raises:
         ValueError: If it ties others, too: its config has one switch for all.
     """
-    tied = model.all_tied_weights_keys
-    own = {
-        key: source
-        for key, source in tied.items()
-        if any(part.rpartition(".")[0] in names for part in (key, source))
-        and _plain_weight(model, key) is not _plain_weight(model, source)
-    }
-    if not own:
-        return
-    others = {key: source for key, source in tied.items() if key not in own}
-    if others:
+    broken, kept = ties_to_break(model, names)
+    own = {key: broken[key] for key in broken if _plain_weight(model, key) is not _plain_weight(model, broken[key])}
+    others = kept | {key: broken[key] for key in broken.keys() - own}
+    if own and others:
         key, source = next(iter(own.items()))
         raise ValueError(
             f"{key} is tied to {source}, but has become a weight of its own; others in this model stay tied, "
             f"{others}, which a checkpoint cannot tell apart. Leave the layer out (`exclude_modules`, "
             "`modules_to_save`), or load the model with `tie_word_embeddings=False`."
         )
+    if not own:
+        return
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.tie_word_embeddings = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -15,8 +16,10 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus.deployment.layers import FactorizedLinear
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -27,10 +30,11 @@ class Renaming:
 
     Args:
         model: As its class builds it, before layers are replaced.
+        original_format: As for `CompressionConfig`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        conversions = get_model_conversion_mapping(model)
+    def __init__(self, model: PreTrainedModel, *, original_format: bool) -> None:
+        conversions = get_model_conversion_mapping(model) if original_format else []
         self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
         self._converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
         self._prefix = model.base_model_prefix
@@ -57,24 +61,28 @@ class Renaming:
         ]
 
 
-def checkpoint_names(model: PreTrainedModel, module_names: Iterable[str]) -> dict[str, str]:
-    """Return under which names `save_pretrained` writes modules.
+def checkpoint_names(model: PreTrainedModel, module_names: Collection[str]) -> dict[str, str]:
+    """Return under which names `save_pretrained` writes modules; not those whose weight is not written as it is.
 
-    Raises:
-        ValueError: If a module's weight is not written by itself.
+    Of some families transformers writes the weights of several layers as one, or permuted.
     """
-    weights = {f"{name}.weight": cast("Tensor", model.get_submodule(name).weight) for name in module_names}
-    # The same objects under other names: their values may be elsewhere.
-    written = {id(tensor): key for key, tensor in revert_weight_conversion(model, weights).items()}
-    names = {}
-    for key, tensor in weights.items():
-        if not written.get(id(tensor), "").endswith(".weight"):
-            raise ValueError(
-                f"{key}: transformers stores this weight merged with others, so that its layer has no factors of its "
-                "own in a checkpoint. Add the layer to `exclude_modules`."
-            )
-        names[key.removesuffix(".weight")] = written[id(tensor)].removesuffix(".weight")
-    return names
+    weights = {f"{name}.weight": _dense_weight(model.get_submodule(name)) for name in module_names}
+    parts = tuple(f"{name}." for name in module_names)
+    others = {key: tensor.to("meta") for key, tensor in model.state_dict().items() if not key.startswith(parts)}
+    # The same objects under other names, if their values stay as they are.
+    written = {id(tensor): key for key, tensor in revert_weight_conversion(model, {**others, **weights}).items()}
+    return {
+        key.removesuffix(".weight"): written[id(tensor)].removesuffix(".weight")
+        for key, tensor in weights.items()
+        if written.get(id(tensor), "").endswith(".weight")
+    }
+
+
+def _dense_weight(layer: nn.Module) -> Tensor:
+    """Return a weight of the layer's shape without numbers."""
+    if isinstance(layer, FactorizedLinear):
+        return torch.empty(layer.out_features, layer.in_features, device="meta")
+    return cast("Tensor", layer.weight).to("meta")
 
 
 def without_numbers(name: str) -> str:

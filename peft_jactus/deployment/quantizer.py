@@ -111,6 +111,7 @@ class JactusQuantizer(HfQuantizer):
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.options = _OPTIONS.get()
+        self.original_format = quantization_config.original_format
         # By module name, which can differ from the name in the checkpoint's files.
         self.module_forms: dict[str, LayerForm] = {}
         self.conv1d_layers: set[str] = set()
@@ -132,7 +133,7 @@ class JactusQuantizer(HfQuantizer):
             files = CheckpointFiles.read(checkpoint_files, model.config.name_or_path)
             files.check_contents(all_bytes=self.options.verify)
             files.check_layer_names(self.quantization_config.layers)
-        renamed = Renaming(model)
+        renamed = Renaming(model, original_format=self.original_format)
         layers = {name: renamed(name) for name in self.quantization_config.layers}
         if files is not None:
             self._check_class(model, layers, renamed.without_tensors(files.entries))
@@ -213,6 +214,11 @@ class JactusQuantizer(HfQuantizer):
             dtype=dense.weight.dtype,
         )
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return what transformers does to the names and weights of the files: nothing, where modules wrote them."""
+        del model
+        return weight_conversions if self.original_format else []
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         del kwargs
         for name, layer in model.named_modules():
@@ -256,6 +262,7 @@ class JactusQuantizer(HfQuantizer):
             # Not those of the checkpoint that was loaded, if that was of another class, with or without a head.
             names = checkpoint_names(model, self.module_forms) if asked.save_original_format else {}
             self.quantization_config.layers = {names.get(name, name): form for name, form in self.module_forms.items()}
+        self.quantization_config.original_format = asked.save_original_format and self.original_format
         self.quantization_config.extensions = extension_configs(model)
         saved = _state_dict_of(model) if asked.state_dict is None else dict(asked.state_dict)
         if any(tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in saved.values()):
@@ -303,9 +310,15 @@ def attach_compression(
         retained_ratio: As for `CompressionConfig`.
         base_model: As for `CompressionConfig`.
     """
+    original_format = len(checkpoint_names(model, forms)) == len(forms)
+    if not original_format:
+        _set_attributes(model, _weight_conversions=[])  # those that saving reverts
     names = checkpoint_names(model, forms)
     config = CompressionConfig(
-        {names[name]: form for name, form in forms.items()}, retained_ratio=retained_ratio, base_model=base_model
+        {names[name]: form for name, form in forms.items()},
+        original_format=original_format,
+        retained_ratio=retained_ratio,
+        base_model=base_model,
     )
     quantizer = JactusQuantizer(config)
     quantizer.module_forms |= forms

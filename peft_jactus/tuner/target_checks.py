@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 # Inputs of these sizes show whether a layer clips, rounds, or is linear only in part.
 _PROBE_SCALES = (1e-3, 1.0, 1e3)
@@ -54,6 +54,20 @@ def layer_sharing(model: nn.Module) -> dict[str, list[str]]:
         if len(names) > 1
         for name in names
     }
+
+
+def ties_to_break(model: nn.Module, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return which of a transformers model's tied weights ``names`` would untie, and those that would stay tied.
+
+    Args:
+        model: Any.
+        names: Of modules that get weights of their own.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    broken = {
+        key: source for key, source in tied.items() if any(part.rpartition(".")[0] in names for part in (key, source))
+    }
+    return broken, {key: source for key, source in tied.items() if key not in broken}
 
 
 def find_refusal(name: str, module: nn.Module, parent: nn.Module, sharing: Mapping[str, list[str]]) -> Refusal | None:

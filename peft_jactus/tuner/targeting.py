@@ -22,7 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.config import targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.target_checks import Refusal, describe, find_refusal, layer_sharing, raise_refusals
+from peft_jactus.tuner.target_checks import (
+    Refusal,
+    describe,
+    find_refusal,
+    layer_sharing,
+    raise_refusals,
+    ties_to_break,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,7 +83,18 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
             f"`target_modules`={config.target_modules!r} matches no module of {type(model).__name__}. Use "
             "'all-linear', or names from `model.named_modules()`."
         )
+    _warn_of_ties(model, {*targets, *(name for name in modules if is_trained_whole(name, heads))})
     return targets
+
+
+def _warn_of_ties(model: nn.Module, changed: set[str]) -> None:
+    broken, kept = ties_to_break(model, changed)
+    if broken and kept:
+        log_once(
+            f"`export_compressed` will not write this adapter: it unties {broken}, while {kept} stay tied, and "
+            "config.json has one switch for all. For a compressed checkpoint leave these layers out "
+            "(`exclude_modules`, `modules_to_save`), or load the model with `tie_word_embeddings=False`."
+        )
 
 
 def _matches(config: JactusConfig, name: str) -> bool:

@@ -14,6 +14,7 @@ from peft_jactus import JactusConfig, calibrate, export_compressed, plan_ranks, 
 from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.targeting import log_once
+from tests.support.compressed_models import jactus_config, tiny_gpt2, tiny_t5
 
 DIM = 8
 
@@ -303,3 +304,27 @@ def test_the_whole_models_share_is_the_same_before_and_after_export(storage, kee
     assert inspect_folder(tmp_path).summary.model_ratio == summary.model_ratio
     on_top = get_peft_model(loaded, LoraConfig(target_modules="all-linear", r=1))
     assert rank_summary(on_top).model_ratio == summary.model_ratio
+
+
+# -- what a checkpoint cannot hold --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("build", "fields", "is_warned"),
+    [
+        (tiny_t5, {"target_modules": ["q", "lm_head"]}, True),
+        (tiny_t5, {"modules_to_save": ["embed_tokens"]}, True),
+        (tiny_t5, {}, False),
+        (tiny_gpt2, {"target_modules": ["c_attn", "lm_head"]}, False),  # all that is tied comes apart
+    ],
+)
+def test_ties_that_export_cannot_write_are_said_before_anything_is_done(build, fields, is_warned, caplog):
+    def batches():
+        raise InterruptedError("the calibration has begun")
+        yield
+
+    model = build()
+    with pytest.raises(InterruptedError), caplog.at_level(logging.WARNING, "peft_jactus"):
+        calibrate(model, jactus_config(model, **fields), batches(), progress_bar=False)
+    assert any("`export_compressed` will not write" in message for message in caplog.messages) is is_warned
