@@ -5,6 +5,7 @@ PEFT, which takes seconds: too long for ``--help``. Each command imports what it
 it, and prints. There is no ``from __future__ import annotations`` here: typer reads the annotations of parameters.
 """
 
+import logging
 import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+# PEFT imports torchao where it is installed; it then tells everybody of kernels that this machine has no use for.
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 # Raised for wrong arguments, missing files, models that cannot be compressed; by this package, PEFT and transformers.
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
@@ -77,6 +80,8 @@ class _Group(TyperGroup):
     """Shows an expected error as its message."""
 
     def invoke(self, ctx: Any) -> Any:
+        for name in _NOISY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5 by an old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

@@ -1,10 +1,12 @@
-"""What every example does after the run: count, print side by side, write the results file."""
+"""What examples share: quiet imports, counting, printing side by side, the results file."""
 
 import argparse
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
+import warnings
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import peft_jactus
+# PEFT imports torchao where it is installed, and that tells of kernels that this machine has no use for.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+# PEFT 0.21 asks transformers 5 by an old name.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 
 def num_trainable(model: nn.Module) -> int:
@@ -47,11 +53,11 @@ def write_results(path: Path, args: argparse.Namespace, results: Mapping[str, ob
 
 
 def environment() -> dict[str, object]:
-    packages = ("torch", "transformers", "peft", "datasets", "accelerate")
+    packages = ("peft_jactus", "torch", "transformers", "peft", "datasets", "accelerate")
     cuda = torch.cuda.is_available()
     return {
         "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"peft_jactus": peft_jactus.__version__, "python": platform.python_version()},
+        | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "git_commit": git("rev-parse", "--verify", "-q", "HEAD"),

@@ -12,7 +12,6 @@ there is a pretrained model to compress. The loss counts the tokens of the answe
 import argparse
 import math
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -70,8 +69,6 @@ args.learning_rate = args.learning_rate or (1e-3 if args.small else 2e-4)
 args.output_dir.mkdir(parents=True, exist_ok=True)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
-# PEFT 0.21 asks transformers 5 by an old name.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 # -- data -----------------------------------------------------------------------------------------
 

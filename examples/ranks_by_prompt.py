@@ -7,7 +7,6 @@
 """
 
 import argparse
-import warnings
 from pathlib import Path
 
 import torch
@@ -42,8 +41,6 @@ args = parser.parse_args()
 
 set_seed(args.seed)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-# PEFT 0.21 asks transformers 5 by an old name.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 # -- data -----------------------------------------------------------------------------------------
 

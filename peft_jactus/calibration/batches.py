@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
@@ -26,6 +26,19 @@ def to_model_device(batch: Batch, model: nn.Module) -> Batch:
     device = next(devices, torch.device("cpu"))
     moved: Batch = send_to_device(dict(batch), device)
     return moved
+
+
+def check_is_batch(batch: Batch) -> None:
+    """Raise `TypeError` for what a model cannot take as a batch, such as a row of a data set."""
+    tokens = batch.get("input_ids")
+    is_row = isinstance(tokens, Tensor) and tokens.dim() < 2
+    if is_row or find_device(batch) is None:
+        found = {name: type(value).__name__ for name, value in batch.items()}
+        raise TypeError(
+            f"`batches` must yield batches of tensors, as a DataLoader does; got {found}, which looks like one row of "
+            "a data set. Give `DataLoader(dataset, batch_size=8, collate_fn=data_collator)`, or a Trainer's "
+            "`trainer.get_train_dataloader()`."
+        )
 
 
 def num_batches(batches: Iterable[Batch], max_batches: int | None) -> int | None:

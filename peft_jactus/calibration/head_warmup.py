@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from peft_jactus._processes import broadcast_
+from peft_jactus._progress import progress
 from peft_jactus.calibration.batches import to_model_device
 from peft_jactus.calibration.model_state import prepared_for_calibration
 from peft_jactus.tuner.targeting import head_names
@@ -59,12 +59,12 @@ def warm_up_head(
             "`task_type`."
         )
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
-    progress = tqdm(
+    bar = progress(
         itertools.islice(_cycled(batches), settings.num_steps),
-        desc="Warming up the head",
-        total=settings.num_steps,
+        description="Warming up the head",
         unit="step",
-        disable=not progress_bar,
+        total=settings.num_steps,
+        shown=progress_bar,
     )
     gradients = [parameter.grad for parameter in parameters]
     try:
@@ -72,7 +72,7 @@ def warm_up_head(
             for parameter in parameters:
                 parameter.requires_grad_(True)
             optimizer.zero_grad()
-            for batch in progress:
+            for batch in bar:
                 inputs = to_model_device(batch, model)
                 torch.autograd.backward(compute_loss(model, inputs) / compute_loss.count(model, inputs))
                 optimizer.step()

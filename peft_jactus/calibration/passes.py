@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peft import PeftModel
-from tqdm.auto import tqdm
 
 from peft_jactus._processes import gather_objects, process_index
+from peft_jactus._progress import progress
 from peft_jactus.calibration.batches import num_batches
 from peft_jactus.calibration.collector import StatisticsCollector
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
@@ -248,12 +248,11 @@ class _Pass:
         collector = StatisticsCollector(self.model, targets, start, self.needs, in_groups=in_groups)
         watch = WeightWatch(self.model, self.targets)
         total = num_batches(batches, self.max_batches)
-        show_bar = self.progress_bar and process_index() == 0
         with (
             random_state_kept(),  # so that each group sees the same dropout
             prepared_for_calibration(self.model, train_mode=self.train_mode),
             collector.attached(),
-            tqdm(total=total, desc=description, unit="batch", disable=not show_bar) as bar,
+            progress(description=description, unit="batch", total=total, shown=self.progress_bar) as bar,
         ):
             bar.update(collector.num_batches)
             first = collector.num_batches

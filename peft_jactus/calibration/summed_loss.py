@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_jactus.calibration.batches import IGNORED_LABEL
+from peft_jactus.calibration.batches import IGNORED_LABEL, check_is_batch
 
 if TYPE_CHECKING:
     from peft_jactus.calibration.batches import Batch, LossFn
@@ -25,14 +25,16 @@ class SummedLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the summed loss, a scalar; raise `ValueError` if the model or ``loss_fn`` gives none."""
-        loss = model(**batch) if self._loss_fn is None else self._loss_fn(model, batch)
         if self._loss_fn is None:
-            loss = _loss_of(loss)
+            check_is_batch(batch)
+            loss = _loss_of(model(**batch))
+        else:
+            loss = self._loss_fn(model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             source = "The model's output has no loss" if self._loss_fn is None else "`loss_fn` returned no scalar"
             raise ValueError(
-                f"{source}. Put `labels` into the batches, or pass `loss_fn(model, batch)` that returns a scalar "
-                "tensor."
+                f"{source}. The batch has {sorted(batch)}. Put `labels`, under this name, into the batches, or pass "
+                "`loss_fn(model, batch)` that returns a scalar tensor."
             )
         loss = loss.reshape(())
         return loss if self._reduction == "sum" else loss * self.count(model, batch)

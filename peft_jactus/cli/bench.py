@@ -9,10 +9,10 @@ from typing import cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_jactus._version import __version__
-from peft_jactus.cli.hub import model_class
+from peft_jactus.cli.hub import load_model_config, model_class
 from peft_jactus.cli.stopwatch import Case, Timing, compare, decode_case, forward_case, num_bytes, num_parameters
 from peft_jactus.deployment.config import is_compression
 from peft_jactus.deployment.quantizer import loading_options
@@ -94,7 +94,7 @@ def load_pair(checkpoint: str, dense: str | None, device: torch.device) -> dict[
     Raises:
         ValueError: If ``checkpoint`` is not compressed.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = load_model_config(checkpoint)
     if not is_compression(getattr(config, "quantization_config", None)):
         raise ValueError(
             f"{checkpoint} is no compressed checkpoint; make one with `peft-jactus export` or `compress`."

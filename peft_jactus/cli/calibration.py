@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_jactus.calibration import calibrate
 from peft_jactus.calibration.memory_groups import parse_memory_limit
 from peft_jactus.cli.data import DataOptions, Task, make_batches, open_rows
-from peft_jactus.cli.hub import find_processor, model_class
+from peft_jactus.cli.hub import find_processor, load_model_config, model_class
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.targeting import HEAD_NAMES
 
@@ -89,7 +89,7 @@ class Calibration:
             ValueError: If anything of this cannot be done.
         """
         parse_memory_limit(self.max_statistics_memory)
-        model_config = AutoConfig.from_pretrained(self.model)
+        model_config = load_model_config(self.model)
         if getattr(model_config, "quantization_config", None):
             raise ValueError(f"{self.model} is quantised or compressed already; give the model that it was made from.")
         processor = find_processor(self.model)

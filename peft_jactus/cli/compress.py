@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from peft import get_peft_model
 
-from peft_jactus.deployment.atomic_folder import check_target
+from peft_jactus.cli.options import check_output_dir
 from peft_jactus.deployment.export import export_compressed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def compress_model(calibration: Calibration, output_dir: Path, *, dtype: torch.d
     Returns:
         The directory. A `ValueError` says if anything of this cannot be done; what costs nothing is checked first.
     """
-    check_target(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite)
     calibrated = calibration.run()
     return export_compressed(
         get_peft_model(calibrated.model, calibrated.config),

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoConfig
 
 from peft_jactus.cli.hub import (
     find_processor,
     load_adapter_config,
+    load_model_config,
     local_folder,
     model_class,
     read_adapter_shapes,
 )
-from peft_jactus.deployment.atomic_folder import check_target
+from peft_jactus.cli.options import check_output_dir
 from peft_jactus.deployment.export import export_compressed
 from peft_jactus.numerics.allocation import Storage
 from peft_jactus.tuner.config import JactusConfig
@@ -45,7 +45,7 @@ def load_adapter(folder: Path, base_model: str | None = None) -> PeftModel:
     """
     config = read_adapter_config(folder, base_model)
     name = str(config.base_model_name_or_path)
-    base_config = AutoConfig.from_pretrained(name)
+    base_config = load_model_config(name)
     num_labels = _num_labels(folder)
     # A head that was trained may have another number of classes than the base model's config.
     kwargs = {} if num_labels in (None, base_config.num_labels) else {"num_labels": num_labels}
@@ -100,7 +100,7 @@ def export_adapter(
     repo_id: str | None,
 ) -> None:
     """Load an adapter from a directory or the Hub and write it as a compressed checkpoint, see `export_compressed`."""
-    check_target(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite)
     _check_upload(push_to_hub, repo_id)
     folder = local_folder(adapter_dir)
     config = read_adapter_config(folder, base_model)

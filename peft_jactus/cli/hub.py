@@ -1,13 +1,22 @@
 """Where things are: directories and Hub names, configs, classes, processors."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import has_file
 
 from peft_jactus._files import opened_safetensors
@@ -20,12 +29,52 @@ def local_folder(directory_or_name: str) -> Path:
     Raises:
         ValueError: If it is neither.
     """
+    if _is_directory(directory_or_name):
+        return Path(directory_or_name)
+    try:
+        return Path(snapshot_download(directory_or_name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(directory_or_name, error)) from error
+
+
+def load_model_config(directory_or_name: str) -> PreTrainedConfig:
+    """Return the config of a model in a directory or on the Hub.
+
+    Raises:
+        ValueError: If it is neither, or an adapter.
+    """
+    folder = Path(directory_or_name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{directory_or_name} is an adapter. `peft-jactus export {directory_or_name} OUTPUT_DIR` writes a JACTUS "
+            "adapter as a compressed checkpoint; merge that of another tuner into its model first."
+        )
+    if _is_directory(directory_or_name):
+        return cast("PreTrainedConfig", AutoConfig.from_pretrained(folder))
+    try:
+        return cast("PreTrainedConfig", AutoConfig.from_pretrained(directory_or_name))
+    except OSError as error:
+        raise ValueError(_not_found(directory_or_name, error)) from error
+
+
+def _is_directory(directory_or_name: str) -> bool:
+    """Whether this is a directory; raise `ValueError` if it cannot be a name on the Hub either."""
     folder = Path(directory_or_name)
     if folder.is_dir():
-        return folder
-    if folder.exists() or not 1 <= len(folder.parts) <= 2 or folder.is_absolute():
-        raise ValueError(f"{directory_or_name} is neither a directory nor a name on the Hub (`user/name`).")
-    return Path(snapshot_download(directory_or_name, allow_patterns=["*.json", "*.safetensors"]))
+        return True
+    message = f"{directory_or_name} is neither a directory nor a name on the Hub (`user/name`)."
+    if folder.exists():
+        raise ValueError(message)
+    try:
+        validate_repo_id(directory_or_name)
+    except HFValidationError as error:
+        raise ValueError(message) from error
+    return False
+
+
+def _not_found(name: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"There is no directory {name} here, and it was not found on the Hub. {reason}"
 
 
 def model_class(config: PreTrainedConfig, name: str | None = None) -> type[PreTrainedModel]:

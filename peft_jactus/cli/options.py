@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+from peft_jactus.deployment.atomic_folder import check_target
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def to_dtype(name: str | None) -> torch.dtype | None:
     """Return the dtype of a name."""
     return None if name is None else getattr(torch, name)
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """Raise `ValueError` if nothing must be written there."""
+    check_target(output_dir, overwrite=overwrite, argument="OUTPUT_DIR", overwriting="--overwrite")
 
 
 def to_device(name: str | None) -> torch.device:

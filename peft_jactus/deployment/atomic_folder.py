@@ -13,18 +13,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `ValueError` if a checkpoint must not be written to this directory."""
+def check_target(
+    target: Path, *, overwrite: bool, argument: str = "`save_directory`", overwriting: str = "`overwrite=True`"
+) -> None:
+    """Check that a checkpoint may be written to this directory.
+
+    Args:
+        target: The directory.
+        overwrite: Whether what is there may be replaced.
+        argument: What the user knows ``target`` as.
+        overwriting: What the user gives for ``overwrite``.
+
+    Raises:
+        ValueError: If it must not.
+    """
     if target.exists() and not target.is_dir():
-        raise ValueError(f"`save_directory` {target} is a file; give a directory.")
+        raise ValueError(f"{argument} {target} is a file; give a directory.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"`save_directory` {target} is not empty. Give another one, or `overwrite=True`.")
+        raise ValueError(f"{argument} {target} is not empty. Give another one, or {overwriting}.")
     # What `appearing_whole` does at the very end.
     if target.is_mount():
-        raise ValueError(f"`save_directory` {target} is a mount point, which cannot be renamed; give a folder in it.")
+        raise ValueError(f"{argument} {target} is a mount point, which cannot be renamed; give a folder in it.")
     parent = next(folder for folder in target.resolve().parents if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"`save_directory` {target} cannot be made: {parent} is not writable. Give another one.")
+        raise ValueError(f"{argument} {target} cannot be made: {parent} is not writable. Give another one.")
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from peft_jactus._progress import progress
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import cast_, forget_adapters_, structural_copy, untie_, unwrap_trained_modules_
@@ -173,7 +173,7 @@ def compressed_copy(
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []
-    for name, layer in tqdm(layers.items(), desc="Folding", unit="layer", disable=not progress_bar):
+    for name, layer in progress(layers.items(), description="Folding", unit="layer", shown=progress_bar):
         deployed = _deployed_layer(name, layer, adapter_name, storage, dtype)
         copied.set_submodule(name, deployed)
         kept = config.layer_energy.get(name)

@@ -78,7 +78,7 @@ def export_remote_code(
             implements, or ``output_dir`` holds something.
     """
     source, target = Path(checkpoint_dir), Path(output_dir)
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, argument="`output_dir`")
     if not (source / "config.json").is_file():
         raise ValueError(f"`checkpoint_dir` {source} has no config.json; give what `export_compressed` wrote.")
     _check_architecture(source)

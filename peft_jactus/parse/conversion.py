@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 import torch
-from tqdm.auto import tqdm
 
+from peft_jactus._progress import progress
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import structural_copy
 from peft_jactus.deployment.layers import FactorizedLinear, LowRankLinear, arrange_parts_
@@ -78,7 +78,7 @@ def routed_copy(
     routed = structural_copy(model)
     quantizer = routed.hf_quantizer
     assert isinstance(quantizer, JactusQuantizer)
-    for name in tqdm(ordered, desc="Ordering ranks", unit="layer", disable=not progress_bar):
+    for name in progress(ordered, description="Ordering ranks", unit="layer", shown=progress_bar):
         layer_statistics = statistics[name] if options.needs_statistics and statistics is not None else None
         routed.set_submodule(name, _in_order(layers[name], layer_statistics, options))
         form = quantizer.module_forms[name]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
+from peft_jactus._progress import progress
 from peft_jactus.parse.experts import relaxed_gates
 from peft_jactus.parse.importance import counted_positions, expert_importance, logits_of
 from peft_jactus.parse.installation import router_of
@@ -205,7 +205,7 @@ def initialize_router_(
         raise ValueError("`model` has no router; use `routed_copy`.")
     generator = torch.Generator(router.weight.device).manual_seed(seed)
     importance, pooled = [], []
-    for batch in tqdm(batches, desc="Weighing experts", unit="batch", disable=not progress_bar):
+    for batch in progress(batches, description="Weighing experts", unit="batch", shown=progress_bar):
         importance.append(expert_importance(model, batch, generator=generator))
         pooled.append(pool_embeddings(embeddings_of(model, batch), batch.get("attention_mask")))
     if not pooled:

@@ -6,13 +6,13 @@ import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from peft_jactus._processes import gather_objects, num_processes, process_index
+from peft_jactus._progress import progress
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
 from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
@@ -80,7 +80,7 @@ class JactusModel(AtomicTuner):
     tuner_layer_cls = JactusLayer
     target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT's own has this type
 
-    _factorizing_bar: tqdm[NoReturn] | None = None
+    _factorizing_bar: Any = None
     _prepared: _Prepared | None = None  # while layers are replaced
     _twin: str | None = None  # meanwhile, the adapter whose values a further one gets
     _sharing: Mapping[str, list[str]] = MappingProxyType({})  # meanwhile; see `layer_sharing`
@@ -150,7 +150,7 @@ class JactusModel(AtomicTuner):
         limit = getattr(statistics, "memory_limit", None)
         ratio = budget_ratio(peft_config, ModelSize.of(model, targets))
         warn_of_large_rest(model, targets)
-        show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR and process_index() == 0
+        show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR
         owners = share_out_layers(targets) if num_processes() > 1 else None
         measured = measure_gains(
             targets,
@@ -169,7 +169,7 @@ class JactusModel(AtomicTuner):
         self._prepared = _Prepared(measured.projections, owners or {})
         mine = [name for name, owner in self._prepared.owners.items() if owner == process_index()]
         num_steps = len(ranks) + len(mine)
-        self._factorizing_bar = tqdm(total=num_steps, desc="Factorizing", unit="layer", disable=not show_bar)
+        self._factorizing_bar = progress(description="Factorizing", unit="layer", total=num_steps, shown=show_bar)
         for name in mine:  # before the first one is waited for
             self._prepared.factors[name] = self._make_factors(peft_config, name, targets[name], ranks[name])
             self._factorizing_bar.update()

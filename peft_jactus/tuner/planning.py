@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 
 from peft_jactus._processes import gather_objects, process_index
+from peft_jactus._progress import progress
 from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.numerics.factorization import choose_ranks, layer_gains
+from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
 from peft_jactus.tuner.targeting import (
     dense_weight,
     dense_weight_and_bias,
+    log_once,
     match_ranks,
     targeted_modules,
     weight_loaded,
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from peft_jactus.numerics.approximation import ProjectedWeight
     from peft_jactus.numerics.factorization import FactorizationOptions
     from peft_jactus.numerics.moments import LayerStatistics, StatisticsNeeds
-    from peft_jactus.tuner.config import JactusConfig
 
 # Memory for what the measurement leaves to the factorization: 22 million parameters (MiniLM) take 0.2 GB.
 KEEP_BYTES = 2**29
@@ -83,7 +84,7 @@ def measure_gains(
     gains: dict[str, LayerGains] = {}
     projections: dict[str, ProjectedWeight] = {}
     mine = [name for name in targets if owners is None or owners[name] == process_index()]
-    for name in tqdm(mine, desc="Ranking directions", unit="layer", disable=not progress_bar):
+    for name in progress(mine, description="Ranking directions", unit="layer", shown=progress_bar):
         has_bias = dense_weight_and_bias(targets[name])[1] is not None
         # One call a layer, so that its weight is let go before the next one is asked for.
         gains[name], projected = layer_gains(
@@ -100,7 +101,17 @@ def measure_gains(
     if owners is not None:
         of_all = {name: found for part in gather_objects(gains) for name, found in part.items()}
         gains = {name: of_all[name] for name in targets}
+    _say_where_rank_multiple_is_ignored(gains, options.rank_multiple)
     return Measurement(gains, projections)
+
+
+def _say_where_rank_multiple_is_ignored(gains: Mapping[str, LayerGains], rank_multiple: int) -> None:
+    ignored = [name for name, layer in gains.items() if layer.rank_step(rank_multiple) != rank_multiple]
+    if ignored and rank_multiple != JactusConfig.rank_multiple:  # somebody asked for it
+        log_once(
+            f"`rank_multiple`={rank_multiple} is not used for {len(ignored)} of {len(gains)} layers, which are too "
+            f"small for steps of {rank_multiple} ranks: {', '.join(ignored[:5])}{', ...' if len(ignored) > 5 else ''}."
+        )
 
 
 def _loaded_weight(module: nn.Module) -> Tensor:
@@ -332,9 +343,7 @@ def plan_ranks(
     size = ModelSize.of(model, targets)
     ratio = budget_ratio(config, size)
     options = config.factorization_options()
-    measured = measure_gains(
-        targets, statistics, options, keep_bytes=0, owners=None, progress_bar=progress_bar and process_index() == 0
-    )
+    measured = measure_gains(targets, statistics, options, keep_bytes=0, owners=None, progress_bar=progress_bar)
     num_terms = getattr(statistics, "num_loss_terms", None) if options.decomposition.estimates_loss else None
     layers = _Layers(measured, options, match_ranks(targets, config.rank_pattern), size, num_terms)
     return layers.plan(ratio, config.asked_ratio, config.asked_budget)

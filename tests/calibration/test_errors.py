@@ -1,5 +1,6 @@
 """What `calibrate` refuses, and that it says which module, what came, and what to do."""
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -32,6 +33,14 @@ def test_a_batch_that_is_no_mapping():
         run(tiny_bert(), [torch.zeros(1, 3, dtype=torch.long)])
 
 
+@pytest.mark.parametrize("form", ["lists", "torch"])
+def test_rows_in_place_of_batches(form):
+    texts = collate(classified_texts())
+    rows = datasets.Dataset.from_dict({name: tensor.tolist() for name, tensor in texts.items()})
+    with pytest.raises(TypeError, match=r"input_ids.*one row of a data set.*DataLoader\(.*get_train_dataloader\(\)"):
+        run(tiny_bert(), rows.with_format("torch") if form == "torch" else rows)
+
+
 @pytest.mark.parametrize("options", [{"max_batches": 0}, {"save_every": 0}])
 def test_counts_below_one(options):
     (name,) = options
@@ -50,8 +59,23 @@ def test_a_negative_number_of_warm_up_steps():
 def test_no_labels_no_loss():
     batch = collate(classified_texts())
     del batch["labels"]
-    with pytest.raises(ValueError, match=r"output has no loss. Put `labels`.*`loss_fn"):
+    with pytest.raises(ValueError, match=r"output has no loss. The batch has .* Put `labels`.*`loss_fn"):
         run(tiny_bert(), [batch])
+
+
+def test_labels_under_another_name():
+    class TakesAnything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = tiny_bert().bert
+
+        def forward(self, input_ids, attention_mask, **others):
+            return self.bert(input_ids, attention_mask)
+
+    batch = collate(classified_texts())
+    batch["label"] = batch.pop("labels")
+    with pytest.raises(ValueError, match=r"has \['attention_mask', 'input_ids', 'label'.* `labels`, under this name"):
+        run(TakesAnything(), [batch])
 
 
 @pytest.mark.parametrize("result", [None, 1.0, torch.ones(2)], ids=str)

@@ -351,7 +351,9 @@ def test_export_passes_the_upload_on(home, tmp_path, monkeypatch):
 def test_export_checks_before_it_loads(home, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
-    assert "is not empty" in refusal("export", home / "llama-adapter", tmp_path / "full")
+    assert re.search(
+        r"OUTPUT_DIR \S+ is not empty\. .*--overwrite", refusal("export", home / "llama-adapter", tmp_path / "full")
+    )
     assert "is no adapter" in refusal("export", home / "llama", tmp_path / "out")
     assert "give --push-to-hub, too" in refusal("export", home / "llama-adapter", tmp_path / "out", "--repo-id", "a/b")
     assert not (tmp_path / "out").exists()
@@ -604,7 +606,8 @@ def test_compress_checks_before_it_loads(home, tmp_path, case):
 @pytest.mark.usefixtures("nothing_expensive")
 def test_compress_refuses_models_and_directories_before_it_loads(home, tmp_path):
     rows = ("--data-dir", home / "rows")
-    assert "is not empty" in refusal("compress", home / "bert", home / "rows", *rows)
+    message = refusal("compress", home / "bert", home / "rows", *rows)
+    assert re.search(r"OUTPUT_DIR \S+ is not empty\. .*--overwrite", message)
     assert "compressed already" in refusal("compress", home / "bert-pivoted", tmp_path / "out", *rows)
     shutil.copytree(home / "bert", tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
@@ -677,6 +680,34 @@ def test_bench_refuses_what_it_cannot_time(home):
     # 64 positions, 16 of which are for the tokens that are decoded.
     assert "--sequence-length must be at most 48" in refusal(
         "bench", home / "llama-pivoted", "--sequence-length", "49", "--device", "cpu"
+    )
+
+
+# -- places -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "bench", "inspect", "export"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("no/such/folder", "no/such/folder is neither a directory nor a name on the Hub"),
+        ("./typo", "./typo is neither a directory nor a name on the Hub"),
+        ("no/such", "There is no directory no/such here, and it was not found on the Hub"),
+    ],
+)
+def test_a_path_with_a_mistake_in_it(command, place, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    further = {"compress": ["out", "--data-free"], "plan": ["--data-free"], "export": ["out"]}
+    assert message in refusal(command, place, *further.get(command, []))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "bench"])
+def test_an_adapter_in_the_place_of_a_model(command, home, tmp_path):
+    further = {"compress": [tmp_path / "out", "--data-free"], "plan": ["--data-free"]}
+    message = refusal(command, home / "llama-adapter", *further.get(command, []))
+    assert (
+        f"{home / 'llama-adapter'} is an adapter. `peft-jactus export {home / 'llama-adapter'} OUTPUT_DIR`" in message
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import LlamaForSequenceClassification
 
 from peft_jactus import JactusConfig, calibrate
 from tests.support.compressed_models import batches_for, tiny_llama
@@ -54,6 +55,21 @@ def test_sft(tmp_path):
     check_trained(trainer, model)
 
 
+def test_the_batches_of_a_trainer_are_what_calibrate_takes(tmp_path):
+    def trainer_of(model):
+        return trl.SFTTrainer(
+            model, args=arguments(trl.SFTConfig, tmp_path, max_length=16), train_dataset=texts("prompt", "completion"),
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+
+    model = tiny_llama()
+    config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=0.6)
+    statistics = calibrate(model, config, trainer_of(model).get_train_dataloader(), progress_bar=False)
+    assert statistics.num_batches == ROWS // 2
+    model = get_peft_model(model, config)
+    check_trained(trainer_of(model), model)
+
+
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
 def test_dpo(tmp_path, wrapped):
     model, config = tuned(keep_base_weights=not wrapped)  # then the dense model is the reference
@@ -77,3 +93,34 @@ def test_grpo_with_a_reference(tmp_path, wrapped):
         peft_config=None if wrapped else config,
     )  # fmt: skip
     check_trained(trainer, trainer.model)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
+def test_kto(tmp_path, wrapped):
+    model, config = tuned(keep_base_weights=not wrapped)
+    model = get_peft_model(model, config) if wrapped else model
+    rows = texts("prompt", "completion").add_column("label", [row % 2 == 0 for row in range(ROWS)])
+    trainer = trl.KTOTrainer(
+        model, args=arguments(trl.KTOConfig, tmp_path, max_length=16), train_dataset=rows,
+        processing_class=tiny_tokenizer(), peft_config=None if wrapped else config,
+    )  # fmt: skip
+    check_trained(trainer, trainer.model)
+
+
+def test_reward(tmp_path):
+    model = LlamaForSequenceClassification(tiny_llama().config).eval()
+    model.config.num_labels = 1
+    model.score = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
+    rows = texts("chosen", "rejected")
+
+    def trainer_of(model):
+        return trl.RewardTrainer(
+            model, args=arguments(trl.RewardConfig, tmp_path, max_length=16), train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+
+    trainer = trainer_of(model)
+    config = JactusConfig(task_type="SEQ_CLS", target_modules="all-linear", retained_ratio=0.6)
+    calibrate(model, config, trainer.get_train_dataloader(), loss_fn=trainer.compute_loss, progress_bar=False)
+    model = get_peft_model(model, config)
+    check_trained(trainer_of(model), model)

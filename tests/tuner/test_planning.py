@@ -18,6 +18,7 @@ from peft_jactus.numerics.approximation import project_weight
 from peft_jactus.numerics.factorization import choose_ranks, factorize
 from peft_jactus.numerics.moments import LayerStatistics
 from peft_jactus.tuner import planning
+from peft_jactus.tuner.targeting import log_once
 from tests.support import oracles
 from tests.support.compressed_models import calibrated, perturb_cores_, tiny_gpt2, tiny_llama
 from tests.support.options import decomposition_options, factorization_options
@@ -365,3 +366,15 @@ def test_the_plan_has_a_picture(decomposition, tmp_path):
     assert cost_axes.get_ylabel().startswith("expected rise" if decomposition == "jactus" else "energy lost")
     sizes = size_axes.lines[0].get_ydata()
     assert sizes[0] < sizes[-1] == pytest.approx(planned.dense_bytes / 1e6)
+
+
+@pytest.mark.parametrize(("rank_multiple", "said"), [(1, False), (8, False), (2, True)])  # 8 is the default
+def test_a_rank_multiple_that_is_not_used_is_said(rank_multiple, said, caplog):
+    log_once.cache_clear()
+    model = tiny_llama()
+    with caplog.at_level("WARNING", "peft_jactus"):
+        plan_ranks(model, JactusConfig(target_modules=["gate_proj"], decomposition="svd", rank_multiple=rank_multiple))
+    messages = [message for message in caplog.messages if "rank_multiple" in message]
+    assert bool(messages) is said
+    if said:
+        assert "`rank_multiple`=2 is not used for 2 of 2 layers" in messages[0]
