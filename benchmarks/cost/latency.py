@@ -97,7 +97,7 @@ def with_random_factors(dense, storage, ratio, args):
             factorized.row_index.copy_(torch.randperm(layer.out_features))
         if "column_index" in factorized.state_dict():
             factorized.column_index.copy_(torch.randperm(layer.in_features))
-        if args.device == "cpu":  # as after loading
+        if args.device == "cpu":  # as `loading_options(column_layout=True)` does
             arrange_parts_(factorized)
         model.model.set_submodule(name, factorized)
     return model

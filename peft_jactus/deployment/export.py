@@ -19,7 +19,7 @@ from peft_jactus._progress import progress
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import cast_, forget_adapters_, structural_copy, untie_, unwrap_trained_modules_
-from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear, arrange_parts_
+from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear
 from peft_jactus.deployment.model_card import write_model_card
 from peft_jactus.deployment.plots import plot_ranks
 from peft_jactus.deployment.quantizer import attach_compression
@@ -261,9 +261,7 @@ def _deployed_layer(
         if isinstance(deployed, PivotedLinear):
             deployed = _pivoted_if_accurate(name, deployed, (left, core, right, bias), dtype)
         if deployed is not None:
-            deployed = deployed.to(device)
-            arrange_parts_(deployed)
-            return deployed
+            return deployed.to(device)
     weight = (left @ core @ right.mT).to(device, dtype)
     return make_dense_layer(weight, None if bias is None else bias.to(dtype), is_conv1d=layer.is_conv1d)
 

@@ -26,6 +26,7 @@ from peft_jactus.deployment.extensions import extension_configs, extensions_in, 
 from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
 from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
+from peft_jactus.deployment.parts import unreadable_parts
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.numerics.allocation import DENSE
 from peft_jactus.tuner.dense_layers import make_dense_layer
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 class _LoadingOptions:
     verify: bool = False
     dense: bool = False
+    column_layout: bool = False
 
 
 _DEFAULT_OPTIONS = _LoadingOptions()
@@ -50,13 +52,17 @@ _OPTIONS = ContextVar("peft_jactus_loading_options", default=_DEFAULT_OPTIONS)
 
 
 @contextmanager
-def loading_options(*, verify: bool = False, dense: bool = False) -> Iterator[None]:
+def loading_options(*, verify: bool = False, dense: bool = False, column_layout: bool = False) -> Iterator[None]:
     """Set how compressed checkpoints are loaded in this block; ``from_pretrained`` has no argument for it.
 
     Args:
         verify: Read all tensors once more and compare them with the digests that the checkpoint carries.
         dense: Multiply the factors out: gives plain layers, and saves a checkpoint that loads without this package, at
             the size of the base model.
+        column_layout: On a CPU in float32, lay out weights with more rows than columns by columns, which makes it
+            faster to decode a single sequence; nothing changes elsewhere. Tools that flatten parameters
+            (`torch.optim.LBFGS`, `torch.nn.utils.parameters_to_vector`) refuse these weights, until ``train()`` or
+            ``state_dict()`` of the model lays them out by rows again.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -64,7 +70,7 @@ def loading_options(*, verify: bool = False, dense: bool = False) -> Iterator[No
         >>> with loading_options(verify=True):  # doctest: +SKIP
         ...     model = AutoModelForCausalLM.from_pretrained("compressed")
     """
-    token = _OPTIONS.set(_LoadingOptions(verify=verify, dense=dense))
+    token = _OPTIONS.set(_LoadingOptions(verify, dense, column_layout))
     try:
         yield
     finally:
@@ -224,7 +230,7 @@ class JactusQuantizer(HfQuantizer):
         for name, layer in model.named_modules():
             if isinstance(layer, PivotedLinear):
                 _check_index_tensors(name, layer)
-            if isinstance(layer, FactorizedLinear):
+            if isinstance(layer, FactorizedLinear) and self.options.column_layout:
                 arrange_parts_(layer)
         if self.options.dense:
             self._dequantize(model)
@@ -240,15 +246,19 @@ class JactusQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Put plain layers into ``model``; ``dtype`` is for the interface: weights get that of their layer."""
+        """Put plain layers into ``model``; ``dtype`` is for the interface: tensors get that of their layer."""
         del dtype
-        check_no_adapter(model, would_lose_it="dense layers")
-        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)]
-        for name, layer in layers:
-            if layer.weight.device.type == "meta":
-                raise ValueError(f"{name} is offloaded to disk; load the model without offloading to make it dense.")
-            weight = layer.dense_weight().to(layer.weight.dtype)
-            model.set_submodule(name, make_dense_layer(weight, layer.bias, is_conv1d=name in self.conv1d_layers))
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
+        check_readable(model, layers, would_lose_it="dense layers")
+        offloaded = [name for name, layer in layers.items() if layer.weight.device.type == "meta"]
+        if offloaded:
+            raise ValueError(f"{offloaded[:5]} are offloaded to disk; load the model without, to make it dense.")
+        for name, layer in layers.items():
+            own = layer.weight.dtype  # of a part, with its bias, it may be another
+            bias = None if layer.bias is None else layer.bias.to(own)
+            dense = make_dense_layer(layer.dense_weight().to(own), bias, is_conv1d=name in self.conv1d_layers)
+            trains = any(parameter.requires_grad for parameter in layer.parameters())
+            model.set_submodule(name, dense.requires_grad_(trains))
         for entry in extensions_in(model):
             entry.load().remove(model)
         return model
@@ -333,13 +343,28 @@ def attach_compression(
     )
 
 
-def check_no_adapter(model: nn.Module, *, would_lose_it: str) -> None:
-    """Raise `ValueError` if an adapter is on a layer: the layers named in the message read base weights only."""
+def check_readable(model: nn.Module, layers: Mapping[str, FactorizedLinear], *, would_lose_it: str) -> None:
+    """Check that the weights of deployed layers say all that these layers do.
+
+    Args:
+        model: With the layers.
+        layers: By name.
+        would_lose_it: What is going to be made of them.
+
+    Raises:
+        ValueError: If an adapter is on a layer, or a part was replaced by something without a readable weight.
+    """
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
             f"`model` has an adapter, which {would_lose_it} would lose, on {adapted[:5]}. Merge it first "
             "(`merge_and_unload`)."
+        )
+    unreadable = [f"{name}.{part}" for name, layer in layers.items() for part in unreadable_parts(layer)]
+    if unreadable:
+        raise ValueError(
+            f"`model` has layers whose weights are not numbers to compute with, as of a quantised one: "
+            f"{unreadable[:5]}. Load it anew, and do this before you quantise it or put other modules into it."
         )
 
 

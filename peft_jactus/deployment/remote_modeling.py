@@ -25,6 +25,13 @@ def _pivoted_dtype() -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
+def _input_of(linear: nn.Module, x: Tensor) -> Tensor:
+    weight = getattr(linear, "weight", None)  # of a quantised layer: integers, float8, a method, or none
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return x
+    return x.to(weight.dtype)
+
+
 class LowRankLinear(nn.Module):
     """``y = up(down(x))``; ``weight`` makes loaders that ignore this file stop at its shape."""
 
@@ -59,8 +66,8 @@ class RowPivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         _check_whole(self.rows)
-        chosen = self.rows(x.to(self.rows.weight.dtype))
-        output = torch.cat([chosen, self.others(chosen)], dim=-1)
+        chosen = self.rows(_input_of(self.rows, x))
+        output = torch.cat([chosen, self.others(_input_of(self.others, chosen))], dim=-1)
         output = output.index_select(-1, self.row_index).to(x.dtype)
         return output if self.bias is None else output + self.bias
 
@@ -82,10 +89,10 @@ class ColumnPivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         _check_whole(self.columns)
-        narrow = x.to(self.columns.weight.dtype)
+        narrow = _input_of(self.others, x)
         chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
         combined = self.others(narrow.index_select(-1, rest)) + narrow.index_select(-1, chosen)
-        output: Tensor = self.columns(combined)
+        output: Tensor = self.columns(_input_of(self.columns, combined))
         return output.to(x.dtype)
 
 

@@ -9,9 +9,9 @@ import torch
 from peft_jactus._progress import progress
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import structural_copy
-from peft_jactus.deployment.layers import FactorizedLinear, LowRankLinear, arrange_parts_
+from peft_jactus.deployment.layers import FactorizedLinear, LowRankLinear
 from peft_jactus.deployment.names import checkpoint_names
-from peft_jactus.deployment.quantizer import JactusQuantizer, check_no_adapter
+from peft_jactus.deployment.quantizer import JactusQuantizer, check_readable
 from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions, project_weight
 from peft_jactus.parse.experts import ExpertTable, LayerShape
 from peft_jactus.parse.installation import ROUTER_FIELD, check_routable, install_router, router_of
@@ -102,7 +102,6 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
             "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "
             "`from_pretrained`; or `peft_jactus.deployment.export.compressed_copy(model)`."
         )
-    check_no_adapter(model, would_lose_it="routed layers")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     if not layers:
         raise ValueError(
@@ -111,6 +110,7 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
     offloaded = [name for name, layer in layers.items() if any(part.is_meta for part in layer.parameters())]
     if offloaded:
         raise ValueError(f"{offloaded[:5]} are offloaded. Load the model without `device_map`.")
+    check_readable(model, layers, would_lose_it="routed layers")
     return layers
 
 
@@ -121,6 +121,4 @@ def _in_order(
     left, right = project_weight(layer.dense_weight(), statistics, options).terms(layer.rank)
     dtype, device = layer.weight.dtype, layer.weight.device
     ordered = LowRankLinear.from_product(left, right.mT, layer.bias, dtype=dtype, device=device)
-    ordered.train(layer.training)
-    arrange_parts_(ordered)
-    return ordered
+    return ordered.train(layer.training)

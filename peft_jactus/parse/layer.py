@@ -137,6 +137,15 @@ class RoutedLinear(LowRankLinear):
         return all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in parts)
 
     @property
+    def parts_state(self) -> tuple[int, ...] | None:
+        """Where the factors are, and how often they were written to; ``None`` if nothing is copied from the parts."""
+        if not self.has_plain_parts:
+            return None
+        weights = (self.down.weight, self.up.weight)
+        # torch does not count writes to what inference mode made.
+        return tuple(n for w in weights for n in (w.data_ptr(), 0 if w.is_inference() else w._version))
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the parts train now, so that copies of them won't do."""
         return torch.is_grad_enabled() and any(part.weight.requires_grad for part in (self.down, self.up))
@@ -151,12 +160,15 @@ class RoutedLinear(LowRankLinear):
             terms: ``(active,)``, int64, ascending.
 
         Returns:
-            ``down`` ``(active, in)`` and ``up`` ``(out, active)``, the latter laid out as `arrange_parts_` does.
+            ``down`` ``(active, in)`` and ``up`` ``(out, active)``; on a CPU, the latter is laid out as the layer's.
         """
         down, up = self.down.weight.detach(), self.up.weight.detach()
         first, last = int(terms[0]), int(terms[-1])
         if last - first + 1 == len(terms):
             return down[first : last + 1], up[:, first : last + 1]
         terms = terms.to(down.device)
+        down = down.index_select(0, terms)
+        if up.is_cpu and up.is_contiguous():  # to transpose it takes longer than the product
+            return down, up.index_select(1, terms)
         # Columns in one piece are copied in long runs, and read in long runs by products with few vectors.
-        return down.index_select(0, terms), up.mT.index_select(0, terms).mT
+        return down, up.mT.index_select(0, terms).mT

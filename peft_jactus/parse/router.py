@@ -85,6 +85,7 @@ class RankRouter(nn.Module):
         if num_bytes is None:
             num_bytes = int(self.table.dense_costs.sum()) * self.layers[0].down.weight.element_size()
         self._patterns = PatternCache(config.cache_entries, num_bytes, config.cache_similarity)
+        self._parts_states: list[tuple[int, ...] | None] = []
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("input_mean", torch.zeros(in_features, **options))
         self.register_buffer("input_scale", torch.ones(in_features, **options))
@@ -153,6 +154,7 @@ class RankRouter(nn.Module):
         Args:
             pooled: ``(batch, in)``.
         """
+        self._forget_if_changed()
         keys = self.features(pooled)
         patterns: list[ExpertPattern | None] = [self._patterns.find(key) for key in keys]
         missing = [row for row, pattern in enumerate(patterns) if pattern is None]
@@ -164,12 +166,19 @@ class RankRouter(nn.Module):
                 patterns[row] = pattern
         return PatternBatch([pattern for pattern in patterns if pattern is not None])
 
+    def _forget_if_changed(self) -> None:
+        """Clear the cache if an optimizer, `vector_to_parameters` or the like has written to factors or moved them."""
+        states = [layer.parts_state for layer in self.layers]
+        if states != self._parts_states:
+            self.clear_cache()
+            self._parts_states = states
+
     def cache_info(self) -> CacheInfo:
         """Return what the pattern cache holds, and how often it helped."""
         return self._patterns.info()
 
     def clear_cache(self) -> None:
-        """Forget all remembered prompts; needed after the factors have been changed by hand."""
+        """Forget all remembered prompts; needed after the factors have been changed through ``weight.data``."""
         self._patterns.clear()
         for layer in self.layers:
             layer.forget_product()

@@ -20,11 +20,12 @@ STORAGES = list(FORMS)
 
 @pytest.fixture
 def loaded(tmp_path):
-    """A function that compresses a model, and loads its checkpoint."""
+    """A function that compresses a model, and loads its checkpoint, by columns if asked to."""
 
-    def make(build, **fields):
+    def make(build, *, column_layout=False, **fields):
         export(trained(build(), **fields), tmp_path / "compressed")
-        return load(build, tmp_path / "compressed")
+        with loading_options(column_layout=column_layout):
+            return load(build, tmp_path / "compressed")
 
     return make
 
@@ -151,7 +152,7 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_trainer_saves_a_module_that_contains_the_model(storage, loaded, tmp_path):
-    model = loaded(tiny_bert, storage=storage)
+    model = loaded(tiny_bert, storage=storage, column_layout=True)
     assert not all(parameter.is_contiguous() for parameter in model.parameters())
     (batch,) = batches_for(model, num_batches=1)
     examples = [{name: values[row] for name, values in batch.items()} for row in range(len(batch["labels"]))]
@@ -163,7 +164,7 @@ def test_the_trainer_saves_a_module_that_contains_the_model(storage, loaded, tmp
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_model_can_be_stored_and_flattened_by_hand(storage, loaded, tmp_path):
-    model = loaded(tiny_llama, storage=storage)
+    model = loaded(tiny_llama, storage=storage, column_layout=True)
     expected = logits_of(model)
     save_file(model.state_dict(), tmp_path / "tensors.safetensors")
     flat = nn.utils.parameters_to_vector(model.parameters())
@@ -174,7 +175,7 @@ def test_a_model_can_be_stored_and_flattened_by_hand(storage, loaded, tmp_path):
 
 
 def test_a_model_that_serves_keeps_its_fast_layout(loaded):
-    model = loaded(tiny_llama)
+    model = loaded(tiny_llama, column_layout=True)
     layouts = [parameter.is_contiguous() for parameter in model.parameters()]
     assert not all(layouts)
     batch = batches_for(model)[0]

@@ -1,0 +1,62 @@
+"""The linear layers that a deployed layer is made of, as they were made or as other tools have changed them.
+
+Quantisers, LoRA and parametrisations put modules of their own in a part's place. Their ``weight`` may be integers, or
+a method, so nothing here takes it for a matrix of numbers without looking.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peft_jactus._dtypes import autocast_dtype
+
+# What a product may be computed in; not what quantisers store, of which float8 is a floating point dtype, too.
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def linear_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """Return a linear layer with copies of these values."""
+    out_features, in_features = weight.shape
+    part = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    part.weight = nn.Parameter(weight.to(device=device, dtype=dtype).contiguous())
+    if bias is not None:
+        part.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
+    return part
+
+
+def input_of(part: nn.Module, x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype that ``part`` computes in: as it is, if autocast or the part itself sees to that."""
+    weight = getattr(part, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype not in _COMPUTED or autocast_dtype(x) is not None:
+        return x
+    return x.to(weight.dtype)
+
+
+def unreadable_parts(layer: nn.Module) -> list[str]:
+    """Return the parts of a deployed layer whose weight is not a matrix of numbers, each with what it is."""
+    return [f"{name} ({type(part).__name__})" for name, part in layer.named_children() if not _is_readable(part)]
+
+
+def wide_weight(part: nn.Module) -> Tensor:
+    """Return the weight of a part, in float32 at least.
+
+    Raises:
+        ValueError: If another tool has replaced the part, and there is no such weight.
+    """
+    if not _is_readable(part):
+        raise ValueError(
+            f"a part of a compressed layer has become a {type(part).__name__}, whose weight cannot be read. Undo "
+            "that first, or load the model anew."
+        )
+    weight = part.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _is_readable(part: nn.Module) -> bool:
+    weight = getattr(part, "weight", None)
+    if not isinstance(part, nn.Linear) or not isinstance(weight, Tensor):
+        return False
+    # torchao's tensors say that they are float32, and hold integers.
+    return weight.dtype in _COMPUTED and type(weight).dequantize is Tensor.dequantize
