@@ -1,6 +1,5 @@
 """``peft-jactus export``: from an adapter on disk to a compressed checkpoint."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,10 @@ import torch
 import transformers
 from peft import PeftModel
 
+from peft_jactus.cli.heads import load_base
 from peft_jactus.cli.hub import (
     find_processor,
     load_adapter_config,
-    load_model_config,
     local_folder,
     model_class,
     read_adapter_shapes,
@@ -29,8 +28,6 @@ _CLASS_BY_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-# A saved head: `classifier.weight`, or `classifier.out_proj.weight` where it has several layers.
-_HEAD_WEIGHT = re.compile(r"base_model\.model\.(?:classifier|score)(?:\.out_proj)?\.weight")
 
 
 def load_adapter(folder: Path, base_model: str | None = None) -> PeftModel:
@@ -44,12 +41,7 @@ def load_adapter(folder: Path, base_model: str | None = None) -> PeftModel:
         The model, in the base model's dtype.
     """
     config = read_adapter_config(folder, base_model)
-    name = str(config.base_model_name_or_path)
-    base_config = load_model_config(name)
-    num_labels = _num_labels(folder)
-    # A head that was trained may have another number of classes than the base model's config.
-    kwargs = {} if num_labels in (None, base_config.num_labels) else {"num_labels": num_labels}
-    base = _base_class(config, base_config).from_pretrained(name, dtype="auto", **kwargs)
+    base = load_base(_base_class(config), config, read_adapter_shapes(folder))
     return PeftModel.from_pretrained(base, str(folder), config=config)
 
 
@@ -69,17 +61,11 @@ def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusCo
     return config
 
 
-def _base_class(config: JactusConfig, base_config: Any) -> Any:
+def _base_class(config: JactusConfig) -> Any:
     if config.task_type is not None:
         return getattr(transformers, _CLASS_BY_TASK[str(config.task_type)])
     name = (config.auto_mapping or {}).get("base_model_class")
-    return model_class(base_config, name)
-
-
-def _num_labels(folder: Path) -> int | None:
-    """Return how many classes a head that was saved with the adapter has."""
-    heads = [shape for name, shape in read_adapter_shapes(folder).items() if _HEAD_WEIGHT.fullmatch(name)]
-    return heads[0][0] if heads else None
+    return model_class(AutoConfig.from_pretrained(str(config.base_model_name_or_path)), name)
 
 
 def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:

@@ -28,6 +28,7 @@ from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.dense_layers import make_dense_layer
+from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def compressed_copy(
         raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
     copied = structural_copy(base)
     forget_adapters_(copied)
+    restore_label_names_(copied.config, config)
     dtype = copied.dtype if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])

@@ -265,13 +265,14 @@ class JactusConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Written by `get_peft_model`: share of each layer's weighted energy that is kept."},
     )
+    id2label: dict[int, str] | None = field(
+        default=None, metadata={"help": "Written on saving: the model's names of classes, if they have some."}
+    )
     peft_jactus_version: str | None = field(
-        default=None,
-        metadata={"help": "Written on saving: the version of the package to `pip install peft-jactus` for."},
+        default=None, metadata={"help": "Written on saving: the version to `pip install peft-jactus` for."}
     )
     adapter_format: int | None = field(
-        default=None,
-        metadata={"help": "Written on saving: what the adapter's tensors mean, so that others are not misread."},
+        default=None, metadata={"help": "Written on saving: what the adapter's tensors mean, so as not to be misread."}
     )
     statistics: Mapping[str, LayerStatistics] | None = field(
         default=None,

@@ -20,6 +20,7 @@ from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dty
 from peft_jactus.tuner.atomic_tuner import AtomicTuner
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
+from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
@@ -319,8 +320,9 @@ class JactusModel(AtomicTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Return the tensors to save; none may be missing."""
+        """Return the tensors to save; none may be missing. Note what the file of a head does not say."""
         assert isinstance(config, JactusConfig)
+        note_label_names_(config, model)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
