@@ -266,7 +266,7 @@ class JactusConfig(PeftConfig):
         metadata={"help": "Written by `get_peft_model`: share of each layer's weighted energy that is kept."},
     )
     id2label: dict[int, str] | None = field(
-        default=None, metadata={"help": "Written on saving: the model's names of classes, if they have some."}
+        default=None, metadata={"help": "Written on saving with a head: the model's names of its classes."}
     )
     peft_jactus_version: str | None = field(
         default=None, metadata={"help": "Written on saving: the version to `pip install peft-jactus` for."}

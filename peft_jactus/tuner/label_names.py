@@ -11,19 +11,21 @@ if TYPE_CHECKING:
     from peft_jactus.tuner.config import JactusConfig
 
 
-def given_label_names(config: object) -> dict[int, str] | None:
-    """Return the names of classes in a model's config; ``None`` if there are none, or transformers made them up."""
-    names = getattr(config, "id2label", None)
-    if not isinstance(names, dict) or all(name == f"LABEL_{number}" for number, name in names.items()):
-        return None
-    return dict(names)
+def _are_made_up(names: dict[int, str]) -> bool:
+    """Whether nobody has named the classes, and transformers did."""
+    return all(name == f"LABEL_{number}" for number, name in names.items())
 
 
 def note_label_names_(config: JactusConfig, model: nn.Module) -> None:
-    """Write the names of a model's classes into the config of its adapter; a loaded one keeps those that it has."""
-    names = given_label_names(getattr(model, "config", None))
-    if names is not None or not config.from_checkpoint:
-        config.id2label = names
+    """Write the names of a model's classes into the config of its adapter, if that holds a head.
+
+    A loaded adapter keeps the names that it has if the model has none of its own.
+    """
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not config.modules_to_save or not isinstance(names, dict):
+        config.id2label = None
+    elif not (config.from_checkpoint and config.id2label and _are_made_up(names)):
+        config.id2label = dict(names)
 
 
 def noted_label_names(config: JactusConfig, num_labels: int) -> dict[int, str] | None:
@@ -35,6 +37,6 @@ def noted_label_names(config: JactusConfig, num_labels: int) -> dict[int, str] |
 def restore_label_names_(model_config: PreTrainedConfig, config: JactusConfig) -> None:
     """Give a model's config the names in its adapter's config, if it has none of its own."""
     names = noted_label_names(config, getattr(model_config, "num_labels", 0))
-    if names is not None and given_label_names(model_config) is None:
+    if names is not None and _are_made_up(model_config.id2label):
         model_config.id2label = names
         model_config.label2id = {name: number for number, name in names.items()}

@@ -122,7 +122,8 @@ def test_as_many_classes_with_other_names_keep_theirs(tmp_path):
 
 def test_export_says_that_names_are_not_known(tmp_path):
     cls = save_base(tmp_path / "base")
-    save_adapter(tmp_path / "adapter", tmp_path / "base", cls)
+    save_adapter(tmp_path / "adapter", tmp_path / "base", cls, **labels(NAMES))
+    forget_names(tmp_path / "adapter")
     with pytest.warns(UserWarning, match="6 classes and .*base has 2. Nothing says what they are called"):
         code, output = export(tmp_path / "adapter", tmp_path / "out")
     assert code == 0, output
