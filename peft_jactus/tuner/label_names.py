@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
     from transformers import PreTrainedConfig
 
     from peft_jactus.tuner.config import JactusConfig
 
 
-def _are_made_up(names: dict[int, str]) -> bool:
+def _are_made_up(names: Mapping[Any, str] | None) -> bool:
     """Whether nobody has named the classes, and transformers did."""
-    return all(name == f"LABEL_{number}" for number, name in names.items())
+    return all(name == f"LABEL_{number}" for number, name in (names or {}).items())
 
 
 def note_label_names_(config: JactusConfig, model: nn.Module) -> None:
