@@ -11,6 +11,7 @@ from peft_jactus.cli.heads import load_base
 from peft_jactus.cli.hub import (
     find_processor,
     load_adapter_config,
+    load_model_config,
     local_folder,
     model_class,
     read_adapter_shapes,
@@ -65,7 +66,7 @@ def _base_class(config: JactusConfig) -> Any:
     if config.task_type is not None:
         return getattr(transformers, _CLASS_BY_TASK[str(config.task_type)])
     name = (config.auto_mapping or {}).get("base_model_class")
-    return model_class(AutoConfig.from_pretrained(str(config.base_model_name_or_path)), name)
+    return model_class(load_model_config(str(config.base_model_name_or_path)), name)
 
 
 def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:

@@ -53,17 +53,17 @@ def load_base(model_class: Any, config: JactusConfig, tensors: Mapping[str, tupl
 
 def _label_options(model_class: Any, config: JactusConfig, whole: _Shapes) -> dict[str, Any]:
     name = str(config.base_model_name_or_path)
-    base_config = load_model_config(name)
-    num_labels = _num_labels(model_class, name, whole) if whole else base_config.num_labels
+    base_labels = load_model_config(name).num_labels or 0
+    num_labels = _num_labels(model_class, name, whole) if whole else base_labels
     names = noted_label_names(config, num_labels)
     options: dict[str, Any] = {}
     if names is not None:
         options = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
-    if num_labels == base_config.num_labels:
+    if num_labels == base_labels:
         return options
     if names is None:
         warnings.warn(
-            f"The adapter's head has {num_labels} classes and {name} has {base_config.num_labels}. Nothing says what "
+            f"The adapter's head has {num_labels} classes and {name} has {base_labels}. Nothing says what "
             "they are called, so they are LABEL_0, LABEL_1 and so on: set `id2label` and `label2id` in config.json.",
             stacklevel=2,
         )
