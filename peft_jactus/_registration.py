@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -16,6 +17,7 @@ from transformers.quantizers.auto import (
 
 from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig
 from peft_jactus.deployment.extensions import register_extension
+from peft_jactus.deployment.model_card import add_adapter_loading
 from peft_jactus.deployment.quantizer import JactusQuantizer
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.model import JactusModel
@@ -68,8 +70,12 @@ def _register_tuner() -> None:
             f"PEFT has a method {NAME} already, from {registered.__module__}. Import either that or peft_jactus."
         )
     register_peft_method(name=NAME.lower(), config_cls=JactusConfig, model_cls=JactusModel)
-    counting = _counting_frozen_bases(PeftModel.get_nb_trainable_parameters)
-    setattr(PeftModel, counting.__name__, counting)
+    for changed in (
+        _counting_frozen_bases(PeftModel.get_nb_trainable_parameters),
+        _saying_how_to_load(PeftModel.create_or_update_model_card),
+        _keeping_the_card(PeftModel._upload_modified_files),
+    ):
+        setattr(PeftModel, changed.__name__, changed)
 
 
 def _counting_frozen_bases(
@@ -87,3 +93,28 @@ def _counting_frozen_bases(
         return trainable, total
 
     return get_nb_trainable_parameters
+
+
+def _saying_how_to_load(write: Callable[[PeftModel, str], None]) -> Callable[[PeftModel, str], None]:
+    # PEFT and the Trainer write model cards by this method alone, and ask no tuner what it wants to say. Who loads the
+    # adapter elsewhere meets a bare KeyError, and finds the remedy in the card only.
+
+    @functools.wraps(write)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        write(self, output_dir)
+        if isinstance(self.base_model, JactusModel):
+            add_adapter_loading(Path(output_dir) / "README.md")
+
+    return create_or_update_model_card
+
+
+def _keeping_the_card(upload: Callable[..., Any]) -> Callable[..., Any]:
+    # `push_to_hub` is transformers' own, and puts a card in the place of that which `save_pretrained` has written.
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base_model, JactusModel):
+            self.create_or_update_model_card(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files

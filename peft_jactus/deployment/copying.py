@@ -30,6 +30,15 @@ def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
+def with_submodule(model: nn.Module, name: str, replacement: nn.Module) -> nn.Module:
+    """Return ``model`` with another module of this name. It shares all else with ``model``, which stays as it is."""
+    copied = copy.copy(model)
+    first, _, rest = name.partition(".")
+    part = with_submodule(model.get_submodule(first), rest, replacement) if rest else replacement
+    copied._modules = {**model._modules, first: part}
+    return copied
+
+
 def forget_adapters_(model: PreTrainedModel) -> None:
     """Let go of what PEFT and accelerate have noted about layers that are going to be replaced."""
     remove_hook_from_module(model, recurse=True)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 
 from peft_jactus._progress import progress
+from peft_jactus.deployment.adapted import find_adapted, pipeline_class
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.config import LayerForm
-from peft_jactus.deployment.copying import cast_, forget_adapters_, structural_copy, untie_, unwrap_trained_modules_
+from peft_jactus.deployment.copying import (
+    cast_,
+    forget_adapters_,
+    structural_copy,
+    untie_,
+    unwrap_trained_modules_,
+    with_submodule,
+)
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear
 from peft_jactus.deployment.model_card import write_model_card
 from peft_jactus.deployment.plots import plot_ranks
@@ -26,7 +32,6 @@ from peft_jactus.deployment.quantizer import attach_compression
 from peft_jactus.deployment.ranks import rank_summary
 from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
-from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
@@ -36,7 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    from peft_jactus.deployment.adapted import Adapted
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +70,14 @@ def export_compressed(
 ) -> Path:
     """Fold the trained cores and write a checkpoint that holds the factors, and no dense targeted weight.
 
-    ``import peft_jactus; AutoModel*.from_pretrained(save_directory)`` gives the model back. The directory appears
-    whole or not at all; ``model`` stays as it is.
+    ``import peft_jactus; AutoModel*.from_pretrained(save_directory)`` gives the model back, and so does
+    ``SentenceTransformer(save_directory)`` for one of those. The directory appears whole or not at all; ``model``
+    stays as it is.
 
     Args:
-        model: A `PeftModel` with a JACTUS adapter, trained or not, or a transformers model that loaded one.
+        model: A `PeftModel` with a JACTUS adapter, trained or not, or a transformers model that loaded one; or a
+            `SentenceTransformer`, `CrossEncoder` or the like around such a model, which is written with all its
+            modules.
         save_directory: Where to. Must not exist, or be empty, unless ``overwrite``.
         storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers a layer, ``"factored"`` stores
             ``rank * (out + in)``. Default: the form that the config's budget was counted in.
@@ -88,18 +98,20 @@ def export_compressed(
         ``save_directory``.
 
     Raises:
-        TypeError: If the base model is not a transformers model, or ``hub_kwargs`` has an unknown name. A `ValueError`
-            says if no single JACTUS adapter is active, a weight is not finite, an adapted layer is tied in a way
-            that a checkpoint cannot hold, or ``save_directory`` holds something.
+        TypeError: If the base model is neither a transformers model nor one of sentence-transformers, or
+            ``hub_kwargs`` has an unknown name. A `ValueError` says if no single JACTUS adapter is active, a weight is
+            not finite, an adapted layer is tied in a way that a checkpoint cannot hold, or ``save_directory`` holds
+            something.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
     unknown = set(hub_kwargs) - {"token", "private", "commit_message", "revision", "create_pr"}
     if unknown:
         raise TypeError(f"export_compressed() got unexpected keyword arguments {sorted(unknown)}.")
-    compressed = compressed_copy(model, storage=storage, dtype=dtype, progress_bar=progress_bar)
+    adapted = find_adapted(model)
+    compressed = _compress(adapted, storage=storage, dtype=dtype, progress_bar=progress_bar)
     with appearing_whole(target) as folder:
-        compressed.save_pretrained(folder, max_shard_size=max_shard_size)
+        _save(compressed, adapted, folder, max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
         summary = rank_summary(compressed)
@@ -111,12 +123,25 @@ def export_compressed(
             metrics=metrics,
             datasets=datasets,
             plot="ranks.png" if has_plot else None,
+            pipeline_class=None if adapted.pipeline is None else pipeline_class(adapted.pipeline),
         )
-        for file in folder.glob("*.safetensors"):  # safetensors makes files for one user
-            shutil.copymode(folder / "config.json", file)
+        for file in folder.rglob("*.safetensors"):  # safetensors makes files for one user
+            shutil.copymode(folder / "README.md", file)
     if push_to_hub:
         _upload(target, repo_id or target.name, **hub_kwargs)
     return target
+
+
+def _save(compressed: PreTrainedModel, adapted: Adapted, folder: Path, max_shard_size: int | str) -> None:
+    """Write the model, with what is around it."""
+    if adapted.pipeline is None:
+        compressed.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    # The pipeline has no such argument to hand on.
+    sharded = partial(compressed.save_pretrained, max_shard_size=max_shard_size)
+    vars(compressed)["save_pretrained"] = sharded
+    pipeline: Any = with_submodule(adapted.pipeline, adapted.path, compressed)
+    pipeline.save_pretrained(str(folder), create_model_card=False)
 
 
 def _save_plot(model: nn.Module, path: Path) -> bool:
@@ -148,7 +173,6 @@ def _upload(
 # -- the compressed model ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def compressed_copy(
     model: nn.Module,
     *,
@@ -162,9 +186,23 @@ def compressed_copy(
     it is.
 
     Raises:
-        ValueError: If ``storage`` is unknown, or as `export_compressed` says.
+        TypeError: If ``model`` is not a transformers model. A `ValueError` says if ``storage`` is unknown, or what
+            else `export_compressed` says.
     """
-    base, config, adapter_name = _adapted(model)
+    adapted = find_adapted(model)
+    if adapted.pipeline is not None:
+        raise TypeError(
+            f"`compressed_copy` copies transformers models; give that in this {type(adapted.pipeline).__name__}, "
+            f"`model.get_submodule({adapted.path!r})`. `export_compressed` takes the whole."
+        )
+    return _compress(adapted, storage=storage, dtype=dtype, progress_bar=progress_bar)
+
+
+@torch.no_grad()
+def _compress(
+    adapted: Adapted, *, storage: Storage | None, dtype: torch.dtype | None, progress_bar: bool
+) -> PreTrainedModel:
+    base, config = adapted.base, adapted.config
     storage = config.storage if storage is None else storage
     if storage not in FORMS:
         raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
@@ -176,15 +214,15 @@ def compressed_copy(
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []
     for name, layer in progress(layers.items(), description="Folding", unit="layer", shown=progress_bar):
-        deployed = _deployed_layer(name, layer, adapter_name, storage, dtype)
+        deployed = _deployed_layer(name, layer, adapted.adapter_name, storage, dtype)
         copied.set_submodule(name, deployed)
-        kept = config.layer_energy.get(name)
+        kept = config.layer_energy.get(adapted.prefix + name)
         if isinstance(deployed, FactorizedLinear):
             forms[name] = LayerForm(deployed.storage, deployed.rank, kept)
             conv1d_layers += [name] if layer.is_conv1d else []
         else:
             forms[name] = LayerForm(DENSE, min(layer.in_features, layer.out_features), kept)
-    _warn_if_untrained(layers.values(), adapter_name)
+    _warn_if_untrained(layers.values(), adapted.adapter_name)
     cast_(copied, dtype)
     attach_compression(
         copied,
@@ -193,13 +231,14 @@ def compressed_copy(
         retained_ratio=config.asked_ratio,
         base_model=_model_name(config.base_model_name_or_path or base.config.name_or_path),
     )
-    planned, kept = (rank_summary(summarized).retained_ratio for summarized in (model, copied))
+    planned = rank_summary(adapted.holder, adapted.adapter_name).retained_ratio
+    kept = rank_summary(copied).retained_ratio
     if storage != config.storage and kept > planned:
         warnings.warn(
             f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}; stored {storage}, the "
             f"targeted layers keep {kept:.0%}, and those that would grow stay dense. Compress with "
             f"`JactusConfig(storage={storage!r})` to meet the budget.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return copied
 
@@ -213,7 +252,7 @@ def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None
             "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which gives all ranks to the "
             "weights.",
             NumericalWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -222,28 +261,6 @@ def _model_name(name_or_path: str | None) -> str | None:
     if not name_or_path:
         return None
     return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
-
-
-def _adapted(model: nn.Module) -> tuple[PreTrainedModel, JactusConfig, str]:
-    """Return the base model, the config and the name of the one active JACTUS adapter."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not any(isinstance(module, JactusLayer) for module in base.modules()):
-        raise ValueError(
-            "`model` has no JACTUS layers. Give the model that `get_peft_model` or `PeftModel.from_pretrained` "
-            "returned; a model that is compressed already is saved with `save_pretrained`."
-        )
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(
-            f"Only transformers models have compressed checkpoints; got a {type(base).__name__}. `merge_and_unload` "
-            "gives plain layers for any model."
-        )
-    # As transformers' `active_adapters` does, which from 5.24 on refuses every PEFT before 0.22.
-    tuner_layer = next(module for module in base.modules() if isinstance(module, BaseTunerLayer))
-    active: list[str] = model.active_adapters if isinstance(model, PeftModel) else tuner_layer.active_adapters
-    config = cast("dict[str, Any]", model.peft_config)[active[0]]
-    if len(active) != 1 or not isinstance(config, JactusConfig):
-        raise ValueError(f"One JACTUS adapter must be active; got {active}. Use `set_adapter`.")
-    return base, config, active[0]
 
 
 def _deployed_layer(
@@ -287,7 +304,7 @@ def _pivoted_if_accurate(
         return pivoted
     reason = f"{name}: stored pivoted in {dtype}, its weight would be off by {pivoted_error / norm:.1e}; it is stored"
     if stays_dense(pivoted.rank, pivoted.out_features, pivoted.in_features, "factored"):
-        warnings.warn(f"{reason} as one dense weight.", NumericalWarning, stacklevel=5)
+        warnings.warn(f"{reason} as one dense weight.", NumericalWarning, stacklevel=6)
         return None
     factored = LowRankLinear.from_factors(*factors, dtype=dtype)
     factored_error = error(factored)
@@ -296,6 +313,6 @@ def _pivoted_if_accurate(
     warnings.warn(
         f"{reason} factored, which takes {pivoted.rank**2:,} parameters more (error {factored_error / norm:.1e}).",
         NumericalWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return factored

@@ -1,4 +1,4 @@
-"""The README.md of a compressed checkpoint."""
+"""The README.md of a compressed checkpoint, and what that of an adapter says about loading."""
 
 from __future__ import annotations
 
@@ -16,6 +16,30 @@ if TYPE_CHECKING:
     from peft_jactus.deployment.config import CompressionConfig
     from peft_jactus.tuner.rank_table import RankSummary
 
+_TAG = "peft-jactus"
+_IMPORT = "import peft_jactus  # pip install peft-jactus"
+_PLACE = "path/or/name/of/this/repository"
+_WITHOUT_IMPORT = (
+    "Without the import transformers warns of an `Unknown quantization type` and stops at the sizes of the weights; "
+    "told to go on, by `ignore_mismatched_sizes=True`, it gives these layers random weights. Tools that cannot import "
+    f"a package (`lm_eval`, `vllm serve`) take what `peft-jactus export {_PLACE} dense --dense` writes: plain layers, "
+    "at the size of the base model."
+)
+_ADAPTER_LOADING = f"""
+## Load it
+
+```python
+{_IMPORT}; tells PEFT about the method
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "{_PLACE}")
+```
+
+Without the import PEFT stops with `KeyError: 'JACTUS'`. `peft-jactus export {_PLACE} compressed` writes the smaller
+model, which runs without the base model; with `--dense`, plain layers for tools that cannot import a package
+(`lm_eval`, `vllm serve`).
+"""
+
 
 def write_model_card(
     folder: Path,
@@ -25,6 +49,7 @@ def write_model_card(
     metrics: Mapping[str, float] | None,
     datasets: str | list[str] | None,
     plot: str | None,
+    pipeline_class: type | None,
 ) -> None:
     """Write ``folder/README.md``: what the model is, what was kept, how to load it.
 
@@ -35,16 +60,20 @@ def write_model_card(
         metrics: Figures to show.
         datasets: Hub names of the training data.
         plot: File name of the plot of the ranks, if there is one.
+        pipeline_class: The class of sentence-transformers that the checkpoint is of, if it is.
     """
     compression: CompressionConfig = config.quantization_config
     base_model = compression.base_model
     data = ModelCardData(
         base_model=base_model if base_model and "/" in base_model else None,  # the Hub refuses other names
         datasets=datasets,
-        library_name="transformers",
-        tags=["peft-jactus", "low-rank", "compressed"],
+        library_name="transformers" if pipeline_class is None else "sentence-transformers",
+        tags=[_TAG, "low-rank", "compressed"],
     )
     architecture = (config.architectures or ["AutoModel"])[0]
+    library, loading = "transformers", f"{architecture}.from_pretrained"
+    if pipeline_class is not None:
+        library, loading = "sentence_transformers", pipeline_class.__name__
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# Compressed {base_model or architecture}",
@@ -52,9 +81,10 @@ def write_model_card(
         "[peft-jactus](https://pypi.org/project/peft-jactus/): it is smaller on disk and in memory, and runs "
         "without the base model.",
         "## Load it",
-        f"```python\nimport peft_jactus  # pip install peft-jactus; tells transformers about the layers\n"
-        f"from transformers import {architecture}\n\n"
-        f'model = {architecture}.from_pretrained("path/or/name/of/this/repository")\n```',
+        f"```python\n{_IMPORT}; tells transformers about the layers\n"
+        f"from {library} import {loading.partition('.')[0]}\n\n"
+        f'model = {loading}("{_PLACE}")\n```',
+        _WITHOUT_IMPORT,
         "## What was kept",
         _kept(summary),
         *([f"![Ranks by block]({plot})"] if plot else []),
@@ -63,6 +93,22 @@ def write_model_card(
         f"```\n{summary}\n```",
     ]
     ModelCard("\n\n".join(sections) + "\n").save(folder / "README.md")
+
+
+def add_adapter_loading(path: Path) -> None:
+    """Say in the model card of an adapter how to load it, unless it does.
+
+    Args:
+        path: The card that PEFT wrote.
+    """
+    card = ModelCard.load(path)
+    if "import peft_jactus" not in card.text:
+        lines = card.text.splitlines()
+        heading = next((number for number, line in enumerate(lines) if line.startswith("# ")), -1)
+        lines[heading + 1 : heading + 1] = _ADAPTER_LOADING.splitlines()
+        card.text = "\n".join(lines)
+    card.data.tags = sorted({*(card.data.tags or []), _TAG})
+    card.save(path)
 
 
 def _kept(summary: RankSummary) -> str:

@@ -824,6 +824,14 @@ def test_a_model_trains_on_after_an_export_and_the_export_does_not_change(tmp_pa
     assert relative_error(logits_of(load(tiny_bert, tmp_path / "second")), before) > 1e-4
 
 
+def test_an_adapter_of_any_name_is_exported(tmp_path):
+    model = compressed(tiny_bert(), adapter_name="other")
+    perturb_cores_(model)
+    export_compressed(model, tmp_path / "out", progress_bar=False)
+    result = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(result), logits_of(model), rtol=1e-4, atol=1e-5)
+
+
 def test_training_a_compressed_copy_leaves_the_deployed_layers_of_the_model_alone():
     model = trained()
     copied = compressed_copy(model)

@@ -37,6 +37,7 @@ export_compressed(model, folder / "local", repo_id="user/compressed", max_shard_
 export_compressed(model, folder / "named-after-its-folder", **upload)
 loaded = AutoModelForCausalLM.from_pretrained(folder / "local")
 loaded.push_to_hub("user/pushed", token=token)
+model.push_to_hub("user/adapter", token=token)
 try:
     export_compressed(model, folder / "kept", repo_id="user/failing", **upload)
 except Exception as error:
@@ -141,6 +142,12 @@ def test_a_loaded_model_can_be_pushed(uploads):
     original = json.loads(uploads.hub.files[REPOSITORY]["config.json"])
     assert json.loads(pushed["config.json"])["quantization_config"] == original["quantization_config"]
     assert uploads.hub.lfs_files["user/pushed"] == {"model.safetensors"}
+
+
+def test_an_adapter_that_is_pushed_says_how_to_load_it(uploads):
+    card = uploads.hub.files["user/adapter"]["README.md"].decode()
+    assert "import peft_jactus" in card
+    assert "library_name: peft" in card
 
 
 def test_a_failing_hub_is_an_error_and_leaves_the_directory_whole(uploads, tmp_path):
