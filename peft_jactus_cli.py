@@ -146,11 +146,19 @@ def inspect(
 
 @app.command()
 def export(
-    adapter_dir: Annotated[str, typer.Argument(help="What `model.save_pretrained` wrote: a directory or Hub name.")],
+    adapter_dir: Annotated[
+        str, typer.Argument(help="An adapter, or with --dense also a compressed checkpoint: a directory or Hub name.")
+    ],
     output_dir: OutputArgument,
     base_model: Annotated[
         str | None, typer.Option(help="Directory or Hub name. Default: what the adapter's config says.")
     ] = None,
+    dense: Annotated[
+        bool,
+        typer.Option(
+            "--dense", help="Write plain layers, at the base model's size: for lm_eval, vLLM and other tools."
+        ),
+    ] = False,
     storage: StorageOption = None,
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
@@ -163,9 +171,14 @@ def export(
 
     The tokenizer or processor beside the adapter, or else that of the base model, goes with it.
     """
-    from peft_jactus.cli.export import export_adapter
+    from peft_jactus.cli.export import check_dense_options, export_adapter, export_dense
     from peft_jactus.cli.options import to_dtype
 
+    if dense:
+        check_dense_options(storage, push_to_hub, repo_id)
+        export_dense(adapter_dir, output_dir, base_model=base_model, dtype=to_dtype(dtype), overwrite=overwrite)
+        typer.echo(f"Written to {output_dir}, with plain layers.")
+        return
     export_adapter(
         adapter_dir,
         output_dir,

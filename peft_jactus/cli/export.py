@@ -1,11 +1,14 @@
-"""``peft-jactus export``: from an adapter on disk to a compressed checkpoint."""
+"""``peft-jactus export``: from an adapter on disk to a compressed checkpoint, and from either to plain layers."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from peft_jactus.cli.heads import load_base
 from peft_jactus.cli.hub import (
@@ -17,7 +20,10 @@ from peft_jactus.cli.hub import (
     read_adapter_shapes,
 )
 from peft_jactus.cli.options import check_output_dir
-from peft_jactus.deployment.export import export_compressed
+from peft_jactus.deployment.atomic_folder import appearing_whole
+from peft_jactus.deployment.config import is_compression
+from peft_jactus.deployment.export import compressed_copy, export_compressed
+from peft_jactus.deployment.quantizer import loading_options
 from peft_jactus.numerics.allocation import Storage
 from peft_jactus.tuner.config import JactusConfig
 
@@ -29,6 +35,11 @@ _CLASS_BY_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+# What sentence-transformers lists its modules in.
+_PIPELINE_FILE = "modules.json"
+# What a dense checkpoint has of its own, or not at all.
+_NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "ranks.png")
 
 
 def load_adapter(folder: Path, base_model: str | None = None) -> PeftModel:
@@ -54,6 +65,11 @@ def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusCo
     """
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is no adapter: it has no adapter_config.json.")
+    if (folder / _PIPELINE_FILE).is_file():  # its other modules would be lost
+        raise ValueError(
+            f"{folder} is a model of sentence-transformers. Load it, by `SentenceTransformer({str(folder)!r})`, and "
+            "give that to `export_compressed`."
+        )
     config = load_adapter_config(folder)
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     if not config.base_model_name_or_path:
@@ -102,3 +118,58 @@ def export_adapter(
         push_to_hub=push_to_hub,
         repo_id=repo_id,
     )
+
+
+def check_dense_options(storage: Storage | None, push_to_hub: bool, repo_id: str | None) -> None:
+    """Raise `ValueError` for options that plain layers have no use for."""
+    if storage is not None or push_to_hub or repo_id is not None:
+        raise ValueError(
+            "--dense writes plain layers to a directory; leave out --storage, --push-to-hub and --repo-id."
+        )
+
+
+def export_dense(
+    directory: str, output_dir: Path, *, base_model: str | None, dtype: torch.dtype | None, overwrite: bool
+) -> None:
+    """Write an adapter or a compressed checkpoint with plain layers, for tools that cannot import this package.
+
+    Args:
+        directory: Of an adapter or a compressed checkpoint, or its Hub name.
+        output_dir: Where to.
+        base_model: Of an adapter, as for `load_adapter`.
+        dtype: Of the checkpoint. Default: the model's.
+        overwrite: Replace what is in ``output_dir``. A `ValueError` says, as in other cases, if it holds something.
+    """
+    check_output_dir(output_dir, overwrite=overwrite)
+    folder = local_folder(directory)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter:
+        config = read_adapter_config(folder, base_model)
+        model = compressed_copy(load_adapter(folder, base_model), dtype=dtype, progress_bar=True)
+        model.dequantize()  # type: ignore[no-untyped-call]
+        processor = find_processor(directory, str(config.base_model_name_or_path))
+    else:
+        model = _load_dense(folder, dtype)
+        processor = find_processor(directory)
+    with appearing_whole(output_dir) as written:
+        if not is_adapter:
+            shutil.copytree(folder, written, dirs_exist_ok=True, ignore=_leave_out_of(folder))
+        model.save_pretrained(written)
+        if processor is not None:
+            processor.save_pretrained(written)
+
+
+def _load_dense(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is neither an adapter nor a checkpoint: it has no config.json.")
+    config = load_model_config(str(folder))
+    if not is_compression(getattr(config, "quantization_config", None)):
+        raise ValueError(f"{folder} is not compressed: its config.json has no `quantization_config` of this package.")
+    with loading_options(dense=True):
+        return model_class(config).from_pretrained(folder, dtype=dtype or "auto")
+
+
+def _leave_out_of(folder: Path) -> Callable[[str, list[str]], set[str]]:
+    """Return what tells `shutil.copytree` the files at the top that are written anew; parts below keep theirs."""
+    own = shutil.ignore_patterns(*_NOT_COPIED)
+    return lambda place, names: own(place, names) if Path(place) == folder else set()

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -345,6 +346,58 @@ def test_export_passes_the_upload_on(home, tmp_path, monkeypatch):
     run("export", home / "llama-adapter", tmp_path / "out", "--push-to-hub", "--repo-id", "user/name")
     assert passed["push_to_hub"] is True
     assert passed["repo_id"] == "user/name"
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("source", ["pivoted", "adapter"])
+def test_export_dense_writes_plain_layers_that_load_without_this_package(home, tmp_path, name, source):
+    out = tmp_path / "out"
+    run("export", home / f"{name}-{source}", out, "--dense")
+    code = """
+        import sys
+        sys.modules["peft_jactus"] = sys.modules["peft"] = None  # importing them is an error
+        import transformers
+        model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
+        model.save_pretrained(sys.argv[1] + "-again")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), out, AUTO_CLASSES[name].__name__]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert "MISMATCH" not in finished.stderr
+    expected = logits_of(loaded(name, home / f"{name}-pivoted"))
+    result = loaded(name, tmp_path / "out-again")
+    torch.testing.assert_close(logits_of(result), expected, rtol=1e-4, atol=1e-5)
+    assert [type(layer) for layer in result.modules()] == [
+        type(layer) for layer in loaded(name, home / name).modules()
+    ]
+    assert not (out / "README.md").exists()  # that of the compressed checkpoint says otherwise
+
+
+def test_export_dense_takes_dtype_and_what_lies_beside_the_weights(home, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = loaded("llama", home / "llama-pivoted")
+    model.save_pretrained(source, max_shard_size="20KB")
+    tiny_tokenizer(bos_token="w2").save_pretrained(source)
+    (source / "1_Other").mkdir()
+    for place in ("notes.txt", "1_Other/config.json", "1_Other/model.safetensors"):
+        (source / place).write_text("{}")
+    run("export", source, out, "--dense", "--dtype", "bfloat16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoTokenizer.from_pretrained(out).bos_token == "w2"
+    assert (out / "notes.txt").exists()
+    assert {path.name for path in (out / "1_Other").iterdir()} == {"config.json", "model.safetensors"}
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.usefixtures("nothing_expensive")
+def test_export_dense_refuses_what_it_cannot_do(home, tmp_path):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    assert "is not compressed" in refusal("export", home / "llama", out, "--dense")
+    assert "neither an adapter nor a checkpoint" in refusal("export", tmp_path / "empty", out, "--dense")
+    for option in (["--storage", "factored"], ["--push-to-hub"], ["--repo-id", "a/b"]):
+        assert "leave out --storage" in refusal("export", home / "llama-pivoted", out, "--dense", *option)
+    assert not out.exists()
 
 
 @pytest.mark.usefixtures("nothing_expensive")
