@@ -2,7 +2,7 @@
 # .venv first: `make PYTHON=python3.12 test`.
 export PYTHON ?= python3
 
-.PHONY: quickstart check lint types test lowest
+.PHONY: quickstart check lint types test journeys lowest
 
 quickstart:
 	scripts/setup.sh
@@ -10,5 +10,5 @@ quickstart:
 
 check: lint types test
 
-lint types test lowest:
+lint types test journeys lowest:
 	.ci/run $@
