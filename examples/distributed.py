@@ -9,6 +9,7 @@ command once more goes on where the last run ended, in the calibration or after 
 """
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -121,4 +122,9 @@ if state.is_main_process:
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     (args.output_dir / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
     print(f"Written to {args.output_dir}: adapter/, losses.json")
+
+# Gloo's threads end with the last reference to the process group, and the trainer's DDP holds one. A thread that is
+# still at work when Python shuts down may abort this process.
+del trainer
+gc.collect()
 state.destroy_process_group()

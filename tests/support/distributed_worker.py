@@ -1,6 +1,7 @@
 """What a process of `test_distributed.py` runs: `python -m tests.support.distributed_worker FOLDER MODEL OPTIONS`."""
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from peft_jactus import JactusConfig, calibrate
 from peft_jactus._processes import gather_objects, num_processes
 from peft_jactus.tuner.layer import JactusLayer
 from tests.support.compressed_models import batches_for, tiny_bert, tiny_llama
+from tests.support.gloo_threads import gloo_threads
 
 LEARNING_RATE = 1e-2
 MODELS = {"bert": (tiny_bert, "SEQ_CLS"), "llama": (tiny_llama, "CAUSAL_LM")}
@@ -137,20 +139,31 @@ WRAPPERS = {
 }
 
 
-def main(folder, name, options):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+# What these keep for as long as the process runs (caches of DTensor, hooks of DeepSpeed's engine) holds the group.
+KEEP_THE_GROUP = {"fsdp", "zero2", "zero3"}
+
+
+def write_results(folder, name, *, wrapper=None, **options):
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    share, options = slice(rank, None, world_size), json.loads(options)
-    wrapper = options.pop("wrapper", None)
+    share = slice(rank, None, world_size)
     model = compressed(name, share, **options)
     ranks, tensors = factors_of(model)
     losses = [] if wrapper is None else losses_of_training(model, share, wrap=WRAPPERS[wrapper])
     header = {"ranks": json.dumps(ranks), "losses": json.dumps(losses)}
     save_file(tensors, Path(folder) / f"{rank}.safetensors", metadata=header)
+
+
+def main(folder, name, options):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    options = json.loads(options)
+    write_results(folder, name, **options)
     distributed.barrier()  # one that ends while others are at work may abort
-    # No teardown: Gloo's threads may abort in it when the peer's connection is closed first. The results are on disk.
-    os._exit(0)
+    if options.get("wrapper") in KEEP_THE_GROUP:
+        os._exit(0)  # a thread of Gloo that is still there when Python shuts down may abort the process
+    gc.collect()
+    distributed.destroy_process_group()
+    assert gloo_threads() == 0
 
 
 if __name__ == "__main__":
