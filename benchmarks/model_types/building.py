@@ -1,0 +1,148 @@
+"""A tiny random model of a type and a batch that it takes."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.model_types.classes import classes_of, config_class_of
+from benchmarks.model_types.inputs import Inputs, counts_of_places, find, with_placeholders
+from benchmarks.model_types.shrinking import RECIPES, shrunk
+
+MOST_PARAMETERS = 60e6
+
+
+class CannotBuildError(Exception):
+    """No tiny model of a type could be made that takes an input of ours; says why."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """How to make one model again and again.
+
+    Attributes:
+        auto: Its Auto class.
+        model_class: Its class.
+        recipe: Of its config.
+        batch: Keyword arguments that its ``forward`` takes.
+        has_own_loss: Whether it returns a loss for them.
+    """
+
+    auto: type
+    model_class: type
+    recipe: str
+    batch: dict
+    has_own_loss: bool
+    config_class: type
+
+    def model(self):
+        """Return the model, the same at each call."""
+        return random_model(self.model_class, shrunk(self.config_class, self.recipe))
+
+
+def build(model_type):
+    """Return the first class, in the first recipe, that takes an input.
+
+    Raises:
+        CannotBuildError: If none does.
+    """
+    pairs = classes_of(model_type)
+    if not pairs:
+        raise CannotBuildError("no Auto class has it: it is a part of other models")
+    errors = []
+    for recipe in RECIPES:
+        for auto, model_class in pairs[:4]:
+            try:
+                return _built(config_class_of(model_type), auto, model_class, recipe)
+            except Exception as error:  # noqa: BLE001  # a wrong guess of ours can raise anything in models' code
+                errors.append(f"{model_class.__name__}, {recipe}: {type(error).__name__}: {first_line(error)}")
+    raise CannotBuildError(errors[0])
+
+
+def first_line(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Class validation error") and len(lines) > 1:  # of transformers' configs
+        lines = lines[1:]
+    return lines[0][:300] if lines else ""
+
+
+def _built(config_class, auto, model_class, recipe):
+    config = shrunk(config_class, recipe)
+    if recipe == "shallow":
+        _check_size(model_class, config)
+    model = random_model(model_class, config)
+    batch, output = _accepted(model, auto.__name__)
+    tensors = tensors_in(output)
+    if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
+        raise CannotBuildError("its outputs are not finite")
+    loss = output.get("loss") if hasattr(output, "get") else None
+    has_own_loss = isinstance(loss, torch.Tensor) and loss.numel() == 1
+    return Built(auto, model_class, recipe, batch, has_own_loss, config_class)
+
+
+def _check_size(model_class, config):
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise CannotBuildError(f"{count / 1e6:.0f} million parameters, even with two layers")
+
+
+def random_model(model_class, config):
+    """Return a model in evaluation mode none of whose parameters is what its class fills in for a missing one."""
+    if not issubclass(model_class, PreTrainedModel):
+        raise CannotBuildError(f"{model_class.__name__} is no PreTrainedModel")
+    torch.manual_seed(0)
+    model = model_class(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.add_(torch.randn_like(module.running_mean), alpha=0.02)
+    return model
+
+
+def _accepted(model, auto_name):
+    """Return the first batch that the model takes, and what it answers."""
+    inputs = Inputs(model, auto_name)
+    first = None
+    for batch in inputs.batches():
+        try:
+            return batch, answer(model, batch)
+        except Exception as error:  # noqa: BLE001  # see `build`
+            first = first or error
+            found = _with_places(model, inputs, batch, error)
+            if found is not None:
+                return found
+    raise first or CannotBuildError(f"nothing is known of its inputs {list(inputs.parameters)[:6]}")
+
+
+def _with_places(model, inputs, batch, error):
+    token = inputs.placeholder_id()
+    if token is None or "input_ids" not in batch or len(batch) == 1:
+        return None
+    for count in counts_of_places(error, find(model.config, "hidden_size", default=64)):
+        placed = with_placeholders(batch, token, count, inputs.parameters)
+        with contextlib.suppress(Exception):
+            return placed, answer(model, placed)
+    return None
+
+
+def answer(model, batch):
+    """Return what a model gives for a batch; the same each time, also if it draws random numbers."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(**{name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()})
+
+
+def tensors_in(output):
+    """Return all tensors in an output, at any depth of dictionaries and sequences."""
+    if torch.is_tensor(output):
+        return [output]
+    if isinstance(output, dict):
+        output = output.values()
+    if isinstance(output, (list, tuple)) or hasattr(output, "__iter__") and not hasattr(output, "layers"):
+        return [tensor for entry in output for tensor in tensors_in(entry)]
+    return []

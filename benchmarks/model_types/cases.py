@@ -1,0 +1,90 @@
+"""One type: built, taken through the journey, with other settings after a refusal; what became of it."""
+
+import time
+
+from benchmarks.model_types.building import CannotBuildError, build, first_line
+from benchmarks.model_types.journey import DifferenceError, Settings, check_dense, is_refusal, travel, where
+
+# In this order in the summary.
+OUTCOMES = {
+    "passed": "exported and loaded, with the same tensors and outputs",
+    "setting": "the same, with a setting",
+    "refused": "refused by this package, with a message",
+    "failed": "failed with an error before anything was exported",
+    "unloadable": "exported, and does not load",
+    "silent": "exported or loaded with other values, without a word",
+    "transformers": "the dense checkpoint does not load with the same values either",
+    "unbuilt": "no tiny model could be made that takes an input",
+    "component": "a part of other models, without an Auto class of its own",
+}
+UNSOUND = ("unloadable", "silent")
+
+
+def measure(model_type, enter):
+    """Return the record of a type.
+
+    Args:
+        model_type: Its name.
+        enter: Called with the name of each stage.
+    """
+    started = time.perf_counter()
+    enter("build")
+    try:
+        built = build(model_type)
+    except CannotBuildError as error:
+        outcome = "component" if "no Auto class" in str(error) else "unbuilt"
+        return {"type": model_type, "outcome": outcome, "reason": str(error)}
+    record = {
+        "type": model_type,
+        "class": built.model_class.__name__,
+        "auto_class": built.auto.__name__,
+        "recipe": built.recipe,
+        "inputs": sorted(built.batch),
+        "loss": "its own" if built.has_own_loss else "mean square of its outputs",
+    }
+    record |= journeys(built, enter)
+    return record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def journeys(built, enter):
+    """Return the outcome of the first journey that ends well; else of the first one."""
+    first = None
+    for settings in ladder(built, first):
+        outcome = journey(built, settings, enter)
+        first = first or outcome
+        if outcome["outcome"] == "passed":
+            said = settings.describe()
+            if said:
+                outcome |= {"outcome": "setting", "settings": said, "without_it": first["reason"]}
+            return outcome
+        if outcome["outcome"] in UNSOUND:
+            dense = check_dense(built)
+            return outcome if dense is None else outcome | {"outcome": "transformers", "dense": dense}
+    return first
+
+
+def ladder(built, first):
+    """Yield settings, the usual ones first."""
+    yield Settings()
+    yield Settings(leave_unusable_dense=True)
+    yield Settings(without_data=True)
+
+
+def journey(built, settings, enter):
+    stage = "build"
+
+    def entered(name):
+        nonlocal stage
+        stage = name
+        enter(name)
+
+    try:
+        return {"outcome": "passed", **travel(built, settings, entered)}
+    except DifferenceError as error:
+        return {"outcome": "silent", "stage": stage, "reason": str(error)}
+    except Exception as error:  # noqa: BLE001  # whatever models' code raises is an outcome
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if stage.startswith("load"):
+            return {"outcome": "unloadable", "stage": stage, "reason": reason, "at": where(error)}
+        outcome = "refused" if is_refusal(error) else "failed"
+        return {"outcome": outcome, "stage": stage, "reason": reason, "at": where(error)}
