@@ -2,12 +2,13 @@
 
     python -m benchmarks.model_types run                 # all of them; an hour
     python -m benchmarks.model_types run --types bert t5
-    python -m benchmarks.model_types report              # ../docs/models.md, from model_types.jsonl
+    python -m benchmarks.model_types report              # docs/models.md, from what `run` wrote
 
 Each type is calibrated (by its own loss, or by the mean square of its outputs), compressed to half of its linear
 layers, trained for a step, exported in both storages, and loaded by its Auto class. No tensor may be missing, new or
-another, and the outputs must be those of the exported model; else, or if the checkpoint does not load, the command ends
-with exit code 1. A type that is in the table is skipped: stop a run and start it again, and it goes on where it was.
+another, and the outputs must be those of the exported model; else, or if the checkpoint does not load, the command
+ends with exit code 1. A type that is in the table is skipped: stop a run and start it again, and it goes on where it
+was. To measure a type again, delete its line.
 """
 
 import sys
@@ -30,7 +31,7 @@ def parse_arguments():
     parser = study_parser(__doc__)
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--types", nargs="+", help="default: all")
-    parser.add_argument("--seconds", type=float, default=180, help="the most that one type may take")
+    parser.add_argument("--seconds", type=float, default=120, help="the most that one type may take, of CPU time")
     parser.add_argument("--out", type=Path, default=RESULTS / "model_types", help="folder of the table")
     return parser.parse_args()
 

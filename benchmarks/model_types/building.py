@@ -1,6 +1,8 @@
 """A tiny random model of a type and a batch that it takes."""
 
 import contextlib
+import itertools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,8 @@ from benchmarks.model_types.inputs import Inputs, counts_of_places, find, with_p
 from benchmarks.model_types.shrinking import RECIPES, shrunk
 
 MOST_PARAMETERS = 60e6
+_NAMES = re.compile(r"([\w.]+\.[\w.]+)(?:, [\w.]+){2,}")
+PERCEIVED = {"pixel_values", "input_features", "input_values"}
 
 
 class CannotBuildError(Exception):
@@ -52,20 +56,21 @@ def build(model_type):
     if not pairs:
         raise CannotBuildError("no Auto class has it: it is a part of other models")
     errors = []
-    for recipe in RECIPES:
-        for auto, model_class in pairs[:4]:
-            try:
-                return _built(config_class_of(model_type), auto, model_class, recipe)
-            except Exception as error:  # noqa: BLE001  # a wrong guess of ours can raise anything in models' code
-                errors.append(f"{model_class.__name__}, {recipe}: {type(error).__name__}: {first_line(error)}")
+    for recipe, (auto, model_class) in itertools.product(RECIPES, pairs[:4]):
+        try:
+            return _built(config_class_of(model_type), auto, model_class, recipe)
+        except Exception as error:  # noqa: BLE001, PERF203  # a wrong guess can raise anything in models' code
+            errors.append(f"{model_class.__name__}, {recipe}: {type(error).__name__}: {first_line(error)}")
     raise CannotBuildError(errors[0])
 
 
 def first_line(error):
+    """Return what an error says, without the rest of a long list of layers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Class validation error") and len(lines) > 1:  # of transformers' configs
         lines = lines[1:]
-    return lines[0][:300] if lines else ""
+    line = re.sub(_NAMES, lambda names: f"{names[1]} and {names[0].count(',')} more", lines[0] if lines else "")
+    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _built(config_class, auto, model_class, recipe):
@@ -109,21 +114,25 @@ def _accepted(model, auto_name):
     inputs = Inputs(model, auto_name)
     first = None
     for batch in inputs.batches():
+        found = _with_places(model, inputs, batch, inputs.counts_in_config())
+        if found is not None:
+            return found
         try:
             return batch, answer(model, batch)
         except Exception as error:  # noqa: BLE001  # see `build`
             first = first or error
-            found = _with_places(model, inputs, batch, error)
+            counts = counts_of_places(error, find(model.config, "hidden_size", default=64))
+            found = _with_places(model, inputs, batch, counts)
             if found is not None:
                 return found
     raise first or CannotBuildError(f"nothing is known of its inputs {list(inputs.parameters)[:6]}")
 
 
-def _with_places(model, inputs, batch, error):
+def _with_places(model, inputs, batch, counts):
     token = inputs.placeholder_id()
-    if token is None or "input_ids" not in batch or len(batch) == 1:
+    if token is None or "input_ids" not in batch or not PERCEIVED & set(batch):
         return None
-    for count in counts_of_places(error, find(model.config, "hidden_size", default=64)):
+    for count in counts:
         placed = with_placeholders(batch, token, count, inputs.parameters)
         with contextlib.suppress(Exception):
             return placed, answer(model, placed)
@@ -143,6 +152,6 @@ def tensors_in(output):
         return [output]
     if isinstance(output, dict):
         output = output.values()
-    if isinstance(output, (list, tuple)) or hasattr(output, "__iter__") and not hasattr(output, "layers"):
+    if isinstance(output, (list, tuple)) or (hasattr(output, "__iter__") and not hasattr(output, "layers")):
         return [tensor for entry in output for tensor in tensors_in(entry)]
     return []

@@ -49,25 +49,29 @@ def measure(model_type, enter):
 def journeys(built, enter):
     """Return the outcome of the first journey that ends well; else of the first one."""
     first = None
-    for settings in ladder(built, first):
+    for settings in LADDER:
         outcome = journey(built, settings, enter)
         first = first or outcome
-        if outcome["outcome"] == "passed":
-            said = settings.describe()
-            if said:
-                outcome |= {"outcome": "setting", "settings": said, "without_it": first["reason"]}
-            return outcome
+        if outcome["outcome"] == "passed" and settings.leave_unusable_dense:
+            outcome = and_the_others(outcome, journey(built, Settings(without_data=True), enter))
         if outcome["outcome"] in UNSOUND:
             dense = check_dense(built)
             return outcome if dense is None else outcome | {"outcome": "transformers", "dense": dense}
+        if outcome["outcome"] == "passed":
+            said = settings.describe()
+            return outcome | ({"outcome": "setting", "settings": said, "without_it": first["reason"]} if said else {})
     return first
 
 
-def ladder(built, first):
-    """Yield settings, the usual ones first."""
-    yield Settings()
-    yield Settings(leave_unusable_dense=True)
-    yield Settings(without_data=True)
+LADDER = (Settings(), Settings(leave_unusable_dense=True), Settings(without_data=True))
+
+
+def and_the_others(outcome, without_data):
+    """Return an outcome that counts the layers which the loss does not reach, compressed without data, too."""
+    if without_data["outcome"] in UNSOUND:
+        return without_data
+    reached = without_data["outcome"] == "passed"
+    return outcome | {"layers_without_data": without_data["layers"] if reached else without_data["reason"]}
 
 
 def journey(built, settings, enter):

@@ -54,14 +54,15 @@ class Inputs:
     def batches(self):
         """Yield batches that the model may take, the fullest first."""
         labels = self.labels()
-        for names in self.name_sets():
+        sets = list(self.name_sets())
+        for names in sets:
             choices = [self.choices(name) for name in names]
             for values in itertools.islice(itertools.product(*choices), 8):
                 batch = dict(zip(names, values, strict=True))
                 if labels:
                     yield self._finished(batch | labels)
                 yield self._finished(batch)
-        if not names:
+        if not sets:
             yield dict(self.model.dummy_inputs)
 
     def name_sets(self):
@@ -137,6 +138,11 @@ class Inputs:
             "media_placeholder_token_id",
         )
         return find(self.config, *names, "video_token_id", "speech_token_id")
+
+    def counts_in_config(self):
+        """Return how many such places an image may have."""
+        count = find(self.config, "num_query_tokens", "mm_tokens_per_image", "num_image_tokens", "image_seq_length")
+        return [count] if isinstance(count, int) and count <= 1024 else []
 
     def image_sizes(self):
         """Return sizes that an image may have: the one that the config names, or a small one."""

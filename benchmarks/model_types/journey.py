@@ -1,11 +1,9 @@
-"""What a user does with a model: calibrate, compress, train a step, export, load; and what may not differ on the way."""
+"""What a user does: calibrate, compress, train a step, export, load; and what may not differ on the way."""
 
 import linecache
 import re
 import tempfile
 import traceback
-import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,9 +216,3 @@ def check_dense(built):
         except Exception as error:  # noqa: BLE001  # whatever models' code raises
             return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def quiet():
-    """Return a context without warnings: what matters is measured."""
-    context = warnings.catch_warnings()
-    return context or nullcontext()

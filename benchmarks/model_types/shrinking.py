@@ -29,6 +29,7 @@ KINDS = [
         (r"kv_shared_layers|nextn_predict_layers|num_mtp", "none"),
         (r"first_k_dense_replace|num_dense_layers", "one"),
         (r"mm_tokens_per_image", "few"),
+        (r"(^|_)image_size$|^img_size$|^crop_size$", "image"),
         (r"vocab_size|vocabulary_size|num_embeds$|^num_embeddings$", "vocabulary"),
         (r"(^|_)(max_position_embeddings|n_positions|max_positions|max_(source|target)_positions)$", "positions"),
         (r"depths$|^num_block_repeats|blocks_per_stage|stage_num_blocks", "depths"),
@@ -58,6 +59,7 @@ AT_MOST = {
     "none": 0,
     "one": 1,
     "few": 4,
+    "image": 224,
     "vocabulary": VOCABULARY,
     "positions": MAX_POSITIONS,
     "layers": 2,
@@ -94,6 +96,8 @@ def shrunk(config_class, recipe, given=None):
     config = config_class(**values | (override(values) if callable(override) else override))
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
     return config
 
 
@@ -117,6 +121,8 @@ def smaller(name, value, recipe):
         return value
     if recipe == "deep":
         return value if kind in ("layers", "depths") else smaller(name, value, "named")
+    if kind == "image" and recipe == "shallow":  # other numbers may go with it
+        return value
     if kind in AT_MOST:
         return min(value, AT_MOST[kind])
     if recipe == "named" and kind == "kv_heads":

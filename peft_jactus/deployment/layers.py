@@ -43,8 +43,8 @@ class FactorizedLinear(nn.Module, ABC):
         out_features: Rows of the weight.
         rank: Its rank, in [1, min(out, in)).
         weight: One number, not used. A loader that does not know this package stops at its shape, instead of filling
-            a dense layer with random numbers. A model may read its ``dtype`` and ``device``, as some do; its numbers
-            raise `RuntimeError`.
+            a dense layer with random numbers. A model may read its ``dtype``, ``device`` and ``shape``, that of the
+            dense weight, as some do; its numbers raise `RuntimeError`.
     """
 
     storage: str
@@ -57,7 +57,9 @@ class FactorizedLinear(nn.Module, ABC):
         if name != "weight" or not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
             return value
         layer = f"A {type(self).__name__} ({self.out_features} x {self.in_features})"
-        return WeightPlaceholder.of(value, value.shape, f"{layer} {_USED_PAST_THE_LAYER}", buffer=True)
+        # What has no values yet shows the shape that a file is compared with.
+        shape = value.shape if value.is_meta else (self.out_features, self.in_features)
+        return WeightPlaceholder.of(value, shape, f"{layer} {_USED_PAST_THE_LAYER}", buffer=True)
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()

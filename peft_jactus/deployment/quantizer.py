@@ -154,6 +154,7 @@ class JactusQuantizer(HfQuantizer):
             model.set_submodule(module_name, layer)
         for field, config in self.quantization_config.extensions.items():
             self._install_extension(model, field, config, layers, files)
+        _keep_from_initialization_(model)
         return model
 
     def _install_extension(
@@ -366,6 +367,19 @@ def check_readable(model: nn.Module, layers: Mapping[str, FactorizedLinear], *, 
             f"`model` has layers whose weights are not numbers to compute with, as of a quantised one: "
             f"{unreadable[:5]}. Load it anew, and do this before you quantise it or put other modules into it."
         )
+
+
+def _keep_from_initialization_(model: PreTrainedModel) -> None:
+    """Keep `_init_weights` of the model's class away from what its class does not know.
+
+    It goes by types and names: it takes a part of a layer for a linear layer of the model, and a layer for one with a
+    dense weight, since "Linear" is in its name. It has nothing to do: a checkpoint has all tensors of these layers.
+    """
+    extensions = {entry.module_name for entry in extensions_in(model)}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear) or name in extensions:
+            for part in layer.modules():
+                part._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark of a module
 
 
 def _set_attributes(model: PreTrainedModel, **values: object) -> None:
