@@ -379,7 +379,7 @@ def _keep_from_initialization_(model: PreTrainedModel) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear) or name in extensions:
             for part in layer.modules():
-                part._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark of a module
+                part._is_hf_initialized = True
 
 
 def _set_attributes(model: PreTrainedModel, **values: object) -> None:

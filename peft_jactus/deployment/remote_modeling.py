@@ -112,7 +112,11 @@ def put_low_rank_layers(base_model: nn.Module, layers: dict[str, dict[str, Any]]
     children: dict[str, list[str]] = {}
     for name, layer in layers.items():
         options = dict(layer)
-        base_model.set_submodule(name, _FORMS[options.pop("form")](**options))
+        low_rank = _FORMS[options.pop("form")](**options)
+        for part in low_rank.modules():
+            # `_init_weights` of the model's class would take it for what it knows.
+            part._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark of a module
+        base_model.set_submodule(name, low_rank)
         parent_name, _, child_name = name.rpartition(".")
         children.setdefault(parent_name, []).append(child_name)
     children.pop("", None)
