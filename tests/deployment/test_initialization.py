@@ -8,13 +8,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     FunnelConfig,
     FunnelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     xLSTMConfig,
     xLSTMForCausalLM,
 )
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
 
 from peft_jactus import JactusConfig, calibrate, compressed_copy, export_compressed
 from peft_jactus.deployment.layers import FORMS
@@ -24,25 +22,25 @@ from tests.support.compressed_models import (
     classification_batches,
     logits_of,
     perturb_cores_,
+    tiny_llama,
     trained,
 )
 
 STORAGES = list(FORMS)
 
 
-class ShapesLlama(LlamaForCausalLM):
-    """Draws weights in a layer's parent, by their shape, as Blt does."""
+@pytest.fixture(autouse=True)
+def llama_initialises_by_shapes(monkeypatch):
+    """Let the parent of layers draw their weights, by the shape of these, as that of Blt does."""
+    of_llama = LlamaPreTrainedModel._init_weights
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
+    def init_weights(self, module):
+        of_llama(self, module)
         if isinstance(module, LlamaMLP):
             init.normal_(module.down_proj.weight, std=module.down_proj.weight.shape[1] ** -0.5)
             init.normal_(module.up_proj.weight, std=module.up_proj.weight.size(0) ** -0.5)
 
-
-def shapes_llama():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return ShapesLlama(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes)).eval()
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", init_weights)
 
 
 def tiny_xlstm():
@@ -60,7 +58,7 @@ def tiny_funnel():
 MODELS = {
     "xlstm": (tiny_xlstm, AutoModelForCausalLM, causal_batches, "CAUSAL_LM"),
     "funnel": (tiny_funnel, AutoModelForSequenceClassification, classification_batches, "SEQ_CLS"),
-    "shapes": (shapes_llama, ShapesLlama, causal_batches, "CAUSAL_LM"),
+    "llama": (tiny_llama, AutoModelForCausalLM, causal_batches, "CAUSAL_LM"),
 }
 
 
@@ -83,8 +81,8 @@ def test_a_model_that_initialises_by_its_own_rules_loads_with_all_that_was_expor
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_deployed_layer_has_the_shape_of_its_dense_weight(tmp_path, storage):
-    model = shapes_llama()
+    model = tiny_llama()
     shapes = {name: layer.weight.shape for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     export_compressed(trained(model, storage=storage), tmp_path / "compressed", progress_bar=False)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "compressed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
     assert {name: loaded.get_submodule(name).weight.shape for name in shapes} == shapes
