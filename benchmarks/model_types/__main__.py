@@ -31,7 +31,7 @@ def parse_arguments():
     parser = study_parser(__doc__)
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--types", nargs="+", help="default: all")
-    parser.add_argument("--seconds", type=float, default=120, help="the most that one type may take, of CPU time")
+    parser.add_argument("--seconds", type=float, default=60, help="the most that one type may take, of CPU time")
     parser.add_argument("--out", type=Path, default=RESULTS / "model_types", help="folder of the table")
     return parser.parse_args()
 

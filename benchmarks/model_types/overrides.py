@@ -2,7 +2,15 @@
 
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}, "head_dim": 16}
 
+# Images of 1024 x 1024, in a tower whose sizes have to go with those of two other configs.
+_SAM_TOWER = {"image_size": 128, "num_pos_feats": 32}
+_SAM_PROMPTS = {"image_size": 128, "image_embedding_size": 8}
+
 OVERRIDES = {
+    "sam_vision_model": _SAM_TOWER,
+    "sam_hq_vision_model": _SAM_TOWER,
+    "sam_prompt_encoder": _SAM_PROMPTS,
+    "sam_hq_prompt_encoder": _SAM_PROMPTS,
     "autoformer": {"prediction_length": 8, "context_length": 16},
     "informer": {"prediction_length": 8, "context_length": 16},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
