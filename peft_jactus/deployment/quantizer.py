@@ -6,10 +6,9 @@ factorised layers, and the quantizer puts them into the empty model before the t
 
 from __future__ import annotations
 
-import inspect
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, Checkpo
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
 from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
 from peft_jactus.deployment.parts import unreadable_parts
+from peft_jactus.deployment.saving import SAVING, SavePretrained, state_dict_to_save
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.numerics.allocation import DENSE
 from peft_jactus.tuner.dense_layers import make_dense_layer
@@ -75,37 +75,6 @@ def loading_options(*, verify: bool = False, dense: bool = False, column_layout:
         yield
     finally:
         _OPTIONS.reset(token)
-
-
-@dataclass(frozen=True)
-class _SavingOptions:
-    state_dict: Mapping[str, Tensor] | None = None
-    save_original_format: bool = True
-
-
-_DEFAULT_SAVING = _SavingOptions()
-_SAVING = ContextVar("peft_jactus_saving_options", default=_DEFAULT_SAVING)
-
-
-class _SavePretrained:
-    """The `save_pretrained` of one model: tells the quantizer what it is asked for, since transformers does not.
-
-    Args:
-        model: The model, in which this is an attribute.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        save = type(self.model).save_pretrained
-        given = inspect.signature(save).bind(self.model, *args, **kwargs).arguments
-        options = {field.name: given[field.name] for field in fields(_SavingOptions) if field.name in given}
-        token = _SAVING.set(_SavingOptions(**options))
-        try:
-            save(self.model, *args, **kwargs)
-        finally:
-            _SAVING.reset(token)
 
 
 class JactusQuantizer(HfQuantizer):
@@ -237,7 +206,7 @@ class JactusQuantizer(HfQuantizer):
             self._dequantize(model)
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         else:
-            _set_attributes(model, save_pretrained=_SavePretrained(model))
+            _set_attributes(model, save_pretrained=SavePretrained(model))
         # The tensors are ordinary ones: `.to(dtype)`, the Trainer and PEFT may treat the model as any other.
         _set_attributes(model, is_quantized=False)
         for module in model.modules():
@@ -268,14 +237,14 @@ class JactusQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what `save_pretrained` is about to write, and its digests; name the layers in config.json alike."""
-        asked = _SAVING.get()
+        asked = SAVING.get()
         if not model._hf_peft_config_loaded:
             # Not those of the checkpoint that was loaded, if that was of another class, with or without a head.
             names = checkpoint_names(model, self.module_forms) if asked.save_original_format else {}
             self.quantization_config.layers = {names.get(name, name): form for name, form in self.module_forms.items()}
         self.quantization_config.original_format = asked.save_original_format and self.original_format
         self.quantization_config.extensions = extension_configs(model)
-        saved = _state_dict_of(model) if asked.state_dict is None else dict(asked.state_dict)
+        saved = state_dict_to_save(model) if asked.state_dict is None else dict(asked.state_dict)
         if any(tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in saved.values()):
             return saved, {METADATA_KEY: NOT_COMPUTED}
         tensors = {name: t for name, t in saved.items() if name not in (model._keys_to_ignore_on_save or ())}
@@ -340,7 +309,7 @@ def attach_compression(
         hf_quantizer=quantizer,
         quantization_method=QUANT_METHOD,
         is_quantized=False,
-        save_pretrained=_SavePretrained(model),
+        save_pretrained=SavePretrained(model),
     )
 
 
@@ -386,16 +355,6 @@ def _set_attributes(model: PreTrainedModel, **values: object) -> None:
     """Set what transformers sets from outside, too; its classes do not declare them."""
     for name, value in values.items():
         setattr(model, name, value)
-
-
-def _state_dict_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    spread = [name for name, tensor in model.named_parameters() if hasattr(tensor, "ds_id") and not tensor.numel()]
-    if spread:
-        raise ValueError(
-            f"DeepSpeed has spread {len(spread)} parameters over its processes: {spread[:5]}. Gather them: "
-            "`model.save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))`."
-        )
-    return model.state_dict()
 
 
 def _check_index_tensors(name: str, layer: PivotedLinear) -> None:
