@@ -12,7 +12,6 @@ was. To measure a type again, delete its line.
 """
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import tqdm
@@ -20,8 +19,9 @@ import tqdm
 from benchmarks.harness.arguments import study_parser
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, Table
-from benchmarks.model_types.cases import OUTCOMES, UNSOUND
+from benchmarks.model_types.cases import UNSOUND
 from benchmarks.model_types.classes import model_types
+from benchmarks.model_types.tables import summary, write_report
 from benchmarks.model_types.workers import measured
 
 KEY = ("type",)
@@ -48,14 +48,6 @@ def run(types, table, seconds):
             tqdm.tqdm.write(f"{model_type}: {record['outcome']}, {record['stage']}: {record['reason']}")
 
 
-def summary(records):
-    """Return the lines of what became of how many types, and of those that are not sound."""
-    counts = Counter(record["outcome"] for record in records)
-    lines = [f"{counts[outcome]:4} {outcome}: {meaning}" for outcome, meaning in OUTCOMES.items()]
-    unsound = [record for record in records if record["outcome"] in UNSOUND]
-    return "\n".join(lines + [f"{each['type']}: {each['stage']}: {each['reason']}" for each in unsound])
-
-
 def main():
     args = parse_arguments()
     known = model_types()
@@ -64,8 +56,10 @@ def main():
         sys.exit(f"transformers knows no model types {unknown}.")
     types = args.types or known
     table = Table(args.out / "model_types.jsonl", KEY)
-    if args.command == "run":
-        run(types, table, args.seconds)
+    if args.command == "report":
+        write_report(table.read())
+        return
+    run(types, table, args.seconds)
     records = [record for record in table.read() if record["type"] in set(types)]
     print(summary(records))
     if any(record["outcome"] in UNSOUND for record in records):
