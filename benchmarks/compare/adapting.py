@@ -5,7 +5,7 @@ import time
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
 from torch import nn
 
-from benchmarks.compare.cases import FULL_SIZE
+from benchmarks.compare.cases import FULL_SIZE, is_ours
 from benchmarks.compare.starts import HEAD_WARMUP_LEARNING_RATE, HEAD_WARMUP_STEPS, with_eva, with_lora_ga
 from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.deployment.export import compressed_copy
@@ -42,8 +42,10 @@ def adapt(model, case, workload):
     if stages in FULL_SIZE:
         return full_size(model, stages, workload), {}
     decomposition, _, on_top = stages.partition("+")
-    decomposition = decomposition.removesuffix("-cores")
+    decomposition, _, what_trains = decomposition.partition("-") if is_ours(decomposition) else (decomposition, "", "")
     model, figures = compressed(model, case, workload, decomposition)
+    if what_trains == "embeddings":
+        train_embeddings_(model)
     return full_size(compressed_copy(model), on_top, workload) if on_top else model, figures
 
 
@@ -58,10 +60,15 @@ def with_lora(model, name, workload):
     start = STARTS.get(name)
     model = get_peft_model(model, config) if start is None else start(model, config, workload)
     if name == "lora-embeddings":
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
-                module.requires_grad_(True)
+        train_embeddings_(model)
     return model
+
+
+def train_embeddings_(model):
+    """Train embeddings and norms, too."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
+            module.requires_grad_(True)
 
 
 def rank_multiple(decomposition):
@@ -71,7 +78,7 @@ def rank_multiple(decomposition):
 
 def adaptation_rank(method):
     """Return how many ranks are left to the task: none where cores train, or something that comes on top."""
-    return JactusConfig().adaptation_rank if method == "jactus" else 0
+    return JactusConfig().adaptation_rank if method in ("jactus", "jactus-embeddings") else 0
 
 
 def compressed(model, case, workload, decomposition):

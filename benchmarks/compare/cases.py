@@ -28,7 +28,8 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 #   lora+jactus-cores train LoRA for the first part of the steps, merge it, then as jactus-cores; so does
 #                     lora+svd-llm+lora
 #   full+jactus-cores the same with all weights in the first part; so does full+svd-llm+lora
-# (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does.)
+# (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does; jactus-embeddings
+# is jactus with these.)
 FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora", "eva", "lora-ga")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
@@ -72,7 +73,8 @@ UNCOMPRESSED = {
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
 }
 # Rows at every ratio.
-COMPRESSED = ("jactus", "svd+lora", "svd-llm+lora")
+COMPRESSED = dict.fromkeys(TASKS, ("jactus", "svd+lora", "svd-llm+lora"))
+COMPRESSED["language"] += ("jactus-embeddings",)
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
 # on language, what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
@@ -172,11 +174,11 @@ def grid(kind, method, best=None):
 def budgets(kind, ratios=RATIOS):
     """Return (method, ratio, storage) of every row of a table; a peer is stored as published."""
     methods = [(method, 1.0) for method in UNCOMPRESSED[kind]]
-    methods += [(method, ratio) for ratio in ratios for method in COMPRESSED]
+    methods += [(method, ratio) for ratio in ratios for method in COMPRESSED[kind]]
     methods += [(method, min(ratios)) for method in FURTHER[kind]]
     return [(method, ratio, "pivoted" if is_ours(method) else "factored") for method, ratio in methods]
 
 
 def is_ours(method):
     """Whether the method compresses with JACTUS, whatever comes before or after it."""
-    return any(stage in ("jactus", "jactus-cores") for stage in method.split("+"))
+    return any(stage.partition("-")[0] == "jactus" for stage in method.split("+"))

@@ -12,6 +12,7 @@ REFERENCE = "dora"
 # The same method, the same colour in every plot.
 COLORS = {
     "jactus pivoted": "tab:blue",
+    "jactus-embeddings pivoted": "navy",
     "jactus-cores pivoted": "tab:cyan",
     "lora+jactus-cores pivoted": "steelblue",
     "full+jactus-cores pivoted": "slateblue",

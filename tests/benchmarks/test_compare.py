@@ -27,7 +27,12 @@ METHODS = ["full", "dora", "jactus pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {
     "text": ["lora+svd-llm+lora 0.4", "lora+jactus-cores pivoted 0.4", "eva", "lora-ga"],
     "vision": ["jactus+lora pivoted 0.4"],
-    "language": ["full+svd-llm+lora 0.4", "jactus+full pivoted 0.4", "lora-embeddings"],
+    "language": [
+        "full+svd-llm+lora 0.4",
+        "jactus+full pivoted 0.4",
+        "lora-embeddings",
+        "jactus-embeddings pivoted 0.4",
+    ],
 }
 TASKS = {"text": "trec", "vision": "flowers5", "language": "ptb"}
 MODEL_NAMES = {"text": (text, "MINILM"), "vision": (vision, "VIT"), "language": (language, "LLAMA")}
@@ -93,7 +98,18 @@ def run(model_dirs, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(kind, run, data_dir, tmp_path):
-    names = ["full", "lora", "lora-embeddings", "dora", "eva", "lora-ga", "jactus", "jactus+lora", "jactus+full"]
+    names = [
+        "full",
+        "lora",
+        "lora-embeddings",
+        "dora",
+        "eva",
+        "lora-ga",
+        "jactus",
+        "jactus+lora",
+        "jactus+full",
+        "jactus-embeddings",
+    ]
     names += ["lora+jactus-cores", "full+jactus-cores", "svd-llm+lora", "lora+svd-llm+lora", "full+svd-llm+lora"]
     rates = dict.fromkeys(names, 1e-3)  # of others there are none yet
     (tmp_path / f"{kind}-learning_rates.json").write_text(json.dumps({"learning_rates": {"others": rates}}))
