@@ -160,7 +160,7 @@ class Inputs:
         return [self.randn(ROWS, *leading, channels, *size) for size in self.image_sizes()]
 
     def pixel_values(self):
-        if "image_grid_thw" in self.parameters:
+        if {"image_grid_thw", "grid_thw"} & set(self.parameters):
             return [self.patches()]
         frames = find(self.config, "num_frames", "frames_per_clip", default=2)
         videos = self.images(frames)[:1]
@@ -174,6 +174,11 @@ class Inputs:
         patch = patch if isinstance(patch, int) else 14
         channels = find(self.config, "in_channels", "in_chans", "num_channels", default=3)
         return self.randn(ROWS * 16, channels * time * patch * patch)
+
+    def states(self):
+        if "grid_thw" in self.parameters:  # what a vision tower calls its patches
+            return [self.patches()]
+        return [self.randn(ROWS, LENGTH, find(self.config, "hidden_size", "d_model", default=64))]
 
     def features(self):
         bins = find(self.config, "num_mel_bins", "feature_size", "n_mels", "input_dim", "mel_bins", default=80)
@@ -223,6 +228,8 @@ MAKERS = {
     "pixel_values": Inputs.pixel_values,
     "pixel_values_videos": lambda make: make.images(find(make.config, "num_frames", "frames_per_clip", default=2)),
     "image_grid_thw": lambda make: [torch.tensor([[1, 4, 4]] * ROWS)],
+    "grid_thw": lambda make: [torch.tensor([[1, 4, 4]] * ROWS)],
+    "query_embeds": lambda make: [make.randn(ROWS, 8, find(make.config, "hidden_size", default=64))],
     "input_features": Inputs.features,
     "audio_values": Inputs.sounds,
     "input_values": Inputs.sounds,
@@ -238,7 +245,7 @@ MAKERS = {
     "rewards": lambda make: [make.randn(ROWS, LENGTH, 1)],
     "returns_to_go": lambda make: [make.randn(ROWS, LENGTH, 1)],
     "timesteps": lambda make: [torch.arange(LENGTH).expand(ROWS, LENGTH)],
-    "hidden_states": lambda make: [make.randn(ROWS, LENGTH, find(make.config, "hidden_size", "d_model", default=64))],
+    "hidden_states": Inputs.states,
     "inputs_embeds": lambda make: [make.randn(ROWS, LENGTH, find(make.config, "hidden_size", "d_model", default=64))],
     "encoder_hidden_states": lambda make: [make.randn(ROWS, LENGTH, find(make.config, "hidden_size", default=64))],
     "audio_codes": lambda make: [torch.randint(16, (ROWS, find(make.config, "num_codebooks", default=8), LENGTH))],

@@ -6,7 +6,18 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_
 _SAM_TOWER = {"image_size": 128, "num_pos_feats": 32}
 _SAM_PROMPTS = {"image_size": 128, "image_embedding_size": 8}
 
+
+def _resnet(*stages):
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
+    return {
+        "backbone_config": {"model_type": "resnet", **sizes, "out_features": [f"stage{stage}" for stage in stages]}
+    }
+
+
 OVERRIDES = {
+    # Their default backbone is timm's.
+    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer"), _resnet(4)),
+    "deformable_detr": _resnet(2, 3, 4),
     "sam_vision_model": _SAM_TOWER,
     "sam_hq_vision_model": _SAM_TOWER,
     "sam_prompt_encoder": _SAM_PROMPTS,

@@ -71,7 +71,9 @@ class PositionMasks:
 
     def _on_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
         del module, args
-        self._encoder_output = output[0]
+        states = output if isinstance(output, Tensor) else output[0]
+        # That of a detector is a list of feature maps, which have no mask.
+        self._encoder_output = states if isinstance(states, Tensor) else None
 
     def start(self, batch: Batch) -> None:
         """Take the masks of the next batch."""

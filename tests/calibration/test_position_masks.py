@@ -87,3 +87,35 @@ def test_no_hook_stays():
     model = tiny_clip()
     counted(model, {"pixel_values": torch.randn(2, 3, 6, 6)})
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+class Detector(torch.nn.Module):
+    """Its encoder returns feature maps in a list, as those of RT-DETR and D-FINE."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(DIM, DIM)
+
+        def forward(self, pixels):
+            return {0: [self.layer(pixels)]}
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.PreTrainedConfig(is_encoder_decoder=True)
+        self.encoder = self.Encoder()
+        self.decoder = torch.nn.Linear(DIM, DIM)
+
+    def get_encoder(self):
+        return self.encoder
+
+    def forward(self, pixels):
+        return self.decoder(self.encoder(pixels)[0][0])
+
+
+def test_an_encoder_may_return_a_list_of_feature_maps():
+    config = JactusConfig(target_modules=["encoder.layer", "decoder"])
+    batch = {"pixels": torch.randn(2, 5, DIM)}
+    loss = {"loss_fn": lambda model, batch: model(**batch).square().mean(), "loss_reduction": "sum"}
+    statistics = calibrate(Detector(), config, [batch], progress_bar=False, **loss)
+    assert {name: layer.num_tokens for name, layer in statistics.items()} == {"encoder.layer": 10, "decoder": 10}
