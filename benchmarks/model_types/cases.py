@@ -48,10 +48,13 @@ def measure(model_type, enter):
 
 def journeys(built, enter):
     """Return the outcome of the first journey that ends well; else of the first one."""
-    first = None
+    first, then = None, {}
     for settings in LADDER:
         outcome = journey(built, settings, enter)
-        first = first or outcome
+        if first is None:
+            first = outcome
+        else:
+            then[", ".join(settings.describe())] = outcome.get("reason")
         if outcome["outcome"] == "passed" and settings.leave_unusable_dense:
             outcome = and_the_others(outcome, journey(built, Settings(without_data=True), enter))
         if outcome["outcome"] in UNSOUND:
@@ -60,7 +63,7 @@ def journeys(built, enter):
         if outcome["outcome"] == "passed":
             said = settings.describe()
             return outcome | ({"outcome": "setting", "settings": said, "without_it": first["reason"]} if said else {})
-    return first
+    return first | {"then": then}
 
 
 LADDER = (Settings(), Settings(leave_unusable_dense=True), Settings(without_data=True))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks.harness.reporting import markdown_table, write_markdown
 from benchmarks.model_types.cases import OUTCOMES, UNSOUND
+from benchmarks.model_types.classes import model_types
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -93,7 +94,7 @@ def write_report(records):
         INTRODUCTION.format(version=version),
         markdown_table(["family", "class", "result"], families),
         SETTINGS,
-        f"## All {len(records)} types\n",
+        f"## {_how_many(len(records), len(model_types()))}\n",
         markdown_table(["types", "what became of them"], total),
         "With a setting: " + ", ".join(_named(records, "setting")) + ".",
         "Without one: " + ", ".join(_named(records, "passed")) + ".",
@@ -101,6 +102,10 @@ def write_report(records):
         markdown_table(["type", "result", "reason"], [[r["type"], r["outcome"], _reason(r)] for r in others]),
     ]
     write_markdown(DOCUMENT, "\n\n".join(part.strip("\n") for part in parts))
+
+
+def _how_many(run, known):
+    return f"All {known} types" if run == known else f"{run} of {known} types; the others were not run yet"
 
 
 def _named(records, outcome):
@@ -124,7 +129,8 @@ def _without_names(reason):
 def _reason(record):
     stage = f"{record['stage']}: " if record.get("stage") else ""
     dense = f" Dense: {record['dense']}" if "dense" in record else ""
-    return _cell(f"{stage}{record.get('reason', '')}{dense}")
+    then = "".join(f" With {settings}: {reason}" for settings, reason in record.get("then", {}).items())
+    return _cell(f"{stage}{record.get('reason', '')}{dense}{then}")
 
 
 def _cell(text):

@@ -58,7 +58,7 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     Raises:
         ValueError: If the targets are missing or match nothing. A `TypeError` names a module that has no factors.
     """
-    config = _resolve_shorthand(model, config)
+    asked, config = config.target_modules, _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
     heads, sharing = head_names(config), layer_sharing(model)
     adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
@@ -78,6 +78,11 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
             refusals[name] = refusal
     if refusals:
         raise_refusals(refusals)
+    if not targets and targets_all_linear(asked):
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer that factors could replace, outside of heads, "
+            "`exclude_modules` and what was left dense: there is nothing to compress."
+        )
     if not targets:
         raise ValueError(
             f"`target_modules`={config.target_modules!r} matches no module of {type(model).__name__}. Use "

@@ -256,6 +256,13 @@ def test_targets_that_match_nothing(targets):
         run(tiny_bert(), targets=targets)
 
 
+def test_all_linear_of_a_model_without_a_linear_layer_says_so():
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2))
+    config = JactusConfig(target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"Sequential has no linear layer that factors could replace"):
+        calibrate(model, config, [{"x": torch.ones(2, 3, 5)}], progress_bar=False)
+
+
 def test_no_targets_for_a_model_that_peft_does_not_know():
     model = Forked()
     with pytest.raises(ValueError, match="`target_modules` must be given for Forked"):
