@@ -54,9 +54,9 @@ parser.add_argument("--adaptation-rank", type=int, default=32, help="ranks of ea
 parser.add_argument("--calibration-batches", type=int, default=8)
 parser.add_argument("--head-warmup-steps", type=int, default=25, help="the new head alone, before calibration")
 parser.add_argument("--lora-rank", type=int, default=16)
-# On a held-out fifth of the training rows, 5e-4 and 1e-3 differ by less than a standard error for both.
-parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptation ranks and head")
-parser.add_argument("--lora-learning-rate", type=float, default=1e-3)
+# In so few steps 2e-3 is better than 1e-3 for both, on training rows that were held out.
+parser.add_argument("--learning-rate", type=float, default=2e-3, help="of adaptation ranks and head")
+parser.add_argument("--lora-learning-rate", type=float, default=2e-3)
 # Fewer steps than LoRA's, so that calibration, compression and training together take no more time.
 parser.add_argument("--epochs", type=float, default=2.6)
 parser.add_argument("--lora-epochs", type=float, default=3)
