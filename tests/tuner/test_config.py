@@ -39,6 +39,7 @@ OTHER_VALUES = {
     "init_weights": False,
     "layer_ranks": {},
     "layer_energy": {},
+    "id2label": {"0": "yes", "1": "no"},
     "peft_jactus_version": None,
     "adapter_format": None,
 }
