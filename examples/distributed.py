@@ -10,11 +10,13 @@ command once more goes on where the last run ended, in the calibration or after 
 
 import argparse
 import gc
+import importlib
 import json
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_deepspeed_available
 from datasets import load_dataset
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -51,6 +53,8 @@ parser.add_argument("--length", type=int, default=512, help="tokens")
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 
+if is_deepspeed_available():
+    importlib.import_module("deepspeed")  # later, it would hold on to the process group: see the end of this file
 state = PartialState(cpu=not torch.cuda.is_available())  # joins the other processes
 dtype = torch.bfloat16 if state.device.type == "cuda" else torch.float32
 

@@ -15,13 +15,10 @@ from peft_jactus import CalibrationStatistics
 from peft_jactus._processes import share_out
 from peft_jactus.calibration.statistics_files import read_metadata
 from peft_jactus.tuner import model as model_module
+from tests.support.deepspeed_folder import DEEPSPEED, needs_deepspeed
 from tests.support.distributed_worker import compressed, factors_of, losses_of_training
 
 ROOT = Path(__file__).parents[2]
-# Beside the environment, not in it: transformers, accelerate and PEFT change what they do where they find it.
-DEEPSPEED = ROOT / ".cache" / "deepspeed"
-# `.ci/run` puts it there; only who calls pytest by hand, without it, goes without these tests.
-needs_deepspeed = pytest.mark.skipif(not DEEPSPEED.exists(), reason="DeepSpeed is not there: run scripts/deepspeed.sh")
 # Sums of parts are added in another order; the gaps between kept and dropped directions enlarge that.
 PROJECTOR_TOLERANCE = 1e-5
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from tests.support.compressed_models import VOCABULARY, tiny_llama
+from tests.support.deepspeed_folder import DEEPSPEED, needs_deepspeed
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -35,19 +36,18 @@ def sources(tmp_path_factory):
     return folder
 
 
-def launch(sources, out, *script):
+def launch(sources, out, *script, path=()):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG_FILE)]
     command += ["--main_process_port", "0", *map(str, script), "--model", str(sources / "model")]
     command += ["--data-dir", str(sources / "data"), "--output-dir", str(out), "--batch-size", "4", "--length", "32"]
     command += ["--max-steps", "6", "--save-steps", "2", "--calibration-batches", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *path]))}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_a_process_that_is_killed_in_training_ends_the_run_and_the_next_one_goes_on(sources, tmp_path):
-    process = launch(sources, tmp_path / "whole", SUPPORT / "gloo_threads.py", EXAMPLE)
+    process = launch(sources, tmp_path / "whole", EXAMPLE)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("Threads of Gloo at the end: 0") == 2  # or it would abort now and then
     assert process.stdout.count("14 targeted layers") == 1  # the main process alone prints
 
     killed = tmp_path / "killed"
@@ -68,3 +68,10 @@ def test_a_process_that_is_killed_in_training_ends_the_run_and_the_next_one_goes
     )
     assert adapter.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())
+
+
+@pytest.mark.parametrize("path", [(), pytest.param((DEEPSPEED,), marks=needs_deepspeed)], ids=["", "deepspeed"])
+def test_no_thread_of_gloo_is_left_that_could_abort_the_process_at_its_end(path, sources, tmp_path):
+    process = launch(sources, tmp_path, SUPPORT / "gloo_threads.py", EXAMPLE, path=path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Threads of Gloo at the end: 0") == 2, process.stdout
