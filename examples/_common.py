@@ -44,7 +44,8 @@ def print_side_by_side(columns: Mapping[str, Mapping[str, str]]) -> None:
 def write_results(path: Path, args: argparse.Namespace, results: Mapping[str, object]) -> None:
     """Write the figures of a run with all that is needed to judge and repeat it."""
     record = {
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        # Not where files lie: that is another place on each machine, and changes no figure.
+        "arguments": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
         "results": results,
         "environment": environment(),
     }

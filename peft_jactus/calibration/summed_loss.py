@@ -26,7 +26,8 @@ class SummedLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the summed loss, a scalar; raise `ValueError` if the model or ``loss_fn`` gives none."""
         if self._loss_fn is None:
-            check_is_batch(batch)
+            if isinstance(model, PreTrainedModel):  # other models may take what they like
+                check_is_batch(batch)
             loss = _loss_of(model(**batch))
         else:
             loss = self._loss_fn(model, batch)

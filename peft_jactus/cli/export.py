@@ -146,7 +146,7 @@ def export_dense(
     if is_adapter:
         config = read_adapter_config(folder, base_model)
         model = compressed_copy(load_adapter(folder, base_model), dtype=dtype, progress_bar=True)
-        model.dequantize()  # type: ignore[no-untyped-call]
+        model.dequantize()  # type: ignore[no-untyped-call]  # transformers does not annotate it
         processor = find_processor(directory, str(config.base_model_name_or_path))
     else:
         model = _load_dense(folder, dtype)

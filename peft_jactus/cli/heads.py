@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig
@@ -48,7 +48,7 @@ def load_base(model_class: Any, config: JactusConfig, tensors: Mapping[str, tupl
             f"{name} has other shapes than a {type(model).__name__} with {model.num_labels} labels, in {unlike[:5]}, "
             "which the adapter does not hold. Give the base model that it was trained on."
         )
-    return model  # type: ignore[no-any-return]  # of any class
+    return cast("PreTrainedModel", model)
 
 
 def _label_options(model_class: Any, config: JactusConfig, whole: _Shapes) -> dict[str, Any]:

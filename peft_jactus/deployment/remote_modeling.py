@@ -115,7 +115,7 @@ def put_low_rank_layers(base_model: nn.Module, layers: dict[str, dict[str, Any]]
         low_rank = _FORMS[options.pop("form")](**options)
         for part in low_rank.modules():
             # `_init_weights` of the model's class would take it for what it knows.
-            part._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark of a module
+            part._is_hf_initialized = True  # type: ignore[assignment]  # nn.Module declares tensors and modules only
         base_model.set_submodule(name, low_rank)
         parent_name, _, child_name = name.rpartition(".")
         children.setdefault(parent_name, []).append(child_name)

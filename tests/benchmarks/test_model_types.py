@@ -62,6 +62,20 @@ def test_a_tensor_that_comes_back_otherwise_is_silent(monkeypatch):
     assert "classifier.bias" in found["reason"]
 
 
+@pytest.mark.parametrize(
+    ("dense", "outcome"),
+    [
+        (None, "silent"),
+        ("DifferenceError: other values of a", "transformers"),
+        ("DifferenceError: other values of b", "silent"),
+        ("OSError: no file", "silent"),
+    ],
+)
+def test_only_the_very_same_loss_is_transformers_own(dense, outcome):
+    found = {"outcome": "silent", "stage": "load pivoted", "reason": "other values of a"}
+    assert cases.or_of_transformers(found, dense)["outcome"] == outcome
+
+
 @pytest.mark.filterwarnings(FORK)
 def test_what_hangs_is_ended_and_said(monkeypatch):
     monkeypatch.setattr(

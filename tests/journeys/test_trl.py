@@ -23,6 +23,12 @@ def tuned(**options):
     return model, config
 
 
+def tuned_either_way(wrapped):
+    """Return a model and its trainer's ``peft_config``: wrapped already, or for the trainer to wrap."""
+    model, config = tuned(keep_base_weights=not wrapped)  # then the dense model is the reference
+    return (get_peft_model(model, config), None) if wrapped else (model, config)
+
+
 def arguments(config_class, folder, **options):
     return config_class(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1,
@@ -72,37 +78,34 @@ def test_the_batches_of_a_trainer_are_what_calibrate_takes(tmp_path):
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
 def test_dpo(tmp_path, wrapped):
-    model, config = tuned(keep_base_weights=not wrapped)  # then the dense model is the reference
-    model = get_peft_model(model, config) if wrapped else model
+    model, peft_config = tuned_either_way(wrapped)
     trainer = trl.DPOTrainer(
         model, args=arguments(trl.DPOConfig, tmp_path, max_length=16),
         train_dataset=texts("prompt", "chosen", "rejected"), processing_class=tiny_tokenizer(),
-        peft_config=None if wrapped else config,
+        peft_config=peft_config,
     )  # fmt: skip
     check_trained(trainer, trainer.model)
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
 def test_grpo_with_a_reference(tmp_path, wrapped):
-    model, config = tuned(keep_base_weights=not wrapped)
-    model = get_peft_model(model, config) if wrapped else model
+    model, peft_config = tuned_either_way(wrapped)
     trainer = trl.GRPOTrainer(
         model, reward_funcs=lambda completions, **_: [float(len(text)) + i for i, text in enumerate(completions)],
         args=arguments(trl.GRPOConfig, tmp_path, beta=0.1, num_generations=2, max_completion_length=4),
         train_dataset=texts("prompt"), processing_class=tiny_tokenizer(),
-        peft_config=None if wrapped else config,
+        peft_config=peft_config,
     )  # fmt: skip
     check_trained(trainer, trainer.model)
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "peft_config"])
 def test_kto(tmp_path, wrapped):
-    model, config = tuned(keep_base_weights=not wrapped)
-    model = get_peft_model(model, config) if wrapped else model
+    model, peft_config = tuned_either_way(wrapped)
     rows = texts("prompt", "completion").add_column("label", [row % 2 == 0 for row in range(ROWS)])
     trainer = trl.KTOTrainer(
         model, args=arguments(trl.KTOConfig, tmp_path, max_length=16), train_dataset=rows,
-        processing_class=tiny_tokenizer(), peft_config=None if wrapped else config,
+        processing_class=tiny_tokenizer(), peft_config=peft_config,
     )  # fmt: skip
     check_trained(trainer, trainer.model)
 
