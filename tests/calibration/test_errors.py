@@ -41,6 +41,22 @@ def test_rows_in_place_of_batches(form):
         run(tiny_bert(), rows.with_format("torch") if form == "torch" else rows)
 
 
+def test_a_model_of_ones_own_may_take_what_it_likes():
+    class OfWords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, words):
+            lengths = torch.tensor([[len(word), 1.0] for word in words])
+            return {"loss": self.layer(lengths).square().sum()}
+
+    config = JactusConfig(target_modules=["layer"])
+    batch = {"words": ["one", "three"]}
+    statistics = calibrate(OfWords(), config, [batch], loss_reduction="sum", progress_bar=False)
+    assert statistics["layer"].num_tokens == 2
+
+
 @pytest.mark.parametrize("options", [{"max_batches": 0}, {"save_every": 0}])
 def test_counts_below_one(options):
     (name,) = options
