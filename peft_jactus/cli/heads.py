@@ -75,7 +75,7 @@ def _num_labels(model_class: Any, name: str, whole: _Shapes) -> int:
     config = AutoConfig.from_pretrained(name)
     misfits = _misfits(model_class, config, whole)
     if not misfits:
-        return int(config.num_labels)
+        return config.num_labels or 0
     for number in sorted({size for found, expected in misfits.values() for size in set(found) - set(expected)}):
         if not _misfits(model_class, AutoConfig.from_pretrained(name, num_labels=number), whole):
             return number
