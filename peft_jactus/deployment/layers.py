@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_jactus._dtypes import output_dtype
 from peft_jactus._placeholders import WeightPlaceholder
-from peft_jactus.deployment.parts import input_of, linear_part, wide_weight
+from peft_jactus.deployment.parts import linear_part, wide_weight
 from peft_jactus.numerics.interpolation import interpolate_rows
 from peft_jactus.numerics.linalg import balanced_factors, to_decomposition_dtype
 
@@ -193,9 +192,8 @@ class PivotedLinear(FactorizedLinear):
     `RowPivotedLinear` where there are fewer rows, `ColumnPivotedLinear` otherwise: that side is put in order at each
     call, so the shorter one costs less.
 
-    In a bfloat16 model the two parts are float16, and so are their products: the coefficients combine rows that are
-    nearly dependent, which magnifies rounding two- to sixfold, and float16 rounds eightfold finer at the same
-    size and speed. Values must stay below 65,504, then.
+    The coefficients combine rows that are nearly dependent, which magnifies rounding two- to sixfold. In bfloat16
+    that is still far less than what the rank gains that these numbers buy: see ``benchmarks.compression.sixteen_bits``.
     """
 
     storage = "pivoted"
@@ -224,32 +222,27 @@ class RowPivotedLinear(PivotedLinear):
         others: ``rank`` to ``out - rank`` features, no bias.
         row_index: ``(out,)``, int32: where output ``i`` stands in ``[z, others(z)]``.
         bias: ``(out,)`` or ``None``.
-        dtype: Of the model.
     """
 
     row_index: Tensor
 
-    def __init__(
-        self, rows: nn.Linear, others: nn.Linear, row_index: Tensor, bias: Tensor | None, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, rows: nn.Linear, others: nn.Linear, row_index: Tensor, bias: Tensor | None) -> None:
         super().__init__(rows.in_features, rows.out_features + others.out_features, rows.out_features)
         self.rows = rows
         self.others = others
         self.register_buffer("row_index", row_index)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.register_buffer("weight", rows.weight.detach().new_zeros(1, dtype=dtype))
+        self.register_buffer("weight", rows.weight.detach().new_zeros(1))
 
     @classmethod
     def _empty(
         cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
     ) -> RowPivotedLinear:
-        part = pivoted_dtype(dtype)
         return cls(
-            nn.Linear(in_features, rank, bias=False, device=device, dtype=part),
-            nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=part),
+            nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype),
+            nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype),
             torch.zeros(out_features, device=device, dtype=torch.int32),
             torch.zeros(out_features, device=device, dtype=dtype) if bias else None,
-            dtype=dtype,
         )
 
     @classmethod
@@ -260,20 +253,17 @@ class RowPivotedLinear(PivotedLinear):
         basis = interpolate_rows(left)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
         rows = (wide_left[basis.rows] @ wide_core) @ wide_right.mT  # (rank, in)
-        part = pivoted_dtype(dtype)
         return cls(
-            linear_part(rows, None, part, left.device),
-            linear_part(basis.coefficients, None, part, left.device),
+            linear_part(rows, None, dtype, left.device),
+            linear_part(basis.coefficients, None, dtype, left.device),
             basis.order.argsort().to(left.device, torch.int32),
             None if bias is None else bias.detach().to(dtype, copy=True),
-            dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        chosen = self.rows(input_of(self.rows, x))  # (..., rank)
-        output = torch.cat([chosen, self.others(input_of(self.others, chosen))], dim=-1)
-        output = output.index_select(-1, self.row_index).to(output_dtype(x))
+        chosen = self.rows(x)  # (..., rank)
+        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index)
         return output if self.bias is None else output.add_(self.bias)  # in place: one large allocation less
 
     def dense_weight(self) -> Tensor:
@@ -290,17 +280,16 @@ class ColumnPivotedLinear(PivotedLinear):
         others: ``in - rank`` to ``rank`` features, no bias.
         columns: ``rank`` to ``out`` features; its bias is the layer's.
         column_index: ``(in,)``, int32: the chosen inputs, then the rest.
-        dtype: Of the model.
     """
 
     column_index: Tensor
 
-    def __init__(self, others: nn.Linear, columns: nn.Linear, column_index: Tensor, *, dtype: torch.dtype) -> None:
+    def __init__(self, others: nn.Linear, columns: nn.Linear, column_index: Tensor) -> None:
         super().__init__(others.in_features + others.out_features, columns.out_features, columns.in_features)
         self.others = others
         self.columns = columns
         self.register_buffer("column_index", column_index)
-        self.register_buffer("weight", columns.weight.detach().new_zeros(1, dtype=dtype))
+        self.register_buffer("weight", columns.weight.detach().new_zeros(1))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
@@ -311,12 +300,10 @@ class ColumnPivotedLinear(PivotedLinear):
     def _empty(
         cls, in_features: int, out_features: int, rank: int, bias: bool, device: _Device, dtype: torch.dtype
     ) -> ColumnPivotedLinear:
-        part = pivoted_dtype(dtype)
         return cls(
-            nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=part),
-            nn.Linear(rank, out_features, bias=bias, device=device, dtype=part),
+            nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=dtype),
+            nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype),
             torch.zeros(in_features, device=device, dtype=torch.int32),
-            dtype=dtype,
         )
 
     @classmethod
@@ -327,21 +314,18 @@ class ColumnPivotedLinear(PivotedLinear):
         basis = interpolate_rows(right)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
         columns = wide_left @ (wide_core @ wide_right[basis.rows].mT)  # (out, rank)
-        part = pivoted_dtype(dtype)
         return cls(
-            linear_part(basis.coefficients.mT, None, part, left.device),
-            linear_part(columns, bias, part, left.device),
+            linear_part(basis.coefficients.mT, None, dtype, left.device),
+            linear_part(columns, bias, dtype, left.device),
             basis.order.to(left.device, torch.int32),
-            dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        narrow = input_of(self.others, x)
         chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
-        combined = self.others(narrow.index_select(-1, rest)).add_(narrow.index_select(-1, chosen))  # (..., rank)
-        output: Tensor = self.columns(input_of(self.columns, combined))
-        return output.to(output_dtype(x))
+        combined = self.others(x.index_select(-1, rest)).add_(x.index_select(-1, chosen))  # (..., rank)
+        output: Tensor = self.columns(combined)
+        return output
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""
@@ -366,8 +350,8 @@ def arrange_parts_(layer: FactorizedLinear) -> None:
     """Lay out the float32 weights of parts with more rows than columns column by column, in CPU memory.
 
     The product with one vector then reads them in long runs: 4096 x 1640 takes 0.73 of the time on one thread, and
-    1.07 of it with 32 vectors. In float16 it would take 50 times as long, in bfloat16 2.2 times. A GPU's libraries do
-    not care, and files know one layout only.
+    1.07 of it with 32 vectors. In bfloat16 it would take 20 times as long. A GPU's libraries do not care, and files
+    know one layout only.
 
     It lasts until the layer is used otherwise: `train` and `state_dict` lay the parts out by rows again, for other
     tools. The parameters stay the same objects, and ``state_dict`` refers to them.
@@ -378,8 +362,3 @@ def arrange_parts_(layer: FactorizedLinear) -> None:
             continue
         if weight.dtype == torch.float32 and weight.device.type == "cpu":
             weight.data = weight.data.mT.contiguous().mT
-
-
-def pivoted_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a pivoted layer's parts in a model of ``dtype``."""
-    return torch.float16 if dtype == torch.bfloat16 else dtype

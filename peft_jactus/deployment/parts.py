@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peft_jactus._dtypes import autocast_dtype
-
 # What a product may be computed in; not what quantisers store, of which float8 is a floating point dtype, too.
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,14 +21,6 @@ def linear_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device:
     if bias is not None:
         part.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
     return part
-
-
-def input_of(part: nn.Module, x: Tensor) -> Tensor:
-    """Return ``x`` in the dtype that ``part`` computes in: as it is, if autocast or the part itself sees to that."""
-    weight = getattr(part, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dtype not in _COMPUTED or autocast_dtype(x) is not None:
-        return x
-    return x.to(weight.dtype)
 
 
 def unreadable_parts(layer: nn.Module) -> list[str]:

@@ -19,19 +19,6 @@ def _check_whole(linear: nn.Module) -> None:
         raise RuntimeError("Low-rank layers cannot be split between devices; use `tensor_parallel_size=1`.")
 
 
-def _pivoted_dtype() -> torch.dtype:
-    # float16 rounds eightfold finer than bfloat16. In vLLM, linear layers have the dtype of the model all the same.
-    dtype = torch.get_default_dtype()
-    return torch.float16 if dtype == torch.bfloat16 else dtype
-
-
-def _input_of(linear: nn.Module, x: Tensor) -> Tensor:
-    weight = getattr(linear, "weight", None)  # of a quantised layer: integers, float8, a method, or none
-    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return x
-    return x.to(weight.dtype)
-
-
 class LowRankLinear(nn.Module):
     """``y = up(down(x))``; ``weight`` makes loaders that ignore this file stop at its shape."""
 
@@ -56,9 +43,8 @@ class RowPivotedLinear(nn.Module):
 
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool) -> None:
         super().__init__()
-        dtype = _pivoted_dtype()
-        self.rows = nn.Linear(in_features, rank, bias=False, dtype=dtype)
-        self.others = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype)
+        self.rows = nn.Linear(in_features, rank, bias=False)
+        self.others = nn.Linear(rank, out_features - rank, bias=False)
         self.register_buffer("row_index", torch.arange(out_features, dtype=torch.int32))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self.register_buffer("weight", torch.zeros(1))
@@ -66,9 +52,8 @@ class RowPivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         _check_whole(self.rows)
-        chosen = self.rows(_input_of(self.rows, x))
-        output = torch.cat([chosen, self.others(_input_of(self.others, chosen))], dim=-1)
-        output = output.index_select(-1, self.row_index).to(x.dtype)
+        chosen = self.rows(x)
+        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index)
         return output if self.bias is None else output + self.bias
 
 
@@ -80,20 +65,18 @@ class ColumnPivotedLinear(nn.Module):
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.rank = rank
-        dtype = _pivoted_dtype()
-        self.others = nn.Linear(in_features - rank, rank, bias=False, dtype=dtype)
-        self.columns = nn.Linear(rank, out_features, bias=bias, dtype=dtype)
+        self.others = nn.Linear(in_features - rank, rank, bias=False)
+        self.columns = nn.Linear(rank, out_features, bias=bias)
         self.register_buffer("column_index", torch.arange(in_features, dtype=torch.int32))
         self.register_buffer("weight", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         _check_whole(self.columns)
-        narrow = _input_of(self.others, x)
         chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
-        combined = self.others(narrow.index_select(-1, rest)) + narrow.index_select(-1, chosen)
-        output: Tensor = self.columns(_input_of(self.columns, combined))
-        return output.to(x.dtype)
+        combined = self.others(x.index_select(-1, rest)) + x.index_select(-1, chosen)
+        output: Tensor = self.columns(combined)
+        return output
 
 
 _FORMS: dict[str, type[nn.Module]] = {

@@ -19,7 +19,13 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from peft_jactus import (
     LowRankLinear,
@@ -31,6 +37,7 @@ from peft_jactus import (
     rank_summary,
 )
 from peft_jactus.deployment.export import compressed_copy
+from peft_jactus.deployment.integrity import digest_metadata
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear
 from peft_jactus.tuner.layer import JactusLayer
 from tests.support.compressed_models import (
@@ -294,7 +301,7 @@ def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
 
 
 def test_a_layer_whose_pivoted_parts_are_not_accurate_is_stored_as_what_is_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_jactus.deployment.export._BFLOAT16_FACTORS_ERROR", 0.0)
+    monkeypatch.setattr("peft_jactus.deployment.export._MAX_PIVOTED_ERROR", 0.0)
     model = trained(tiny_llama, storage="pivoted", retained_ratio=0.8, adaptation_rank=0)
     with pytest.warns(NumericalWarning, match="it is stored as one dense weight"):
         export(model, tmp_path / "compressed", dtype=torch.bfloat16)
@@ -417,9 +424,7 @@ def test_a_bfloat16_checkpoint_loads_as_float32(tmp_path, storage):
 def test_a_bfloat16_checkpoint_holds_16_bits_a_number(tmp_path, storage):
     tensors = tensors_in(export(trained(storage=storage), tmp_path / "narrow", dtype=torch.bfloat16))
     dtypes = Counter(tensor.dtype for tensor in tensors.values() if not tensor.dtype.is_floating_point or tensor.dim())
-    assert set(dtypes) == {torch.bfloat16} | ({torch.float16, torch.int32} if storage == "pivoted" else set())
-    layers = [name for name in tensors if name.endswith(("rows.weight", "columns.weight", "others.weight"))]
-    assert {tensors[name].dtype for name in layers} <= {torch.float16}
+    assert set(dtypes) == {torch.bfloat16} | ({torch.int32} if storage == "pivoted" else set())
 
 
 def test_a_float16_checkpoint_is_more_accurate_than_a_bfloat16_one(tmp_path):
@@ -443,44 +448,56 @@ def test_a_bfloat16_model_is_exported_as_bfloat16(tmp_path):
     assert relative_error(logits_of(loaded), logits_of(model)) < 0.02
 
 
-@pytest.mark.parametrize("build", BUILDERS)
 @torch.no_grad()
-def test_pivoted_parts_of_a_bfloat16_checkpoint_lose_less_than_bfloat16_factors(build):
-    """Of the same adapter, and with all other weights left alone."""
-    ratios = []
-    for seed in range(2):
-        model = trained(build(seed=seed), storage="factored", seed=seed)
-        batch = batches_for(model.get_base_model(), num_batches=1, batch_size=16, seed=seed)[0]
-        expected = logits_of(model, batch)
-        errors = {}
-        for storage in STORAGES:
-            stored = compressed_copy(model, storage=storage, dtype=torch.float32)
-            rounded = compressed_copy(model, storage=storage, dtype=torch.bfloat16)
-            for name, layer in rounded.named_modules():
-                if isinstance(layer, FactorizedLinear):
-                    stored.set_submodule(name, layer.float())
-            errors[storage] = relative_error(logits_of(stored, batch), expected)
-        ratios.append(errors["pivoted"] / errors["factored"])
-    assert geometric_mean(ratios) < 0.8
-
-
-@torch.no_grad()
-def test_pivoted_models_in_bfloat16_are_as_accurate_as_factored_ones():
+def test_of_as_many_bfloat16_numbers_the_pivoted_model_is_nearer_to_the_dense_one():
     ratios = []
     for build in BUILDERS:
-        for seed in range(8):
-            model = trained(build(seed=seed), storage="factored", retained_ratio=0.7, seed=seed)
-            batch = batches_for(model.get_base_model(), num_batches=1, batch_size=64, seed=7 + seed)[0]
+        for seed in range(4):
+            dense = build(seed=seed)
+            batch = batches_for(dense, num_batches=1, batch_size=64, seed=7 + seed)[0]
             narrow = {key: t.bfloat16() if t.is_floating_point() else t for key, t in batch.items()}
-            expected = logits_of(model, batch)
-            factored, pivoted = (
-                relative_error(
-                    logits_of(compressed_copy(model, storage=storage, dtype=torch.bfloat16), narrow), expected
+            expected = logits_of(dense, batch)
+            errors = {}
+            for storage in STORAGES:
+                model = compressed(build(seed=seed), storage=storage, retained_ratio=0.7, adaptation_rank=0)
+                errors[storage] = relative_error(
+                    logits_of(compressed_copy(model, dtype=torch.bfloat16), narrow), expected
                 )
-                for storage in ("factored", "pivoted")
-            )
-            ratios.append(pivoted / factored)
-    assert geometric_mean(ratios) < 1
+            ratios.append(errors["pivoted"] / errors["factored"])
+    assert geometric_mean(ratios) < 0.9
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_all_of_a_bfloat16_checkpoint_stays_finite_and_follows_float32(tmp_path, storage):
+    """Gradients of 1e5 are beyond float16; the loss of a model that learns is bounded by what it knew."""
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = export(trained(tiny_llama, storage=storage), tmp_path / str(dtype), dtype=dtype)
+        model = load(tiny_llama, folder)
+        rows = [{key: t[0] for key, t in batch.items()} for batch in batches_for(model, num_batches=24, batch_size=1)]
+        arguments = TrainingArguments(
+            tmp_path / "trainer", max_steps=20, per_device_train_batch_size=8, learning_rate=1e-3, logging_steps=1,
+            report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses[dtype] = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert losses[torch.float32][-1] < losses[torch.float32][0]
+    torch.testing.assert_close(losses[torch.bfloat16], losses[torch.float32], rtol=0.02, atol=0)
+
+
+def test_a_bfloat16_checkpoint_of_an_earlier_version_loads(tmp_path):
+    """Its pivoted parts were float16."""
+    model = trained(tiny_llama, storage="pivoted")
+    folder = export(model, tmp_path / "narrow", dtype=torch.bfloat16)
+    wide = tensors_in(export(model, tmp_path / "wide"))
+    parts = ("rows.weight", "columns.weight", "others.weight")
+    tensors = {n: wide[n].half() if n.endswith(parts) else t for n, t in tensors_in(folder).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"} | digest_metadata(tensors))
+    loaded = load(tiny_llama, folder)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert relative_error(logits_of(loaded), logits_of(model)) < 0.02
 
 
 # -- using the loaded model -------------------------------------------------------------------------------
@@ -1125,13 +1142,13 @@ def test_a_checkpoint_needs_no_plot(tmp_path):
 # -- float16 does not hold everything ---------------------------------------------------------------------
 
 
-def test_layers_that_float16_cannot_hold_are_stored_as_factors(tmp_path):
+def test_layers_that_a_float16_checkpoint_cannot_hold_pivoted_are_stored_as_factors(tmp_path):
     model = trained(storage="pivoted")
     name, layer = next((n, m) for n, m in model.get_base_model().named_modules() if isinstance(m, JactusLayer))
     with torch.no_grad():
         layer.jactus_frozen_factor["default"].mul_(1e7)
-    with pytest.warns(NumericalWarning, match=f"{re.escape(name)}: stored pivoted in torch.bfloat16"):
-        folder = export(model, tmp_path / "compressed", dtype=torch.bfloat16)
+    with pytest.warns(NumericalWarning, match=f"{re.escape(name)}: stored pivoted in torch.float16"):
+        folder = export(model, tmp_path / "compressed", dtype=torch.float16)
     storages = {layer: form["storage"] for layer, form in layers_of(folder).items()}
     assert storages.pop(name) == "factored"
     assert "factored" not in storages.values()
