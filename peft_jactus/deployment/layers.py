@@ -193,7 +193,7 @@ class PivotedLinear(FactorizedLinear):
     call, so the shorter one costs less.
 
     The coefficients combine rows that are nearly dependent, which magnifies rounding two- to sixfold. In bfloat16
-    that is still far less than what the rank gains that these numbers buy: see ``benchmarks.compression.sixteen_bits``.
+    that is still far less than what the higher rank gains (``benchmarks.compression.sixteen_bits``).
     """
 
     storage = "pivoted"
