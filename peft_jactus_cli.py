@@ -23,7 +23,9 @@ Storage = Literal["pivoted", "factored"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Task = Literal["causal-lm", "sequence-classification", "image-classification"]
 
-ModelArgument = Annotated[str, typer.Argument(help="A pretrained, fine-tuned model: a directory or Hub name.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A pretrained, fine-tuned model: a directory, Hub name or GGUF file.")
+]
 OutputArgument = Annotated[Path, typer.Argument(help="Where to write the compressed checkpoint.")]
 RatioOption = Annotated[
     float | None,
@@ -70,6 +72,9 @@ AllocationOption = Annotated[
     Literal["global", "uniform"], typer.Option(help="Ranks by what they bring, or the same ratio for every layer.")
 ]
 DtypeOption = Annotated[DtypeName | None, typer.Option(help="Of the checkpoint. Default: the model's.")]
+BitsOption = Annotated[
+    int | None, typer.Option(help="8 or 4: store the compressed layers in so few bits a number. 4 need bitsandbytes.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to compute, e.g. cuda:1. Default: a GPU if there is one.")
 ]
@@ -161,6 +166,10 @@ def export(
     ] = False,
     storage: StorageOption = None,
     dtype: DtypeOption = None,
+    bits: BitsOption = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="The `statistics_file` of the calibration, for --bits 4.", dir_okay=False)
+    ] = None,
     overwrite: OverwriteOption = False,
     push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Upload the checkpoint, too.")] = False,
     repo_id: Annotated[
@@ -175,7 +184,7 @@ def export(
     from peft_jactus.cli.options import to_dtype
 
     if dense:
-        check_dense_options(storage, push_to_hub, repo_id)
+        check_dense_options(storage, bits, statistics, push_to_hub, repo_id)
         export_dense(adapter_dir, output_dir, base_model=base_model, dtype=to_dtype(dtype), overwrite=overwrite)
         typer.echo(f"Written to {output_dir}, with plain layers.")
         return
@@ -185,6 +194,8 @@ def export(
         base_model=base_model,
         storage=storage,
         dtype=to_dtype(dtype),
+        bits=bits,
+        statistics=statistics,
         overwrite=overwrite,
         push_to_hub=push_to_hub,
         repo_id=repo_id,
@@ -217,6 +228,7 @@ def compress(
     storage: StorageOption = None,
     allocation: AllocationOption = "global",
     dtype: DtypeOption = None,
+    bits: BitsOption = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -253,7 +265,7 @@ def compress(
         gradient_checkpointing=gradient_checkpointing,
         device=to_device(device),
     )
-    compress_model(calibration, output_dir, dtype=to_dtype(dtype), overwrite=overwrite)
+    compress_model(calibration, output_dir, dtype=to_dtype(dtype), bits=bits, overwrite=overwrite)
     typer.echo(_written(output_dir))
 
 

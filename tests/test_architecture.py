@@ -23,7 +23,7 @@ ROOMS = [
     ("_processes", "several processes share the work", "", "torch"),
     ("_progress", "progress bars", "_processes", "transformers"),
     ("_files", "files of tensors", "", "safetensors torch"),
-    ("numerics", "tensors in, tensors out", "errors _dtypes", "torch"),
+    ("numerics", "tensors in, tensors out", "errors _dtypes", "bitsandbytes torch"),
     (
         "tuner",
         "what PEFT sees",

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from peft_jactus.calibration import calibrate
 from peft_jactus.calibration.memory_groups import parse_memory_limit
 from peft_jactus.cli.data import DataOptions, Task, make_batches, open_rows
-from peft_jactus.cli.hub import find_processor, load_model_config, model_class
+from peft_jactus.cli.hub import find_processor, gguf_place, is_gguf, load_model_config, model_class
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.targeting import HEAD_NAMES
 
@@ -60,7 +60,7 @@ class Calibration:
     """Which model, how it is to be compressed, and what to calibrate it on.
 
     Attributes:
-        model: Directory or Hub name.
+        model: Directory, Hub name or GGUF file.
         config: How to compress.
         data: What to calibrate on; ``None`` for a data-free decomposition.
         task: What the model does. Default: what its architecture says.
@@ -94,7 +94,7 @@ class Calibration:
             raise ValueError(f"{self.model} is quantised or compressed already; give the model that it was made from.")
         processor = find_processor(self.model)
         batches = None if self.data is None else self._batches(self.data, model_config, processor)
-        model = load_pretrained(model_config, self.task).to(self.device)  # type: ignore[arg-type]  # its signature
+        model = load_pretrained(self.model, model_config, self.task).to(self.device)  # type: ignore[arg-type]  # its signature
         config = self._config_for(model)
         if self.gradient_checkpointing:
             # Its name since transformers 5.23.
@@ -141,10 +141,11 @@ def find_task(config: PreTrainedConfig) -> Task:
     )
 
 
-def load_pretrained(config: PreTrainedConfig, task: Task | None) -> PreTrainedModel:
+def load_pretrained(name: str, config: PreTrainedConfig, task: Task | None) -> PreTrainedModel:
     """Load a model with all its weights.
 
     Args:
+        name: Directory, Hub name or GGUF file.
         config: Of the model.
         task: What the model is to do. Default: what it was saved for.
 
@@ -155,8 +156,8 @@ def load_pretrained(config: PreTrainedConfig, task: Task | None) -> PreTrainedMo
         ValueError: If the checkpoint lacks some, such as the head for the task: nothing would ever train it.
     """
     cls: Any = model_class(config) if task is None else getattr(transformers, _CLASS_BY_TASK[task])
-    name = config.name_or_path
-    model, report = cls.from_pretrained(name, dtype="auto", output_loading_info=True)
+    place = gguf_place(name) if is_gguf(name) else {"pretrained_model_name_or_path": name}
+    model, report = cls.from_pretrained(**place, dtype="auto", output_loading_info=True)
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
             f"{name} has no weights for {sorted(report['missing_keys'])[:5]}, which {type(model).__name__} has. "

@@ -10,6 +10,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.cli.heads import load_base
 from peft_jactus.cli.hub import (
     find_processor,
@@ -23,6 +24,7 @@ from peft_jactus.cli.options import check_output_dir
 from peft_jactus.deployment.atomic_folder import appearing_whole
 from peft_jactus.deployment.config import is_compression
 from peft_jactus.deployment.export import compressed_copy, export_compressed
+from peft_jactus.deployment.quantization import check_bits
 from peft_jactus.deployment.quantizer import loading_options
 from peft_jactus.numerics.allocation import Storage
 from peft_jactus.tuner.config import JactusConfig
@@ -98,6 +100,8 @@ def export_adapter(
     base_model: str | None,
     storage: Storage | None,
     dtype: torch.dtype | None,
+    bits: int | None,
+    statistics: Path | None,
     overwrite: bool,
     push_to_hub: bool,
     repo_id: str | None,
@@ -105,6 +109,10 @@ def export_adapter(
     """Load an adapter from a directory or the Hub and write it as a compressed checkpoint, see `export_compressed`."""
     check_output_dir(output_dir, overwrite=overwrite)
     _check_upload(push_to_hub, repo_id)
+    check_bits(bits)
+    if statistics is not None and bits != 4:
+        raise ValueError("--statistics is for --bits 4; leave it out.")
+    loaded = None if statistics is None else CalibrationStatistics.load(statistics)
     folder = local_folder(adapter_dir)
     config = read_adapter_config(folder, base_model)
     model = load_adapter(folder, base_model)
@@ -113,6 +121,8 @@ def export_adapter(
         output_dir,
         storage=storage,
         dtype=dtype,
+        bits=bits,
+        statistics=loaded,
         processor=find_processor(adapter_dir, str(config.base_model_name_or_path)),
         overwrite=overwrite,
         push_to_hub=push_to_hub,
@@ -120,11 +130,12 @@ def export_adapter(
     )
 
 
-def check_dense_options(storage: Storage | None, push_to_hub: bool, repo_id: str | None) -> None:
-    """Raise `ValueError` for options that plain layers have no use for."""
-    if storage is not None or push_to_hub or repo_id is not None:
+def check_dense_options(*options: object) -> None:
+    """Raise `ValueError` for options that plain layers have no use for, if one of them is given."""
+    if any(options):
         raise ValueError(
-            "--dense writes plain layers to a directory; leave out --storage, --push-to-hub and --repo-id."
+            "--dense writes plain layers to a directory; leave out --storage, --bits, --statistics, --push-to-hub and "
+            "--repo-id."
         )
 
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import has_file
 
 from peft_jactus._files import opened_safetensors
@@ -38,12 +39,16 @@ def local_folder(directory_or_name: str) -> Path:
 
 
 def load_model_config(directory_or_name: str) -> PreTrainedConfig:
-    """Return the config of a model in a directory or on the Hub.
+    """Return the config of a model in a directory, on the Hub, or in a GGUF file.
 
     Raises:
-        ValueError: If it is neither, or an adapter.
+        ValueError: If it is none of these, or an adapter.
     """
     folder = Path(directory_or_name)
+    if is_gguf(directory_or_name):
+        config = cast("PreTrainedConfig", AutoConfig.from_pretrained(**gguf_place(directory_or_name)))
+        config.architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        return config
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{directory_or_name} is an adapter. `peft-jactus export {directory_or_name} OUTPUT_DIR` writes a JACTUS "
@@ -55,6 +60,16 @@ def load_model_config(directory_or_name: str) -> PreTrainedConfig:
         return cast("PreTrainedConfig", AutoConfig.from_pretrained(directory_or_name))
     except OSError as error:
         raise ValueError(_not_found(directory_or_name, error)) from error
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model is given as a GGUF file."""
+    return Path(name).suffix == ".gguf" and Path(name).is_file()
+
+
+def gguf_place(file: str) -> dict[str, str]:
+    """Return the arguments with which ``from_pretrained`` reads a GGUF file."""
+    return {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
 
 
 def _is_directory(directory_or_name: str) -> bool:
@@ -104,6 +119,8 @@ def model_class(config: PreTrainedConfig, name: str | None = None) -> type[PreTr
 def find_processor(*places: str) -> Any | None:
     """Return the processor, tokenizer or image processor of the first directory or Hub name that has one."""
     for place in places:
+        if is_gguf(place):
+            return AutoTokenizer.from_pretrained(**gguf_place(place))
         has_tokenizer, has_features, has_processor = (
             has_file(place, f"{kind}_config.json") for kind in ("tokenizer", "preprocessor", "processor")
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import transformers
@@ -13,6 +13,7 @@ from peft_jactus._version import __version__
 from peft_jactus.deployment.extensions import find_extension
 from peft_jactus.deployment.layers import FORMS
 from peft_jactus.numerics.allocation import DENSE
+from peft_jactus.numerics.quantization import BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,11 +32,15 @@ class LayerForm:
         storage: ``"factored"``, ``"pivoted"``, or ``"dense"``: a plain layer, because factors don't pay.
         rank: Its rank; full for a dense one.
         energy_kept: Share of the weighted energy that the rank keeps, in [0, 1]; ``None`` if it is not known.
+        bits: 8 or 4 for a weight that is stored in so few bits a number; ``None`` for floating point.
+        features: Of such a layer, whose tensors do not tell: outputs and inputs.
     """
 
     storage: str
     rank: int
     energy_kept: float | None = None
+    bits: int | None = None
+    features: tuple[int, int] | None = None
 
     @classmethod
     def parse(cls, name: str, values: object) -> LayerForm:
@@ -43,7 +48,7 @@ class LayerForm:
         where = f"layers[{name!r}]"
         known = {field.name for field in fields(cls)}
         is_form = isinstance(values, dict) and {"storage", "rank"} <= set(values) <= known
-        _check_field(where, values, is_form, "have `storage`, `rank` and perhaps `energy_kept`")
+        _check_field(where, values, is_form, "have `storage`, `rank` and perhaps `energy_kept`, `bits`, `features`")
         form = cls(**cast("dict[str, Any]", values))
         storages = (*FORMS, DENSE)
         _check_field(f"{where}.storage", form.storage, form.storage in storages, f"be one of {storages}")
@@ -51,7 +56,20 @@ class LayerForm:
         _check_field(f"{where}.rank", form.rank, type(form.rank) is int and form.rank >= 1, "be a positive integer")
         kept = form.energy_kept
         _check_field(f"{where}.energy_kept", kept, kept is None or _is_share(kept), "be null or in [0, 1]")
-        return form
+        has_bits = form.bits is None or (type(form.bits) is int and form.bits in BITS)
+        _check_field(f"{where}.bits", form.bits, has_bits, f"be null or one of {BITS}")
+        if form.bits is None:
+            return form
+        features: Any = form.features
+        are_two = isinstance(features, list | tuple) and len(features) == 2
+        are_features = are_two and all(type(number) is int and number >= 1 for number in features)
+        _check_field(f"{where}.features", features, are_features, "be two positive integers, where there are `bits`")
+        return replace(form, features=tuple(features))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into ``config.json``; releases before ``bits`` do not know that field."""
+        values = asdict(self)
+        return values if self.bits is not None else {k: v for k, v in values.items() if k not in ("bits", "features")}
 
 
 def is_compression(quantization: object) -> bool:
@@ -127,7 +145,7 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into ``config.json``."""
-        values = {**vars(self), "layers": {name: asdict(form) for name, form in self.layers.items()}}
+        values = {**vars(self), "layers": {name: form.to_dict() for name, form in self.layers.items()}}
         extensions = values.pop("extensions")
         if self.original_format:  # as most are; releases before this field do not know it
             del values["original_format"]

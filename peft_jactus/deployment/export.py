@@ -28,6 +28,8 @@ from peft_jactus.deployment.copying import (
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, LowRankLinear, PivotedLinear
 from peft_jactus.deployment.model_card import write_model_card
 from peft_jactus.deployment.plots import plot_ranks
+from peft_jactus.deployment.quantization import Rounding
+from peft_jactus.deployment.quantized_linear import QuantizedLinear
 from peft_jactus.deployment.quantizer import attach_compression
 from peft_jactus.deployment.ranks import rank_summary
 from peft_jactus.errors import NumericalWarning
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from peft_jactus.deployment.adapted import Adapted
+    from peft_jactus.numerics.moments import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ def export_compressed(
     *,
     storage: Storage | None = None,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     processor: PreTrainedTokenizerBase | ProcessorMixin | Any | None = None,
     max_shard_size: int | str = "5GB",
     metrics: Mapping[str, float] | None = None,
@@ -82,6 +87,11 @@ def export_compressed(
         storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers a layer, ``"factored"`` stores
             ``rank * (out + in)``. Default: the form that the config's budget was counted in.
         dtype: Of the checkpoint. Default: the model's.
+        bits: 8 or 4: store the weights of the targeted layers in so few bits a number, in groups of 64 with a scale
+            each; ``dtype`` is what they are computed in. They do not train any more. 4 bits need bitsandbytes, also
+            where the checkpoint is loaded.
+        statistics: What `calibrate` returned (or `CalibrationStatistics.load`), for rounding to 4 bits by what the
+            layers see; without, 4 bits lose several times as much. The rest does without.
         processor: Tokenizer, image processor or processor to write beside the model.
         max_shard_size: Largest file, as for `save_pretrained`.
         metrics: Figures for the model card, for instance ``trainer.evaluate()``.
@@ -108,7 +118,8 @@ def export_compressed(
     if unknown:
         raise TypeError(f"export_compressed() got unexpected keyword arguments {sorted(unknown)}.")
     adapted = find_adapted(model)
-    compressed = _compress(adapted, storage=storage, dtype=dtype, progress_bar=progress_bar)
+    rounding = Rounding.checked(bits, statistics, adapted)
+    compressed = _compress(adapted, rounding, storage=storage, dtype=dtype, progress_bar=progress_bar)
     with appearing_whole(target) as folder:
         _save(compressed, adapted, folder, max_shard_size)
         if processor is not None:
@@ -177,6 +188,8 @@ def compressed_copy(
     *,
     storage: Storage | None = None,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     progress_bar: bool = False,
 ) -> PreTrainedModel:
     """Return the model with deployed layers in place of adapted ones; arguments as for `export_compressed`.
@@ -194,12 +207,13 @@ def compressed_copy(
             f"`compressed_copy` copies transformers models; give that in this {type(adapted.pipeline).__name__}, "
             f"`model.get_submodule({adapted.path!r})`. `export_compressed` takes the whole."
         )
-    return _compress(adapted, storage=storage, dtype=dtype, progress_bar=progress_bar)
+    rounding = Rounding.checked(bits, statistics, adapted)
+    return _compress(adapted, rounding, storage=storage, dtype=dtype, progress_bar=progress_bar)
 
 
 @torch.no_grad()
 def _compress(
-    adapted: Adapted, *, storage: Storage | None, dtype: torch.dtype | None, progress_bar: bool
+    adapted: Adapted, rounding: Rounding, *, storage: Storage | None, dtype: torch.dtype | None, progress_bar: bool
 ) -> PreTrainedModel:
     base, config = adapted.base, adapted.config
     storage = config.storage if storage is None else storage
@@ -213,14 +227,11 @@ def _compress(
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []
     for name, layer in progress(layers.items(), description="Folding", unit="layer", shown=progress_bar):
-        deployed = _deployed_layer(name, layer, adapted.adapter_name, storage, dtype)
+        deployed = _deployed_layer(name, layer, adapted.adapter_name, storage, rounding.dtype_before(dtype))
+        deployed = rounding.of(adapted.prefix + name, deployed, dtype)
         copied.set_submodule(name, deployed)
-        kept = config.layer_energy.get(adapted.prefix + name)
-        if isinstance(deployed, FactorizedLinear):
-            forms[name] = LayerForm(deployed.storage, deployed.rank, kept)
-            conv1d_layers += [name] if layer.is_conv1d else []
-        else:
-            forms[name] = LayerForm(DENSE, min(layer.in_features, layer.out_features), kept)
+        forms[name] = _form(layer, deployed, config.layer_energy.get(adapted.prefix + name))
+        conv1d_layers += [name] if layer.is_conv1d and forms[name].storage != DENSE else []
     _warn_if_untrained(layers.values(), adapted.adapter_name)
     cast_(copied, dtype)
     attach_compression(
@@ -240,6 +251,17 @@ def _compress(
             stacklevel=4,
         )
     return copied
+
+
+def _form(layer: JactusLayer, deployed: nn.Module, energy_kept: float | None) -> LayerForm:
+    features = (layer.out_features, layer.in_features)
+    storage, rank = DENSE, min(features)
+    if isinstance(deployed, FactorizedLinear):
+        storage, rank = deployed.storage, deployed.rank
+    part = next(deployed.children(), deployed)
+    if not isinstance(part, QuantizedLinear):
+        return LayerForm(storage, rank, energy_kept)
+    return LayerForm(storage, rank, energy_kept, part.bits, features)
 
 
 def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peft_jactus._placeholders import WeightPlaceholder
-from peft_jactus.deployment.parts import linear_part, wide_weight
+from peft_jactus.deployment.parts import dtype_of, linear_part, wide_weight
 from peft_jactus.numerics.interpolation import interpolate_rows
 from peft_jactus.numerics.linalg import balanced_factors, to_decomposition_dtype
 
@@ -145,7 +145,7 @@ class LowRankLinear(FactorizedLinear):
         super().__init__(down.in_features, up.out_features, down.out_features)
         self.down = down
         self.up = up
-        self.register_buffer("weight", up.weight.detach().new_zeros(1))
+        self.register_buffer("weight", up.weight.new_zeros(1, dtype=dtype_of(up)))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
@@ -232,7 +232,7 @@ class RowPivotedLinear(PivotedLinear):
         self.others = others
         self.register_buffer("row_index", row_index)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.register_buffer("weight", rows.weight.detach().new_zeros(1))
+        self.register_buffer("weight", rows.weight.new_zeros(1, dtype=dtype_of(rows)))
 
     @classmethod
     def _empty(
@@ -289,7 +289,7 @@ class ColumnPivotedLinear(PivotedLinear):
         self.others = others
         self.columns = columns
         self.register_buffer("column_index", column_index)
-        self.register_buffer("weight", columns.weight.detach().new_zeros(1))
+        self.register_buffer("weight", columns.weight.new_zeros(1, dtype=dtype_of(columns)))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here

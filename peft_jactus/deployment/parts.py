@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peft_jactus.deployment.quantized_linear import QuantizedLinear
+
 # What a product may be computed in; not what quantisers store, of which float8 is a floating point dtype, too.
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,12 +41,21 @@ def wide_weight(part: nn.Module) -> Tensor:
             f"a part of a compressed layer has become a {type(part).__name__}, whose weight cannot be read. Undo "
             "that first, or load the model anew."
         )
-    weight = part.weight
+    weight = part.dense_weight() if isinstance(part, QuantizedLinear) else part.weight
     assert isinstance(weight, Tensor)
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """Return the dtype of the model that a layer, or a part of one, was made for."""
+    tensor = layer.scale if isinstance(layer, QuantizedLinear) else layer.weight
+    assert isinstance(tensor, Tensor)
+    return tensor.dtype
+
+
 def _is_readable(part: nn.Module) -> bool:
+    if isinstance(part, QuantizedLinear):
+        return True
     weight = getattr(part, "weight", None)
     if not isinstance(part, nn.Linear) or not isinstance(weight, Tensor):
         return False

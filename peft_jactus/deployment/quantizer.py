@@ -25,7 +25,9 @@ from peft_jactus.deployment.extensions import extension_configs, extensions_in, 
 from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
 from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
-from peft_jactus.deployment.parts import unreadable_parts
+from peft_jactus.deployment.parts import dtype_of, unreadable_parts
+from peft_jactus.deployment.quantization import with_empty_codes
+from peft_jactus.deployment.quantized_linear import QuantizedLinear
 from peft_jactus.deployment.saving import SAVING, SavePretrained, state_dict_to_save
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.numerics.allocation import DENSE
@@ -177,18 +179,22 @@ class JactusQuantizer(HfQuantizer):
                 f"config.json gives the {form.storage} {module_name} rank {form.rank}; its weight is {out_features} x "
                 f"{in_features}."
             )
-        if is_dense:
+        if is_dense and form.bits is None:
             return dense
         if isinstance(dense, Conv1D):
             self.conv1d_layers.add(module_name)
-        return FORMS[form.storage].empty(
-            in_features,
-            out_features,
-            form.rank,
-            bias=dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
+        if form.bits is not None and form.features != (out_features, in_features):
+            raise DamagedCheckpointError(
+                f"config.json gives {module_name} the features {form.features}; its weight is {out_features} x "
+                f"{in_features}."
+            )
+        options: Any = {
+            "bias": dense.bias is not None, "device": dense.weight.device, "dtype": dense.weight.dtype
+        }  # fmt: skip
+        if is_dense and form.bits is not None:
+            return QuantizedLinear(in_features, out_features, form.bits, **options)
+        layer = FORMS[form.storage].empty(in_features, out_features, form.rank, **options)
+        return layer if form.bits is None else with_empty_codes(layer, form.bits)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Return what transformers does to the names and weights of the files: nothing, where modules wrote them."""
@@ -207,24 +213,31 @@ class JactusQuantizer(HfQuantizer):
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         else:
             _set_attributes(model, save_pretrained=SavePretrained(model))
-        # The tensors are ordinary ones: `.to(dtype)`, the Trainer and PEFT may treat the model as any other.
-        _set_attributes(model, is_quantized=False)
+        # Where no layer has few bits, all tensors are ordinary ones: `.to(dtype)`, the Trainer and PEFT may treat the
+        # model as any other. Else the Trainer has to know that these weights do not train.
+        has_bits = self._has_bits and not self.options.dense
+        _set_attributes(model, is_quantized=has_bits)
         for module in model.modules():
             if isinstance(module, transformers.PreTrainedModel):
-                module.config._is_quantized = False
+                module.config._is_quantized = has_bits
         return model
 
     @torch.no_grad()
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put plain layers into ``model``; ``dtype`` is for the interface: tensors get that of their layer."""
         del dtype
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
+        layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, FactorizedLinear)
+            or (name in self.module_forms and isinstance(layer, QuantizedLinear))
+        }
         check_readable(model, layers, would_lose_it="dense layers")
         offloaded = [name for name, layer in layers.items() if layer.weight.device.type == "meta"]
         if offloaded:
             raise ValueError(f"{offloaded[:5]} are offloaded to disk; load the model without, to make it dense.")
         for name, layer in layers.items():
-            own = layer.weight.dtype  # of a part, with its bias, it may be another
+            own = dtype_of(layer)  # of a part, with its bias, it may be another
             bias = None if layer.bias is None else layer.bias.to(own)
             dense = make_dense_layer(layer.dense_weight().to(own), bias, is_conv1d=name in self.conv1d_layers)
             trains = any(parameter.requires_grad for parameter in layer.parameters())
@@ -264,8 +277,12 @@ class JactusQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """That the Trainer may train the factors."""
-        return True
+        """Whether the Trainer may train the factors: not those of 8 or 4 bits, on which it takes an adapter."""
+        return not self._has_bits
+
+    @property
+    def _has_bits(self) -> bool:
+        return any(form.bits is not None for form in self.module_forms.values())
 
     @property
     def is_compileable(self) -> bool:
@@ -308,12 +325,12 @@ def attach_compression(
         model,
         hf_quantizer=quantizer,
         quantization_method=QUANT_METHOD,
-        is_quantized=False,
+        is_quantized=quantizer._has_bits,
         save_pretrained=SavePretrained(model),
     )
 
 
-def check_readable(model: nn.Module, layers: Mapping[str, FactorizedLinear], *, would_lose_it: str) -> None:
+def check_readable(model: nn.Module, layers: Mapping[str, nn.Module], *, would_lose_it: str) -> None:
     """Check that the weights of deployed layers say all that these layers do.
 
     Args:
@@ -346,7 +363,7 @@ def _keep_from_initialization_(model: PreTrainedModel) -> None:
     """
     extensions = {entry.module_name for entry in extensions_in(model)}
     for name, layer in model.named_modules():
-        if isinstance(layer, FactorizedLinear) or name in extensions:
+        if isinstance(layer, FactorizedLinear | QuantizedLinear) or name in extensions:
             for part in layer.modules():
                 part._is_hf_initialized = True
 

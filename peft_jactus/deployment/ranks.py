@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peft_jactus.deployment.layers import FactorizedLinear
+from peft_jactus.deployment.quantized_linear import QuantizedLinear
 from peft_jactus.deployment.quantizer import JactusQuantizer
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.numerics.allocation import DENSE, stays_dense
@@ -18,7 +19,7 @@ from peft_jactus.tuner.rank_table import LayerRank, RankSummary
 from peft_jactus.tuner.targeting import dense_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
@@ -75,16 +76,22 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
     rows = []
     for name, form in quantizer.module_forms.items():
         layer = modules[name]
-        if isinstance(layer, FactorizedLinear):
+        if isinstance(layer, FactorizedLinear | QuantizedLinear):
             out_features, in_features = layer.out_features, layer.in_features
         else:
             out_features, in_features = dense_weight(layer).shape
         rows.append(LayerRank(name, out_features, in_features, form.rank, form.storage, form.energy_kept))
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])
-    total = sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_on_top(name, modules))
-    others = total - sum(row.num_stored for row in rows)
+    names = {name: parameter for name, parameter in model.named_parameters() if not _is_on_top(name, modules)}
+    others = _numbers_outside([row.name for row in rows], {name: p.numel() for name, p in names.items()})
     return RankSummary(rows, quantizer.quantization_config.retained_ratio, others)
+
+
+def _numbers_outside(layers: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """Count the numbers outside of layers, and their biases, given how many each parameter has, by name."""
+    inside = tuple(f"{name}." for name in layers)
+    return sum(size for name, size in sizes.items() if not name.startswith(inside) or name.endswith("bias"))
 
 
 def _is_on_top(name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -110,10 +117,8 @@ def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, t
         LayerRank(name, *_stored_features(name, form, shapes), form.rank, form.storage, form.energy_kept)
         for name, form in sorted(compression.layers.items(), key=lambda item: _with_numbers(item[0]))
     ]
-    of_layers = {f"{row.name}.{part}" for row in rows for part in ("weight", "row_index", "column_index")}
-    of_layers -= {f"{row.name}.weight" for row in rows if row.stays_dense}
-    total = sum(math.prod(shape) for name, shape in shapes.items() if name not in of_layers)
-    return RankSummary(rows, compression.retained_ratio, total - sum(row.num_stored for row in rows))
+    others = _numbers_outside(compression.layers, {name: math.prod(shape) for name, shape in shapes.items()})
+    return RankSummary(rows, compression.retained_ratio, others)
 
 
 def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:
@@ -155,7 +160,9 @@ def _stored_features(name: str, form: LayerForm, shapes: Mapping[str, tuple[int,
     """Return (out, in) of a layer, from the shapes of its parts in a checkpoint."""
     parts = {key.removeprefix(f"{name}."): shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
     try:
-        if form.storage == DENSE:
+        if form.features is not None:
+            features = form.features
+        elif form.storage == DENSE:
             out_features, in_features = parts["weight"]
             # Conv1D stores its weight transposed; it always has a bias.
             is_transposed = parts.get("bias", (out_features,)) != (out_features,)

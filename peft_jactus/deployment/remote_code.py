@@ -22,6 +22,7 @@ from peft_jactus._version import __version__
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.extensions import extensions_in
 from peft_jactus.deployment.layers import FactorizedLinear
+from peft_jactus.deployment.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
     import os
@@ -115,6 +116,11 @@ def _check_architecture(source: Path) -> None:
 def _low_rank_layers(source: Path, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Return the arguments of each layer's class in the template, by name in the base model."""
     layers = {}
+    if any(isinstance(part, QuantizedLinear) for part in model.modules()):
+        raise ValueError(
+            f"`checkpoint_dir` {source} has weights in 8 or 4 bits, which vLLM's code would not read. Export it again "
+            "without `bits`."
+        )
     prefix = f"{model.base_model_prefix}."
     for name, layer in model.named_modules():
         if not isinstance(layer, FactorizedLinear):

@@ -1,0 +1,70 @@
+"""Parts of deployed layers, and layers that stay dense, with a weight in 8 or 4 bits a number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from peft_jactus.numerics.quantization import code_dtype, code_shape, dequantize, quantize, quantized_product
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight does not train, in 8 or 4 bits a number (`numerics.quantization`).
+
+    Attributes:
+        bits: Of a number.
+        weight: The codes, a row for each group of 64 numbers; not a matrix to compute with, see `dense_weight`.
+        scale: ``(groups,)``, in the dtype of the model.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        size = code_shape((out_features, in_features), bits)
+        self.register_buffer("weight", torch.zeros(size, device=device, dtype=code_dtype(bits)))
+        self.register_buffer("scale", torch.ones(size[0], device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, bits: int, *, dtype: torch.dtype, second_moment: Tensor | None = None
+    ) -> QuantizedLinear:
+        """Return the layer for the weight and bias of another; see `quantize` for the arguments."""
+        device, has_bias = linear.weight.device, linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, bits, bias=has_bias, device="meta", dtype=dtype)
+        layer.weight, layer.scale = quantize(linear.weight.detach(), bits, dtype=dtype, second_moment=second_moment)
+        if has_bias:
+            layer.bias = nn.Parameter(linear.bias.detach().to(device, dtype, copy=True))
+        return layer
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``(out, in)``, in the dtype of the model."""
+        return dequantize(self.weight, self.scale, (self.out_features, self.in_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        return quantized_product(input, self.weight, self.scale, (self.out_features, self.in_features), self.bias)
+
+    def extra_repr(self) -> str:
+        """Show features and bits."""
+        return f"{super().extra_repr()}, bits={self.bits}"

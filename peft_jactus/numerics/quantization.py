@@ -1,0 +1,146 @@
+"""Weights in 8 or 4 bits a number: groups of 64 numbers, row after row, with one scale each.
+
+8 bits are integers from -127 to 127. 4 bits are those of NF4 (Dettmers et al., arXiv:2305.14314): 16 levels at the
+quantiles of a normal distribution. bitsandbytes has their levels, and kernels that multiply them out.
+
+A scale takes 16 bits in a 16-bit model: 8.25 and 4.25 bits a number in all. Shapes need not divide: a group may go
+from one row to the next, and the last one is filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from peft_jactus.numerics.linalg import to_decomposition_dtype
+from peft_jactus.numerics.rounding import nearest_levels, round_with_feedback
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP_SIZE = 64
+BITS = (8, 4)
+_LARGEST = 127  # of 8 bits
+
+
+def bitsandbytes_functional() -> Any:
+    """Return ``bitsandbytes.functional``; an `ImportError` says how to get it."""
+    try:
+        from bitsandbytes import functional as bnb  # optional, and slow to import
+    except ImportError as error:
+        raise ImportError("4 bits need bitsandbytes: `pip install bitsandbytes`.") from error
+    return bnb
+
+
+@cache
+def _nf4_levels() -> Tensor:
+    levels: Tensor = bitsandbytes_functional().get_4bit_type("nf4", device="cpu")
+    return levels
+
+
+def code_shape(shape: tuple[int, int], bits: int) -> tuple[int, int]:
+    """Return the shape of the codes of a weight: a row for each group, int8 for 8 bits, or uint8 with two in each."""
+    return -(-math.prod(shape) // GROUP_SIZE), GROUP_SIZE * bits // 8
+
+
+def code_dtype(bits: int) -> torch.dtype:
+    """Return the dtype of the codes."""
+    return torch.int8 if bits == 8 else torch.uint8
+
+
+def quantize(
+    weight: Tensor, bits: int, *, dtype: torch.dtype, second_moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of a weight.
+
+    Args:
+        weight: ``(out, in)``, finite.
+        bits: 8 or 4.
+        dtype: Of the scales, and of what `dequantize` returns.
+        second_moment: ``(in, in)`` of the inputs, for rounding with feedback. Default: each number by itself.
+
+    Returns:
+        Codes of `code_shape`, and scales ``(groups,)``.
+    """
+    weight = to_decomposition_dtype(weight)
+    groups = _grouped(weight)  # (groups, 64)
+    largest = groups.abs().amax(1)
+    scales = (largest if bits == 4 else largest / _LARGEST).to(dtype)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    levels = (_nf4_levels() if bits == 4 else torch.arange(-_LARGEST, _LARGEST + 1, dtype=torch.float64)).to(weight)
+    of_numbers = scales.to(weight).repeat_interleave(GROUP_SIZE)[: weight.numel()].view(weight.shape)
+    if second_moment is None:
+        chosen = nearest_levels(weight / of_numbers, levels)
+    else:
+        chosen = round_with_feedback(weight, of_numbers, levels, second_moment)
+    if bits == 8:
+        return _grouped(chosen - _LARGEST).to(torch.int8), scales
+    pairs = _grouped(chosen, filling=int(levels.abs().argmin())).to(torch.uint8).view(len(scales), -1, 2)
+    return pairs[..., 0] * 16 + pairs[..., 1], scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the weight ``(out, in)`` that codes and scales stand for, in the dtype of the scales."""
+    if codes.dtype == torch.int8:
+        values = codes.to(scales.dtype) * scales.unsqueeze(1)
+    else:
+        values = _dequantized_nf4(codes, scales)
+    return values.flatten()[: math.prod(shape)].view(shape)
+
+
+def _dequantized_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+    size = (len(scales), GROUP_SIZE)
+    if codes.is_meta:
+        return scales.new_empty(size)
+    bitsandbytes_functional()  # registers the operator
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes.reshape(-1, 1), scales.float(), GROUP_SIZE, "nf4", size, scales.dtype
+    )
+    return values
+
+
+def _grouped(values: Tensor, *, filling: int = 0) -> Tensor:
+    """Return values row after row in groups ``(groups, 64)``."""
+    missing = -values.numel() % GROUP_SIZE
+    return functional.pad(values.flatten(), (0, missing), value=filling).view(-1, GROUP_SIZE)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """`torch.nn.functional.linear` that keeps the codes for its gradient, and not the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.shape = shape
+        return functional.linear(x, dequantize(codes, scales, shape).to(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales = ctx.saved_tensors
+        of_x = gradient @ dequantize(codes, scales, ctx.shape).to(gradient.dtype)
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+        return of_x, None, None, None, of_bias
+
+
+def quantized_product(x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + bias`` ``(..., out)``; ``x`` and ``bias`` get gradients.
+
+    Args:
+        x: ``(..., in)``.
+        codes: As `quantize` returns them.
+        scales: As `quantize` returns them.
+        shape: Of ``W``, ``(out, in)``.
+        bias: ``(out,)`` or ``None``.
+    """
+    trains = torch.is_grad_enabled() and x.requires_grad
+    if not trains or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return functional.linear(x, dequantize(codes, scales, shape), bias)
+    output: Tensor = _QuantizedProduct.apply(x, codes, scales, shape, bias)  # type: ignore[no-untyped-call]
+    return output
