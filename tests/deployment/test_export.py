@@ -303,8 +303,12 @@ def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
 def test_a_layer_whose_pivoted_parts_are_not_accurate_is_stored_as_what_is_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_jactus.deployment.export._MAX_PIVOTED_ERROR", 0.0)
     model = trained(tiny_llama, storage="pivoted", retained_ratio=0.8, adaptation_rank=0)
-    with pytest.warns(NumericalWarning, match="it is stored as one dense weight"):
+    with (
+        pytest.warns(NumericalWarning, match="it is stored as one dense weight"),
+        pytest.warns(NumericalWarning, match="it is stored factored, which takes"),
+    ):
         export(model, tmp_path / "compressed", dtype=torch.bfloat16)
+    assert {form["storage"] for form in layers_of(tmp_path / "compressed").values()} >= {"dense", "factored"}
     for name, form in layers_of(tmp_path / "compressed").items():
         layer = model.get_base_model().get_submodule(name)
         out_features, in_features = layer.out_features, layer.in_features
