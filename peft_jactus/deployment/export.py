@@ -35,6 +35,7 @@ from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.quantization import dequantize_
 
 if TYPE_CHECKING:
     import os
@@ -98,10 +99,10 @@ def export_compressed(
         ``save_directory``.
 
     Raises:
-        TypeError: If the base model is neither a transformers model nor one of sentence-transformers, or
-            ``hub_kwargs`` has an unknown name. A `ValueError` says if no single JACTUS adapter is active, a weight is
-            not finite, an adapted layer is tied in a way that a checkpoint cannot hold, or ``save_directory`` holds
-            something.
+        TypeError: If the base model is neither a transformers model nor one of sentence-transformers, a part of it is
+            quantized and can't be read, or ``hub_kwargs`` has an unknown name. A `ValueError` says if no single JACTUS
+            adapter is active, a weight is not finite, an adapted layer is tied in a way that a checkpoint cannot hold,
+            or ``save_directory`` holds something.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
@@ -223,6 +224,7 @@ def _compress(
         else:
             forms[name] = LayerForm(DENSE, min(layer.in_features, layer.out_features), kept)
     _warn_if_untrained(layers.values(), adapted.adapter_name)
+    dequantize_(copied)
     cast_(copied, dtype)
     attach_compression(
         copied,
