@@ -86,8 +86,12 @@ def unpack_(layer: nn.Module) -> None:
 
     In it a layer has no gradient, and the weight cannot be dequantized: it would come out shuffled.
     """
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
         layer.state_dict()  # does so, in place
+    # bitsandbytes 0.50 forgets the scales, whoever calls that: they stay as `(blocks of a row, rows)`, in bfloat16.
+    if state is not None and state.absmax.dim() == 2:
+        state.absmax = state.absmax.mT.reshape(-1).float()
 
 
 def let_gradients_through_(layer: nn.Module) -> None:

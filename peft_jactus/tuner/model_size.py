@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peft_jactus.tuner.base_weights import dense_dtype, layer_features, quantization_of
+from peft_jactus.tuner.base_weights import dense_dtype, layer_features, quantization_of, unpack_
 from peft_jactus.tuner.sizes import parse_size
 from peft_jactus.tuner.targeting import base_layer_of, features_of, log_once
 
@@ -72,8 +72,10 @@ class ModelSize:
     @classmethod
     def of(cls, model: nn.Module, targets: Mapping[str, nn.Module]) -> ModelSize:
         """Measure ``model``, with its quantized weights as they are exported; adapters that are there do not count."""
-        state = model.state_dict(keep_vars=True)
         quantized = _quantized_layers(model)
+        for layer in quantized.values():
+            unpack_(layer)  # or `state_dict` would, and leave a part of it
+        state = model.state_dict(keep_vars=True)
         # What else a quantized layer saves, scales and codes, belongs to its weight.
         extra = {key for name in quantized for key in state if key.startswith((f"{name}.weight.", f"{name}.SCB"))}
         extra |= {f"{name}.weight_format" for name in quantized}
