@@ -47,7 +47,8 @@ def float_weight(layer: nn.Module) -> Tensor:
     library = quantization_of(layer)
     if library == TORCHAO:
         return weight.dequantize()
-    if library == BITSANDBYTES and not weight.is_meta:
+    is_packed = library == BITSANDBYTES and not getattr(layer.weight, "has_fp16_weights", False)
+    if is_packed and not weight.is_meta:
         unpack_(layer)
         # What `detach` returns has not the scales.
         return dequantize_bnb_weight(cast("nn.Parameter", layer.weight), state=getattr(layer, "state", None)).detach()
@@ -111,7 +112,7 @@ def passes_gradients(layer: nn.Module) -> bool:
 
     x, gradient = sample(layer_features(layer)[1]).requires_grad_(True), sample(layer_features(layer)[0])
     with torch.enable_grad():
-        output = layer(x)
+        output = layer.forward(x)
     if not output.requires_grad:
         return False
     (found,) = torch.autograd.grad(output, x, gradient.to(output.dtype))

@@ -79,6 +79,7 @@ def _torchao(name, **options):
 LOADINGS: dict[str, Callable[[], object]] = {
     "bitsandbytes-4": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes-4-nested": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True),
+    "bitsandbytes-4-stored": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16),
     "bitsandbytes-8": lambda: _bitsandbytes(load_in_8bit=True),
     "torchao-8": lambda: _torchao("Int8WeightOnlyConfig"),
     "torchao-4": lambda: _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),

@@ -137,6 +137,26 @@ def test_inference_beforehand_changes_nothing(folders):
     assert relative_error(logits_of(found, "llama"), logits_of(expected, "llama")) <= 0.02
 
 
+def test_looking_at_ranks_leaves_a_model_as_it_was_that_ran_beforehand(folders):
+    model = load(folders["llama"], "llama", "bitsandbytes-4")
+    expected = logits_of(model, "llama")
+    plan_ranks(model, config_for("llama", target_modules=["q_proj"], decomposition="svd"), progress_bar=False)
+    assert relative_error(logits_of(model, "llama"), expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("loading", KINDS)
+def test_the_quantized_weights_are_let_go(loading, folders):
+    model = load(folders["llama"], "llama", loading)
+    config = calibrated(model, "llama")
+    held = [module for module in model.modules() if base_weights.quantization_of(module) is not None]
+    weights = weakref.WeakSet(module.weight for module in held)
+    codes = weakref.WeakSet(module.state.CB for module in held if hasattr(module, "state"))
+    get_peft_model(model, config)
+    assert held
+    assert not weights
+    assert not codes
+
+
 def test_calibration_leaves_the_model_as_it_was(folders):
     model = load(folders["llama"], "llama", "bitsandbytes-4")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -209,6 +229,22 @@ def test_an_export_is_an_ordinary_compressed_checkpoint(loading, family, targets
     assert not quantized_layers(exported)
     assert {parameter.dtype for parameter in exported.parameters()} == {torch.float32}
     assert relative_error(logits_of(exported, family), expected) <= 10 * FLOAT32
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("loading", KINDS)
+def test_a_checkpoint_that_is_quantized_on_the_disk(loading, family, folders, tmp_path):
+    load(folders[family], family, loading).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base", family)
+    assert quantized_layers(base)
+    model = trained(compressed(base, family, target_modules=["query", "q_proj"]), family)
+    expected = logits_of(model.train(), family)
+    export_compressed(model, tmp_path / "export", progress_bar=False)
+    exported = load(tmp_path / "export", family)
+    assert not quantized_layers(exported)
+    assert relative_error(logits_of(exported, family), expected) <= 10 * FLOAT32
+    exported.save_pretrained(tmp_path / "again")
+    assert relative_error(logits_of(load(tmp_path / "again", family), family), expected) <= 10 * FLOAT32
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "c_attn", "q_proj"]], ids=["all", "some"])
