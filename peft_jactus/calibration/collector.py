@@ -21,7 +21,7 @@ from peft_jactus.calibration.reduction import summed_over_processes
 from peft_jactus.calibration.statistics import CalibrationStatistics
 from peft_jactus.numerics.moments import LayerStatistics, SecondMoment
 from peft_jactus.numerics.sketches import GradientSketch
-from peft_jactus.tuner.targeting import dense_weight, weight_loaded
+from peft_jactus.tuner.targeting import device_and_dtype, features_of, weight_loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -296,16 +296,14 @@ def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
 def _unreached(module: nn.Module, needs: StatisticsNeeds) -> LayerStatistics:
     """Return the statistics of a module that saw no token: another part of the data may use it."""
     with weight_loaded(module):
-        weight = dense_weight(module)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=weight.device) for dim in weight.shape)
+        device, dtype = device_and_dtype(module)
+    dtype = torch.promote_types(dtype, torch.float32)
+    out_features, in_features = features_of(module)
+    gradient, inputs = (SecondMoment.zeros(dim, dtype=dtype, device=device) for dim in (out_features, in_features))
     row_fisher = torch.zeros_like(gradient.absolute_sum) if needs.row_fisher else None
     sketch = None
     if needs.num_directions:
-        out_features, in_features = weight.shape
-        sketch = GradientSketch.zeros(
-            out_features, in_features, needs.num_directions, dtype=dtype, device=weight.device
-        )
+        sketch = GradientSketch.zeros(out_features, in_features, needs.num_directions, dtype=dtype, device=device)
     return LayerStatistics(inputs, gradient, row_fisher, sketch)
 
 

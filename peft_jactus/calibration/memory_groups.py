@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_jactus.tuner.sizes import parse_size
-from peft_jactus.tuner.targeting import dense_weight
+from peft_jactus.tuner.targeting import device_and_dtype, features_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,5 @@ def split_into_groups(
 
 def statistics_bytes(module: nn.Module, needs: StatisticsNeeds) -> int:
     """Return what the sums of one layer take."""
-    weight = dense_weight(module)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    out_features, in_features = weight.shape
-    return needs.num_bytes(out_features, in_features, dtype)
+    _, dtype = device_and_dtype(module)
+    return needs.num_bytes(*features_of(module), torch.promote_types(dtype, torch.float32))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peft_jactus.tuner.base_weights import let_gradients_through_
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[
         model.train(train_mode)
         for parameter in trainable:
             parameter.requires_grad_(False)
+        for module in modes:
+            let_gradients_through_(module)
         _use_dense_weights(modes, stack)
         _disable_caches(modes, stack)
         if not train_mode:

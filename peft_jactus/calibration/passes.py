@@ -27,7 +27,8 @@ from peft_jactus.calibration.statistics_files import save_index
 from peft_jactus.calibration.summed_loss import SummedLoss
 from peft_jactus.calibration.unusable import ADVICE, exclude_, find_unusable, report
 from peft_jactus.calibration.weight_watch import WeightWatch
-from peft_jactus.tuner.targeting import targeted_modules
+from peft_jactus.tuner.base_weights import passes_gradients, quantization_of
+from peft_jactus.tuner.targeting import base_layer_of, targeted_modules
 
 if TYPE_CHECKING:
     import os
@@ -302,3 +303,16 @@ def _check_weights(targets: Mapping[str, nn.Module]) -> None:
             )
         if getattr(module, "merged", False):
             raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
+    _check_gradients(targets)
+
+
+def _check_gradients(targets: Mapping[str, nn.Module]) -> None:
+    layers = {name: base_layer_of(module) for name, module in targets.items()}
+    quantized = {name: layer for name, layer in layers.items() if quantization_of(layer) is not None}
+    lost = [name for name, layer in quantized.items() if not passes_gradients(layer)]
+    if lost:
+        raise TypeError(
+            f"{', '.join(lost)}: quantized so that the gradient of its output does not reach its input, as where "
+            "activations are quantized, too: there is nothing to calibrate on. Load the model with weights alone in "
+            "8 or 4 bits (of torchao's configs those named `WeightOnly`), or in bf16, fp16 or fp32."
+        )

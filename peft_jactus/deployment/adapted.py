@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.quantization import check_readable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,8 @@ def find_adapted(model: nn.Module) -> Adapted:
 
     Raises:
         ValueError: If there is no adapter, more than one active one, or several such models.
-        TypeError: If the adapter is on something else than a transformers model.
+        TypeError: If the adapter is on something else than a transformers model, or on one with weights that are
+            quantized and can't be read.
     """
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if not _has_jactus_layers(root):
@@ -83,6 +85,7 @@ def _adapted(base: PreTrainedModel, holder: nn.Module, **where: Any) -> Adapted:
     config = cast("dict[str, Any]", holder.peft_config)[active[0]]
     if len(active) != 1 or not isinstance(config, JactusConfig):
         raise ValueError(f"One JACTUS adapter must be active; got {active}. Use `set_adapter`.")
+    check_readable(base)
     return Adapted(base, holder, config=config, adapter_name=active[0], **{"prefix": "", **where})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.hooks import remove_hook_from_module
 from peft.utils import AuxiliaryTrainingWrapper
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_jactus.deployment.layers import FactorizedLinear
+from peft_jactus.tuner.base_weights import quantization_of
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.target_checks import ties_to_break
 
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy with modules and hooks of its own that shares all tensors."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
-        if isinstance(layer, JactusLayer):  # what a merge has put aside is in no list of parameters
-            shared |= {id(tensor): tensor for pair in layer._unmerged for tensor in pair if tensor is not None}
+        if isinstance(layer, JactusLayer) and layer._unmerged is not None:  # which is in no list of parameters
+            shared |= {id(part): part for part in layer._unmerged.shared()}
+        if quantization_of(layer) is not None and hasattr(layer, "state"):  # bitsandbytes': a weight in 8 bits
+            shared[id(layer.state)] = layer.state
     return copy.deepcopy(model, shared)
 
 

@@ -37,6 +37,7 @@ from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.quantization import dequantize_
 
 if TYPE_CHECKING:
     import os
@@ -107,10 +108,10 @@ def export_compressed(
         ``save_directory``.
 
     Raises:
-        TypeError: If the base model is neither a transformers model nor one of sentence-transformers, or
-            ``hub_kwargs`` has an unknown name. A `ValueError` says if no single JACTUS adapter is active, a weight is
-            not finite, an adapted layer is tied in a way that a checkpoint cannot hold, or ``save_directory`` holds
-            something.
+        TypeError: If the base model is neither a transformers model nor one of sentence-transformers, a part of it is
+            quantized and can't be read, or ``hub_kwargs`` has an unknown name. A `ValueError` says if no single JACTUS
+            adapter is active, a weight is not finite, an adapted layer is tied in a way that a checkpoint cannot hold,
+            or ``save_directory`` holds something.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
@@ -233,6 +234,7 @@ def _compress(
         forms[name] = _form(layer, deployed, config.layer_energy.get(adapted.prefix + name))
         conv1d_layers += [name] if layer.is_conv1d and forms[name].storage != DENSE else []
     _warn_if_untrained(layers.values(), adapted.adapter_name)
+    dequantize_(copied)
     cast_(copied, dtype)
     attach_compression(
         copied,

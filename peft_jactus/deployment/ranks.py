@@ -16,7 +16,7 @@ from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
-from peft_jactus.tuner.targeting import dense_weight
+from peft_jactus.tuner.targeting import features_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -79,7 +79,7 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
         if isinstance(layer, FactorizedLinear | QuantizedLinear):
             out_features, in_features = layer.out_features, layer.in_features
         else:
-            out_features, in_features = dense_weight(layer).shape
+            out_features, in_features = features_of(layer)
         rows.append(LayerRank(name, out_features, in_features, form.rank, form.storage, form.energy_kept))
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_jactus._placeholders import WeightPlaceholder
 from peft_jactus.errors import BaseWeightsFreedError
+from peft_jactus.tuner.base_weights import float_weight, is_conv1d, quantization_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
 class FreedBase(nn.Module):
     """Stands where a dense layer was: remembers its features, device and dtype, holds no weight."""
 
-    def __init__(self, base_layer: nn.Linear | Conv1D, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, base_layer: nn.Linear | Conv1D, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.is_conv1d = isinstance(base_layer, Conv1D)
+        self.is_conv1d = is_conv1d(base_layer)
         self.has_bias = base_layer.bias is not None
         # PEFT and some models (T5) read `.weight.dtype` and `.weight.device`; `.to()` must move it.
-        self.register_buffer("weight", base_layer.weight.detach().new_empty(0), persistent=False)
+        weight = torch.empty(0, dtype=dtype, device=base_layer.weight.device)
+        self.register_buffer("weight", weight, persistent=False)
         self.bias = None
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -33,19 +37,29 @@ class FreedBase(nn.Module):
         del args, kwargs
         raise BaseWeightsFreedError("run the base layer")
 
+    def filled(self, weight: Tensor, bias: Tensor | None) -> nn.Linear | Conv1D:
+        """Return a plain layer with a weight as it stores it."""
+        return make_dense_layer(weight.mT if self.is_conv1d else weight, bias, is_conv1d=self.is_conv1d)
+
     def extra_repr(self) -> str:
         """Show the features."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def unreadable_weight(name: str, weight: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return what stands for the weight of a compressed layer, of the dtype and device of ``weight``."""
+def unreadable_weight(name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int]) -> Tensor:
+    """Return what stands for the weight of a compressed layer."""
     return WeightPlaceholder.of(
-        weight,
+        torch.empty(0, dtype=dtype, device=device),
         shape,
         f"{name}: the model uses its weight without calling the layer. What the adapter learned is not in it, and "
         "what is written into it is lost. Add the name to `exclude_modules`, and compress the dense model again.",
     )
+
+
+def check_merged(weight: Tensor, adapter_name: str, *, safe_merge: bool) -> None:
+    """Raise `ValueError` if ``weight`` is not finite and that was asked for, as PEFT says it."""
+    if safe_merge and not torch.isfinite(weight).all():
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
 
 def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> nn.Linear | Conv1D:
@@ -58,6 +72,54 @@ def make_dense_layer(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) ->
         else:
             layer = nn.Linear(in_features, out_features, bias=bias is not None)
     assign_parameters_(layer, weight.mT if is_conv1d else weight, bias)
+    return layer
+
+
+class SetAside:
+    """A dense layer's parameters while others are merged into it: the very same objects, so that ties stay ties."""
+
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+        self._layer, self._weight, self._bias = layer, layer.weight, layer.bias
+        self._is_quantized = quantization_of(layer) is not None
+
+    def dense_parameters(self) -> tuple[Tensor, nn.Parameter | None]:
+        """Return the weight in floating-point numbers, as a plain layer stores it, and the bias."""
+        if not self._is_quantized:
+            return self._weight, self._bias
+        weight = float_weight(self._layer)
+        return weight.mT if is_conv1d(self._layer) else weight, self._bias
+
+    def put_back(self, merged: nn.Module) -> nn.Module:
+        """Return the layer as it was, on the device (and, if it is not quantized, in the dtype) of ``merged``."""
+        weight = cast("Tensor", merged.weight)
+        if self._is_quantized:
+            return self._layer.to(weight.device)
+        self._weight.data = self._weight.data.to(weight)
+        merged.weight = self._weight
+        if self._bias is not None:
+            self._bias.data = self._bias.data.to(weight)
+            merged.bias = self._bias
+        return merged
+
+    def shared(self) -> list[object]:
+        """Return what copies of the layer have in common with it."""
+        return [self._layer] if self._is_quantized else [self._weight, self._bias]
+
+
+def with_parameters(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> nn.Linear | Conv1D:
+    """Return ``layer`` with new parameters, or in the place of a quantized one a plain layer that has them.
+
+    A weight that was rounded to 8 or 4 bits again would not be the one that was trained.
+
+    Args:
+        layer: To change.
+        weight: As a plain layer stores it.
+        bias: If there is one.
+    """
+    if quantization_of(layer) is not None:
+        return make_dense_layer(weight.mT if is_conv1d(layer) else weight, bias, is_conv1d=is_conv1d(layer))
+    # A new parameter: writing into the old one would change a tied embedding.
+    assign_parameters_(layer, weight, bias)
     return layer
 
 

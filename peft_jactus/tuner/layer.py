@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from peft_jactus._dtypes import output_dtype
 from peft_jactus.errors import BaseWeightsFreedError
@@ -30,10 +29,12 @@ from peft_jactus.tuner.adapter_format import (
     unfilled,
     weight_of,
 )
-from peft_jactus.tuner.dense_layers import FreedBase, assign_parameters_, make_dense_layer, unreadable_weight
+from peft_jactus.tuner.base_weights import is_conv1d, quantization_of
+from peft_jactus.tuner.dense_layers import FreedBase, SetAside, check_merged, unreadable_weight, with_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers.pytorch_utils import Conv1D
 
     from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
 
@@ -61,8 +62,9 @@ class JactusLayer(BaseTunerLayer):
     adapter_layer_names = TRAINABLE
     other_param_names = (*(name for name in TENSOR_NAMES if name not in TRAINABLE), "r", "adapter_shapes")
 
-    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str, dtype: torch.dtype) -> None:
         self.base_layer = base_layer
+        self._dense_dtype = dtype
         in_features, out_features = _get_in_out_features(base_layer)
         assert in_features is not None
         assert out_features is not None
@@ -76,8 +78,7 @@ class JactusLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.module_name = module_name
         self._unfilled: set[str] = set()
-        # The dense parameters while merged; in a list, because nn.Module registers parameter attributes.
-        self._unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
+        self._unmerged: SetAside | None = None  # the dense layer, while merged
         self._dense_is_merged = False
 
     def _base(self) -> nn.Linear | Conv1D:
@@ -88,6 +89,11 @@ class JactusLayer(BaseTunerLayer):
     def base_weights_freed(self) -> bool:
         """Whether the dense weight of this layer is gone."""
         return isinstance(self.get_base_layer(), FreedBase) or self._dense_is_merged
+
+    @property
+    def _base_dtype(self) -> torch.dtype:  # of a quantized weight, the one that it has once it is dense
+        base = self._base()
+        return base.weight.dtype if quantization_of(base) is None else self._dense_dtype
 
     @property
     def has_bias(self) -> bool:
@@ -107,7 +113,8 @@ class JactusLayer(BaseTunerLayer):
         if dense_counts or torch.compiler.is_compiling():
             return weight
         features = (self.in_features, self.out_features)
-        return unreadable_weight(self.module_name, weight, features if self.is_conv1d else features[::-1])
+        shape = features if self.is_conv1d else features[::-1]
+        return unreadable_weight(self.module_name, self._base_dtype, weight.device, shape)
 
     # -- creating an adapter ------------------------------------------------------------------------------
 
@@ -131,7 +138,7 @@ class JactusLayer(BaseTunerLayer):
         self.adapter_shapes[adapter_name] = shape
         values = {} if factors is None else tensors_of(factors, shape)
         for name, size in self._expected_shapes(shape).items():
-            dtype = tensor_dtype(name, weight.dtype)
+            dtype = tensor_dtype(name, self._base_dtype)
             tensor = values[name] if name in values else unfilled(size, dtype, weight.device)
             tensor = tensor.to(device=weight.device, dtype=dtype).contiguous()
             # With one row, a transposed matrix is contiguous, too, but DDP wants the same strides in all processes.
@@ -185,7 +192,7 @@ class JactusLayer(BaseTunerLayer):
     def free_base_weights(self) -> None:
         """Let go of the dense weight. There is no way back, except from a merge."""
         if not self.base_weights_freed:
-            self.base_layer = FreedBase(self._base(), self.in_features, self.out_features)
+            self.base_layer = FreedBase(self._base(), self.in_features, self.out_features, self._base_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
@@ -235,16 +242,15 @@ class JactusLayer(BaseTunerLayer):
         _, bias = self._dense_parameters()
         return bias is None or torch.equal(self.jactus_bias[adapter_name], bias)
 
-    def _dense_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Return the dense weight, as the base layer stores it, and bias, whatever is merged."""
-        base = self._base()
-        return self._unmerged[0] if self._unmerged else (cast("nn.Parameter", base.weight), base.bias)
+    def _dense_parameters(self) -> tuple[Tensor, nn.Parameter | None]:
+        """Return the dense weight, not quantized, as a plain layer stores it, and bias, whatever is merged."""
+        return (self._unmerged or SetAside(self._base())).dense_parameters()
 
     @property
     def is_conv1d(self) -> bool:
         """Whether the dense layer is transformers' Conv1D, which stores its weight transposed."""
         base = self.get_base_layer()
-        return base.is_conv1d if isinstance(base, FreedBase) else isinstance(base, Conv1D)
+        return base.is_conv1d if isinstance(base, FreedBase) else is_conv1d(base)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the dense layer; the first replaces its weight, others add their difference.
@@ -264,15 +270,12 @@ class JactusLayer(BaseTunerLayer):
                 raise BaseWeightsFreedError("merge several adapters")
             self._merge_freed(names[0], safe_merge=safe_merge)
             return
-        base = self._base()
-        with gather_params_ctx(base.weight):
+        with gather_params_ctx(self._base().weight):
             for name in names:
                 weight, bias = self._merged_dense(name)
-                self._check_merged(weight, name, safe_merge=safe_merge)
-                if not self._unmerged:
-                    self._unmerged.append(self._dense_parameters())
-                # A new parameter: writing into the old one would change a tied embedding.
-                assign_parameters_(base, weight, bias)
+                check_merged(weight, name, safe_merge=safe_merge)
+                self._unmerged = self._unmerged or SetAside(self._base())
+                self.base_layer = with_parameters(self._base(), weight, bias)
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -287,18 +290,11 @@ class JactusLayer(BaseTunerLayer):
 
     def _merge_freed(self, name: str, *, safe_merge: bool) -> None:
         weight = self.get_dense_weight(name)
-        self._check_merged(weight, name, safe_merge=safe_merge)
-        freed = cast("FreedBase", self.get_base_layer())
-        weight = weight.mT if freed.is_conv1d else weight
+        check_merged(weight, name, safe_merge=safe_merge)
         bias = self.adapter_tensors(name).get("jactus_bias")
-        self.base_layer = make_dense_layer(weight, bias, is_conv1d=freed.is_conv1d)
+        self.base_layer = cast("FreedBase", self.get_base_layer()).filled(weight, bias)
         self._dense_is_merged = True
         self.merged_adapters.append(name)
-
-    @staticmethod
-    def _check_merged(weight: Tensor, name: str, *, safe_merge: bool) -> None:
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def unmerge(self) -> None:
         """Put the original dense parameters back; the very same objects, so that ties stay ties."""
@@ -307,15 +303,10 @@ class JactusLayer(BaseTunerLayer):
             return
         base = self._base()
         if self._dense_is_merged:
-            self.base_layer = FreedBase(base, self.in_features, self.out_features)
+            self.base_layer = FreedBase(base, self.in_features, self.out_features, base.weight.dtype)
             self._dense_is_merged = False
-        else:
-            weight, bias = self._unmerged.pop()
-            weight.data = weight.data.to(base.weight)
-            base.weight = weight
-            if bias is not None:
-                bias.data = bias.data.to(base.weight)
-                base.bias = bias
+        elif self._unmerged is not None:
+            self.base_layer, self._unmerged = self._unmerged.put_back(base), None
         self.merged_adapters.clear()
 
     # -- running ------------------------------------------------------------------------------------------
@@ -353,6 +344,7 @@ class Linear(nn.Module, JactusLayer):
         base_layer: The layer to replace.
         module_name: Its full name, for error messages.
         adapter_name: Name of the first adapter.
+        dtype: Of the layer, once it is dense.
         r: Its rank.
         shape: How the rank is shared out.
         factors: Its initial values; ``None`` for an adapter that a checkpoint fills.
@@ -363,13 +355,14 @@ class Linear(nn.Module, JactusLayer):
         base_layer: nn.Module,
         module_name: str,
         adapter_name: str,
+        dtype: torch.dtype,
         *,
         r: int,
         shape: AdapterShape,
         factors: LayerFactors | None,
     ) -> None:
         super().__init__()
-        JactusLayer.__init__(self, base_layer, module_name)
+        JactusLayer.__init__(self, base_layer, module_name, dtype)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, shape=shape, factors=factors)
 

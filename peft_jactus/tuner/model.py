@@ -18,20 +18,24 @@ from peft_jactus.numerics.allocation import uniform_rank
 from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
 from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dtype
 from peft_jactus.tuner.atomic_tuner import AtomicTuner
+from peft_jactus.tuner.base_weights import dense_dtype, let_go_of_weight_
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
 from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
+from peft_jactus.tuner.quantization import forget_quantization_, is_quantized, note_plain_layers_
 from peft_jactus.tuner.replication import digest, factors_for_all, share_out_layers
 from peft_jactus.tuner.target_checks import find_refusal, layer_sharing, raise_refusals
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
     add_further_heads_,
-    dense_weight,
+    check_heads,
     dense_weight_and_bias,
+    device_and_dtype,
     features_of,
+    has_bias,
     match_ranks,
     resolve_all_linear_,
     targeted_modules,
@@ -107,6 +111,8 @@ class JactusModel(AtomicTuner):
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
         config.statistics = None
+        if not is_quantized(model):
+            forget_quantization_(model)
 
     def _twin_of(self, adapter_name: str, config: JactusConfig) -> str | None:
         """Return the adapter of this very config, if a further one of it cannot be computed: it starts as a copy.
@@ -142,6 +148,7 @@ class JactusModel(AtomicTuner):
             return
         if peft_config.from_checkpoint:
             peft_config.check_not_calibrated()
+            check_heads(model, peft_config)
             return
         add_further_heads_(peft_config, model)
         resolve_all_linear_(peft_config, model)
@@ -207,7 +214,8 @@ class JactusModel(AtomicTuner):
                 layer = target
                 layer.update_layer(adapter_name, rank, shape=shape, factors=factors)
             else:
-                layer = linear = Linear(target, current_key, adapter_name, r=rank, shape=shape, factors=factors)
+                dtype = dense_dtype(target, self.model)
+                layer = linear = Linear(target, current_key, adapter_name, dtype, r=rank, shape=shape, factors=factors)
                 if adapter_name not in self.active_adapters:
                     linear.requires_grad_(False)
                 self._replace_module(parent, target_name, linear, target)
@@ -216,7 +224,7 @@ class JactusModel(AtomicTuner):
                 layer.free_base_weights()
         if layer.base_weights_freed and target is not layer:
             # PEFT holds the dense layers until the last one is replaced.
-            target.register_parameter("weight", None)
+            let_go_of_weight_(target)
 
     def _nobody_needs_base_weight(self, name: str) -> bool:
         """Whether no adapter asked to keep the dense weights, or leaves this layer alone."""
@@ -235,16 +243,16 @@ class JactusModel(AtomicTuner):
                 "made for another model, or adapter_config.json was edited."
             )
         # PEFT can pick modules by the keys of a state dict, which `target_modules` then need not match.
-        out_features, in_features = dense_weight(target).shape
-        return uniform_rank(config.retained_ratio, out_features, in_features, config.storage)
+        return uniform_rank(config.retained_ratio, *features_of(target), config.storage)
 
     def _factors_of(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
         """Return the factors of a layer, from the process that made them."""
         owner = None if self._prepared is None else self._prepared.owners.get(name)
         if self._prepared is None or owner is None:
             return self._make_factors(config, name, target, rank)
-        weight, bias = dense_weight_and_bias(target)
-        return factors_for_all(self._prepared.factors.pop(name, None), owner, weight, bias=bias is not None)
+        device, _ = device_and_dtype(target)
+        made = self._prepared.factors.pop(name, None)
+        return factors_for_all(made, owner, features_of(target), device, bias=has_bias(target))
 
     @torch.no_grad()
     def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
@@ -343,6 +351,11 @@ class JactusModel(AtomicTuner):
         if self._base_weights_freed():
             raise BaseWeightsFreedError("unload without merging; use `merge_and_unload`")
         return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        note_plain_layers_(self.model)
+        return unloaded
 
     def disable_adapter_layers(self) -> None:
         """Run the dense model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from peft_jactus.tuner.base_weights import dense_dtype, layer_features, quantization_of, unpack_
 from peft_jactus.tuner.sizes import parse_size
-from peft_jactus.tuner.targeting import dense_weight, log_once
+from peft_jactus.tuner.targeting import base_layer_of, features_of, log_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
     from peft_jactus.tuner.config import JactusConfig
     from peft_jactus.tuner.rank_table import RankSummary
@@ -35,10 +39,12 @@ def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
     weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
     groups: Counter[str] = Counter()
     total = 0
+    quantized = _quantized_layers(model)
     for name, parameter in model.named_parameters():
-        total += parameter.numel()
+        count = _numel(name, parameter, quantized)
+        total += count
         if name not in weights:
-            groups[re.sub(r"\.\d+\.", ".*.", name)] += parameter.numel()
+            groups[re.sub(r"\.\d+\.", ".*.", name)] += count
     if groups.total() > total / 2:
         largest = ", ".join(f"{name} {count / total:.0%}" for name, count in groups.most_common(_MOST_NAMED))
         log_once(
@@ -65,16 +71,25 @@ class ModelSize:
 
     @classmethod
     def of(cls, model: nn.Module, targets: Mapping[str, nn.Module]) -> ModelSize:
-        """Measure ``model``; adapters that are there already do not count."""
+        """Measure ``model``, with its quantized weights as they are exported; adapters that are there do not count."""
+        quantized = _quantized_layers(model)
+        for layer in quantized.values():
+            unpack_(layer)  # or `state_dict` would, and leave a part of it
         state = model.state_dict(keep_vars=True)
-        saved = {name.replace(".base_layer", ""): state[name] for name in state if ".jactus_" not in name}
-        unique = {id(tensor): (name, tensor) for name, tensor in saved.items()}.values()
-        weights = {name: dense_weight(module) for name, module in targets.items()}
+        # What else a quantized layer saves, scales and codes, belongs to its weight.
+        extra = {key for name in quantized for key in state if key.startswith((f"{name}.weight.", f"{name}.SCB"))}
+        extra |= {f"{name}.weight_format" for name in quantized}
+        names = [name for name in state if ".jactus_" not in name and name not in extra]
+        unique = {id(state[name]): name for name in names}.values()
+        counts = {name: _numel(name, state[name], quantized) for name in unique}
+        itemsizes = {name: _itemsize(name, state[name], quantized, model) for name in unique}
         return cls(
-            num_parameters=sum(tensor.numel() for _, tensor in unique if isinstance(tensor, nn.Parameter)),
-            num_bytes=sum(tensor.nbytes + _entry_bytes(name) for name, tensor in unique),
-            shapes={name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()},
-            itemsize=max(weight.itemsize for weight in weights.values()),
+            num_parameters=sum(counts[name] for name in unique if isinstance(state[name], nn.Parameter)),
+            num_bytes=sum(
+                counts[name] * itemsizes[name] + _entry_bytes(name.replace(".base_layer", "")) for name in unique
+            ),
+            shapes={name: features_of(module) for name, module in targets.items()},
+            itemsize=max(dense_dtype(base_layer_of(module), model).itemsize for module in targets.values()),
         )
 
     @property
@@ -119,6 +134,21 @@ def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
             "itself. Raise the budget, or target more layers."
         )
     return min(1.0, allowed / size.targeted_parameters)
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if quantization_of(module) is not None}
+
+
+def _numel(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module]) -> int:
+    """Return how many numbers a tensor stands for; in 4 bits two are packed into one."""
+    layer = quantized.get(name.removesuffix(".weight"))
+    return math.prod(layer_features(layer)) if isinstance(layer, nn.Linear) else tensor.numel()
+
+
+def _itemsize(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module], model: nn.Module) -> int:
+    layer = quantized.get(name.removesuffix(".weight"))
+    return tensor.itemsize if layer is None else dense_dtype(layer, model).itemsize
 
 
 def _entry_bytes(name: str) -> int:

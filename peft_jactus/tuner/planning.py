@@ -19,7 +19,8 @@ from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
 from peft_jactus.tuner.targeting import (
     dense_weight,
-    dense_weight_and_bias,
+    features_of,
+    has_bias,
     log_once,
     match_ranks,
     targeted_modules,
@@ -85,14 +86,13 @@ def measure_gains(
     projections: dict[str, ProjectedWeight] = {}
     mine = [name for name in targets if owners is None or owners[name] == process_index()]
     for name in progress(mine, description="Ranking directions", unit="layer", shown=progress_bar):
-        has_bias = dense_weight_and_bias(targets[name])[1] is not None
         # One call a layer, so that its weight is let go before the next one is asked for.
         gains[name], projected = layer_gains(
             name,
             _loaded_weight(targets[name]),
             None if statistics is None else statistics[name],
             options.decomposition,
-            centred=options.bias_correction and has_bias,
+            centred=options.bias_correction and has_bias(targets[name]),
             adaptation_rank=options.adaptation_rank,
         )
         if projected.num_bytes <= keep_bytes:
@@ -161,7 +161,7 @@ def check_statistics(
             raise ValueError(
                 f"{source} has no statistics of {name}. Calibrate with the config and model that you compress."
             )
-        expected = tuple(dense_weight(module).shape)
+        expected = features_of(module)
         found = (layer.gradient.dim, layer.input.dim)
         if expected != found:
             raise ValueError(f"{source} has statistics of {name} for a weight of shape {found}; it has {expected}.")

@@ -9,7 +9,7 @@ import torch
 from peft_jactus._processes import broadcast_, gather_objects, share_out
 from peft_jactus.numerics.factorization import LayerFactors
 from peft_jactus.numerics.interpolation import InterpolativeBasis
-from peft_jactus.tuner.targeting import dense_weight
+from peft_jactus.tuner.targeting import features_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *, bias: bool) -> LayerFactors:
+def factors_for_all(
+    factors: LayerFactors | None, owner: int, features: tuple[int, int], device: torch.device, *, bias: bool
+) -> LayerFactors:
     """Return the factors of process ``owner``.
 
     Args:
         factors: There, what it made; elsewhere ``None``.
         owner: The process that made them.
-        weight: ``(out, in)``.
+        features: Of the layer, ``(out, in)``.
+        device: Of its weight.
         bias: Whether they have one.
     """
     ranks = None if factors is None else (factors.core_rank, factors.adaptation_rank)
     found = gather_objects(ranks)[owner]
     assert found is not None
     if factors is None:
-        factors = _empty_factors(weight, *found, bias=bias)
+        factors = _empty_factors(features, device, *found, bias=bias)
     optional = (factors.bias, factors.down, factors.up)
     bases = (factors.left, factors.right)
     tensors = [factors.core, *(tensor for basis in bases for tensor in (basis.order, basis.coefficients))]
@@ -39,8 +42,10 @@ def factors_for_all(factors: LayerFactors | None, owner: int, weight: Tensor, *,
     return factors
 
 
-def _empty_factors(weight: Tensor, core_rank: int, adaptation_rank: int, *, bias: bool) -> LayerFactors:
-    (out_features, in_features), device = weight.shape, weight.device
+def _empty_factors(
+    features: tuple[int, int], device: torch.device, core_rank: int, adaptation_rank: int, *, bias: bool
+) -> LayerFactors:
+    out_features, in_features = features
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=device)
@@ -61,7 +66,7 @@ def _empty_factors(weight: Tensor, core_rank: int, adaptation_rank: int, *, bias
 
 def share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return which process factorizes which layer; the time grows with the cube of its sides."""
-    shapes = {name: dense_weight(module).shape for name, module in targets.items()}
+    shapes = {name: features_of(module) for name, module in targets.items()}
     return share_out({name: float(sum(side**3 for side in shape)) for name, shape in shapes.items()})
 
 

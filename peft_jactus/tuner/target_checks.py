@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus.tuner.base_weights import READABLE, quantization_of
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
@@ -113,13 +113,15 @@ def _refusal_of_linear(module: nn.Linear | Conv1D) -> Refusal | None:
             "pruning). Make it a plain parameter (torch.nn.utils.parametrize.remove_parametrizations, "
             "remove_weight_norm, remove_spectral_norm, prune.remove), or add the name to `exclude_modules`."
         )
-    if is_quantized(module):
+    library = quantization_of(module)
+    if library not in {None, *READABLE}:
         return Refusal(
-            f"is quantized ({type(module).__name__}). Load the model in bf16, fp16 or fp32, compress it, and quantize "
-            "the result; or add the name to `exclude_modules`.",
+            f"is quantized ({type(module).__name__}) in a way that its weight can't be read back. Load the model in "
+            "bf16, fp16 or fp32, or in 8 or 4 bits with bitsandbytes or torchao; or add the name to "
+            "`exclude_modules`.",
             always=True,
         )
-    if not _is_plain_product(module):
+    if library is None and not _is_plain_product(module):
         return Refusal(
             f"is a {type(module).__name__}, which computes more than the product with its weight: factors would lose "
             "that. Add the name to `exclude_modules`."
@@ -131,11 +133,6 @@ def _refusal_of_linear(module: nn.Linear | Conv1D) -> Refusal | None:
             always=True,
         )
     return None
-
-
-def is_quantized(module: nn.Linear | Conv1D) -> bool:
-    """Whether the weight is not held in floating-point numbers."""
-    return resolve_quantization_backend(module) is not None or not module.weight.is_floating_point()
 
 
 def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
@@ -163,6 +160,17 @@ def _agrees_with_product(module: nn.Linear | Conv1D, scale: float) -> bool:
     difference = torch.linalg.vector_norm((output - expected).double())
     size = torch.linalg.vector_norm(expected.double())
     return bool(difference <= _PROBE_TOLERANCE * torch.finfo(weight.dtype).eps * size)
+
+
+def refusal_of_head(module: nn.Module) -> Refusal | None:
+    """Return why a module that an adapter trains whole can't be, or None if it can."""
+    if (library := quantization_of(module)) is None:
+        return None
+    return Refusal(
+        "would be trained whole beside the adapter (`modules_to_save`, and the head of `task_type`), and can't be: "
+        f"{library} has quantized it. Load the model with this module left as it is: `llm_int8_skip_modules` of "
+        "BitsAndBytesConfig, `modules_to_not_convert` of TorchAoConfig."
+    )
 
 
 def raise_refusals(refusals: Mapping[str, Refusal]) -> None:

@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import (
@@ -20,20 +20,24 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import get_pattern_key
 from transformers.pytorch_utils import Conv1D
 
+from peft_jactus.tuner.base_weights import dense_dtype, float_weight, layer_features
 from peft_jactus.tuner.config import targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.quantization import check_method
 from peft_jactus.tuner.target_checks import (
     Refusal,
     describe,
     find_refusal,
     layer_sharing,
     raise_refusals,
+    refusal_of_head,
     ties_to_break,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import Tensor, nn
 
     from peft_jactus.tuner.config import JactusConfig
@@ -56,11 +60,14 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     """Return the modules that ``config`` targets, by full name, in the model's order; change neither.
 
     Raises:
-        ValueError: If the targets are missing or match nothing. A `TypeError` names a module that has no factors.
+        ValueError: If the targets are missing or match nothing. A `TypeError` names a module that has no factors, or
+            a quantized one that can't be used.
     """
+    check_method(model)
     asked, config = config.target_modules, _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
     heads, sharing = head_names(config), layer_sharing(model)
+    check_heads(model, config)
     adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     targets: dict[str, nn.Module] = {}
     refusals: dict[str, Refusal] = {}
@@ -90,6 +97,14 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
         )
     _warn_of_ties(model, {*targets, *(name for name in modules if is_trained_whole(name, heads))})
     return targets
+
+
+def check_heads(model: nn.Module, config: JactusConfig) -> None:
+    """Raise `TypeError` for modules that ``config`` trains whole, and can't."""
+    heads = head_names(config)
+    found = {name: refusal_of_head(module) for name, module in model.named_modules() if is_trained_whole(name, heads)}
+    if refusals := {name: refusal for name, refusal in found.items() if refusal is not None}:
+        raise_refusals(refusals)
 
 
 def _warn_of_ties(model: nn.Module, changed: set[str]) -> None:
@@ -136,7 +151,7 @@ def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
     """Replace ``target_modules="all-linear"`` by names: of all linear layers, but for heads, and what has no factors.
 
     PEFT's own rule keeps the output layer of language models and, for one of the tasks, that of classifiers. Quantized
-    layers stay in, so that they are refused by name. What else is left dense is logged, once.
+    layers that can't be read stay in, so that they are refused by name. What else is left dense is logged, once.
     """
     if not targets_all_linear(config.target_modules):
         return
@@ -182,37 +197,48 @@ def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a Linear or Conv1D, adapted or not, as ``(out, in)``, detached.
 
-    That of an offloaded layer has values in `weight_loaded` only.
+    That of an offloaded layer has values in `weight_loaded` only. That of a quantized one is computed at each call.
     """
-    module = _base(module)
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]  # checked by check_supported
+    module = base_layer_of(module)
+    weight = float_weight(module)
     return weight.mT if isinstance(module, Conv1D) else weight
 
 
 def dense_weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return weight, as `dense_weight` does, and bias ``(out,)``, detached."""
-    bias = getattr(_base(module), "bias", None)
+    bias = getattr(base_layer_of(module), "bias", None)
     return dense_weight(module), None if bias is None else bias.detach()
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a Linear or Conv1D, adapted or not, whose weight may be gone, adds a bias."""
+    return module.has_bias if isinstance(module, JactusLayer) else getattr(module, "bias", None) is not None
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return where the weight of a Linear or Conv1D, adapted or not, is, and its dtype once it is dense."""
+    module = base_layer_of(module)
+    return cast("Tensor", module.weight).device, dense_dtype(module)
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
     """Return ``(out, in)`` of a Linear or Conv1D, adapted or not, whose weight may be gone."""
     if isinstance(module, JactusLayer):
         return module.out_features, module.in_features
-    out_features, in_features = dense_weight(module).shape
-    return out_features, in_features
+    return layer_features(module)
 
 
 def weight_loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a layer that accelerate has offloaded has its weight on the device that it runs on."""
-    module = _base(module)
-    if has_offloaded_params(module) and dense_weight(module).is_meta:
+    module = base_layer_of(module)
+    if has_offloaded_params(module) and cast("Tensor", module.weight).is_meta:
         context: contextlib.AbstractContextManager[None] = align_module_device(module)
         return context
     return contextlib.nullcontext()
 
 
-def _base(module: nn.Module) -> nn.Module:
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """Return the layer that an adapter is on, or ``module`` itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
