@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peft_jactus.numerics.quantization import code_dtype, code_shape, dequantize, quantize, quantized_product
+from peft_jactus.numerics.quantization import code_dtype, code_shape, dequantize, quantized_product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,15 +46,14 @@ class QuantizedLinear(nn.Linear):
         )
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, bits: int, *, dtype: torch.dtype, second_moment: Tensor | None = None
-    ) -> QuantizedLinear:
-        """Return the layer for the weight and bias of another; see `quantize` for the arguments."""
-        device, has_bias = linear.weight.device, linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, bits, bias=has_bias, device="meta", dtype=dtype)
-        layer.weight, layer.scale = quantize(linear.weight.detach(), bits, dtype=dtype, second_moment=second_moment)
-        if has_bias:
-            layer.bias = nn.Parameter(linear.bias.detach().to(device, dtype, copy=True))
+    def from_codes(cls, codes: Tensor, scales: Tensor, shape: tuple[int, int], bias: Tensor | None) -> QuantizedLinear:
+        """Return the layer for what `quantize` returned of a weight of this shape; the bias is copied."""
+        out_features, in_features = shape
+        bits = 8 if codes.dtype == code_dtype(8) else 4
+        layer = cls(in_features, out_features, bits, bias=bias is not None, device="meta", dtype=scales.dtype)
+        layer.weight, layer.scale = codes, scales
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(codes.device, scales.dtype, copy=True))
         return layer
 
     def dense_weight(self) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from peft_jactus.numerics.linalg import to_decomposition_dtype
-from peft_jactus.numerics.rounding import nearest_levels, round_with_feedback
+from peft_jactus.numerics.rounding import fit_to_inputs, nearest_levels, round_with_feedback
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,54 @@ def quantize(
         return _grouped(chosen - _LARGEST).to(torch.int8), scales
     pairs = _grouped(chosen, filling=int(levels.abs().argmin())).to(torch.uint8).view(len(scales), -1, 2)
     return pairs[..., 0] * 16 + pairs[..., 1], scales
+
+
+def quantize_pair(
+    first: Tensor,
+    second: Tensor,
+    bits: int,
+    *,
+    dtype: torch.dtype,
+    second_moment: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return codes and scales of two matrices that multiply inputs one after the other: ``second @ first``.
+
+    8 bits are rounded number by number. 4 bits would hurt: the first sums up correlated inputs, and the second sees
+    little else than a few directions of what comes out. So the first is rounded with feedback by the inputs, and the
+    second, fitted anew to what the first has become, by what it then sees.
+
+    Args:
+        first: ``(rank, in)``; with ``order`` ``(rank, in - rank)``: beside an identity, ``second @ [I, first]``.
+        second: ``(out, rank)``.
+        bits: 8 or 4.
+        dtype: As for `quantize`.
+        second_moment: ``(in, in)`` of the inputs. Default: all inputs alike.
+        order: ``(in,)``: of which inputs the columns of ``[I, first]`` are.
+
+    Returns:
+        Those of the first, those of the second.
+    """
+    if bits == 8:
+        return quantize(first, bits, dtype=dtype), quantize(second, bits, dtype=dtype)
+    first, second = to_decomposition_dtype(first), to_decomposition_dtype(second)
+    num_inputs = first.shape[1] if order is None else len(order)
+    moment = torch.eye(num_inputs).to(first) if second_moment is None else to_decomposition_dtype(second_moment)
+    if order is not None:
+        moment = moment[order][:, order]
+    weight = second @ _beside_identity(first, num_inputs)
+    seen = moment[-first.shape[1] :, -first.shape[1] :]
+    codes, scales = quantize(first, bits, dtype=dtype, second_moment=seen)
+    rounded = to_decomposition_dtype(dequantize(codes, scales, (first.shape[0], first.shape[1])))
+    rounded = _beside_identity(rounded, num_inputs)
+    fitted = fit_to_inputs(weight, rounded, moment)
+    return (codes, scales), quantize(fitted, bits, dtype=dtype, second_moment=rounded @ moment @ rounded.mT)
+
+
+def _beside_identity(matrix: Tensor, num_columns: int) -> Tensor:
+    """Return ``[I, matrix]`` if that has ``num_columns``; ``matrix`` if it has them itself."""
+    rank, has = matrix.shape
+    return matrix if has == num_columns else torch.cat([torch.eye(rank).to(matrix), matrix], dim=1)
 
 
 def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
