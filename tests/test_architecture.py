@@ -39,7 +39,7 @@ ROOMS = [
     (
         "deployment",
         "what is shipped",
-        "_version errors _dtypes _placeholders _progress _files numerics tuner",
+        "_version errors _placeholders _progress _files numerics tuner",
         "accelerate huggingface_hub matplotlib peft torch transformers typing_extensions",
     ),
     (

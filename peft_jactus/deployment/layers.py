@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_jactus._placeholders import WeightPlaceholder
-from peft_jactus.deployment.parts import dtype_of, linear_part, wide_weight
+from peft_jactus.deployment.hidden_weight import HiddenWeight
+from peft_jactus.deployment.parts import linear_part, wide_weight
 from peft_jactus.numerics.interpolation import interpolate_rows
 from peft_jactus.numerics.linalg import balanced_factors, to_decomposition_dtype
 
@@ -28,37 +28,18 @@ if TYPE_CHECKING:
     _Device = torch.device | str | None
 
 
-_USED_PAST_THE_LAYER = (
-    "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, and name "
-    "the layer in `exclude_modules`."
-)
-
-
-class FactorizedLinear(nn.Module, ABC):
+class FactorizedLinear(HiddenWeight, ABC):
     """A linear layer whose weight has low rank; ``forward`` maps ``(..., in)`` to ``(..., out)``.
 
     Attributes:
         in_features: Columns of the weight.
         out_features: Rows of the weight.
         rank: Its rank, in [1, min(out, in)).
-        weight: One number, not used. A loader that does not know this package stops at its shape, instead of filling
-            a dense layer with random numbers. A model may read its ``dtype``, ``device`` and ``shape``, that of the
-            dense weight, as some do; its numbers raise `RuntimeError`.
+        weight: See `HiddenWeight`.
     """
 
     storage: str
-    weight: Tensor
     bias: Tensor | None
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a placeholder for the weight."""
-        value = super().__getattr__(name)
-        if name != "weight" or not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
-            return value
-        layer = f"A {type(self).__name__} ({self.out_features} x {self.in_features})"
-        # What has no values yet shows the shape that a file is compared with.
-        shape = value.shape if value.is_meta else (self.out_features, self.in_features)
-        return WeightPlaceholder.of(value, shape, f"{layer} {_USED_PAST_THE_LAYER}", buffer=True)
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -145,7 +126,7 @@ class LowRankLinear(FactorizedLinear):
         super().__init__(down.in_features, up.out_features, down.out_features)
         self.down = down
         self.up = up
-        self.register_buffer("weight", up.weight.new_zeros(1, dtype=dtype_of(up)))
+        self.register_buffer("weight", _one_number(up))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
@@ -232,7 +213,7 @@ class RowPivotedLinear(PivotedLinear):
         self.others = others
         self.register_buffer("row_index", row_index)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.register_buffer("weight", rows.weight.new_zeros(1, dtype=dtype_of(rows)))
+        self.register_buffer("weight", _one_number(rows))
 
     @classmethod
     def _empty(
@@ -289,7 +270,7 @@ class ColumnPivotedLinear(PivotedLinear):
         self.others = others
         self.columns = columns
         self.register_buffer("column_index", column_index)
-        self.register_buffer("weight", columns.weight.new_zeros(1, dtype=dtype_of(columns)))
+        self.register_buffer("weight", _one_number(columns))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]  # read-only here
@@ -333,6 +314,11 @@ class ColumnPivotedLinear(PivotedLinear):
         weight = torch.cat([columns, columns @ wide_weight(self.others)], dim=1)
         order: Tensor = self.column_index.argsort()
         return weight[:, order]
+
+
+def _one_number(part: nn.Linear) -> Tensor:
+    """Return what stands in a file for the weight of the layer that a part belongs to."""
+    return torch.zeros(1, dtype=part.weight.dtype, device=part.weight.device)
 
 
 def _check_rank(rank: int, in_features: int, out_features: int) -> None:

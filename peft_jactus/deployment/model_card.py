@@ -25,6 +25,10 @@ _WITHOUT_IMPORT = (
     f"a package (`lm_eval`, `vllm serve`) take what `peft-jactus export {_PLACE} dense --dense` writes: plain layers, "
     "at the size of the base model."
 )
+_FEW_BITS = (
+    "Their weights take {bits} bits a number, and a 64th of a scale: groups of 64 numbers, row after row, share one. "
+    "Shapes need not divide: a group may go from one row to the next. They do not train; LoRA on top does."
+)
 _ADAPTER_LOADING = f"""
 ## Load it
 
@@ -72,6 +76,7 @@ def write_model_card(
     )
     architecture = (config.architectures or ["AutoModel"])[0]
     library, loading = "transformers", f"{architecture}.from_pretrained"
+    bits = next((form.bits for form in compression.layers.values()), None)
     if pipeline_class is not None:
         library, loading = "sentence_transformers", pipeline_class.__name__
     sections = [
@@ -81,18 +86,23 @@ def write_model_card(
         "[peft-jactus](https://pypi.org/project/peft-jactus/): it is smaller on disk and in memory, and runs "
         "without the base model.",
         "## Load it",
-        f"```python\n{_IMPORT}; tells transformers about the layers\n"
+        f"```python\n{_import(bits)}; tells transformers about the layers\n"
         f"from {library} import {loading.partition('.')[0]}\n\n"
         f'model = {loading}("{_PLACE}")\n```',
         _WITHOUT_IMPORT,
         "## What was kept",
         _kept(summary),
+        *([_FEW_BITS.format(bits=bits)] if bits is not None else []),
         *([f"![Ranks by block]({plot})"] if plot else []),
         *(["## Results", _table(metrics)] if metrics else []),
         "## All layers",
         f"```\n{summary}\n```",
     ]
     ModelCard("\n\n".join(sections) + "\n").save(folder / "README.md")
+
+
+def _import(bits: int | None) -> str:
+    return f"{_IMPORT} bitsandbytes" if bits == 4 else _IMPORT
 
 
 def add_adapter_loading(path: Path) -> None:

@@ -46,13 +46,6 @@ def wide_weight(part: nn.Module) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def dtype_of(layer: nn.Module) -> torch.dtype:
-    """Return the dtype of the model that a layer, or a part of one, was made for."""
-    tensor = layer.scale if isinstance(layer, QuantizedLinear) else layer.weight
-    assert isinstance(tensor, Tensor)
-    return tensor.dtype
-
-
 def _is_readable(part: nn.Module) -> bool:
     if isinstance(part, QuantizedLinear):
         return True

@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peft_jactus.numerics.quantization import code_dtype, code_shape, dequantize, quantized_product
+from peft_jactus.deployment.hidden_weight import HiddenWeight
+from peft_jactus.numerics.quantization import code_dtype, code_shape, dequantize, num_groups, quantized_product
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(HiddenWeight, nn.Linear):
     """A linear layer whose weight does not train, in 8 or 4 bits a number (`numerics.quantization`).
 
     Attributes:
         bits: Of a number.
-        weight: The codes, a row for each group of 64 numbers; not a matrix to compute with, see `dense_weight`.
-        scale: ``(groups,)``, in the dtype of the model.
+        codes: As `quantize` returns them.
+        scale: ``(groups,)``, one for 64 numbers, in the dtype of the model.
+        weight: See `HiddenWeight`.
     """
 
+    codes: Tensor
     scale: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -38,9 +42,10 @@ class QuantizedLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
-        size = code_shape((out_features, in_features), bits)
-        self.register_buffer("weight", torch.zeros(size, device=device, dtype=code_dtype(bits)))
-        self.register_buffer("scale", torch.ones(size[0], device=device, dtype=dtype))
+        shape = (out_features, in_features)
+        self.register_buffer("codes", torch.zeros(code_shape(shape, bits), device=device, dtype=code_dtype(bits)))
+        self.register_buffer("scale", torch.ones(num_groups(shape), device=device, dtype=dtype))
+        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -51,18 +56,18 @@ class QuantizedLinear(nn.Linear):
         out_features, in_features = shape
         bits = 8 if codes.dtype == code_dtype(8) else 4
         layer = cls(in_features, out_features, bits, bias=bias is not None, device="meta", dtype=scales.dtype)
-        layer.weight, layer.scale = codes, scales
+        layer.codes, layer.scale, layer.weight = codes, scales, scales.new_zeros(1)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(codes.device, scales.dtype, copy=True))
         return layer
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in the dtype of the model."""
-        return dequantize(self.weight, self.scale, (self.out_features, self.in_features))
+        return dequantize(self.codes, self.scale, (self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        return quantized_product(input, self.weight, self.scale, (self.out_features, self.in_features), self.bias)
+        return quantized_product(input, self.codes, self.scale, (self.out_features, self.in_features), self.bias)
 
     def extra_repr(self) -> str:
         """Show features and bits."""

@@ -25,7 +25,7 @@ from peft_jactus.deployment.extensions import extension_configs, extensions_in, 
 from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
 from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
-from peft_jactus.deployment.parts import dtype_of, unreadable_parts
+from peft_jactus.deployment.parts import unreadable_parts
 from peft_jactus.deployment.quantization import with_empty_codes
 from peft_jactus.deployment.quantized_linear import QuantizedLinear
 from peft_jactus.deployment.saving import SAVING, SavePretrained, state_dict_to_save
@@ -237,7 +237,7 @@ class JactusQuantizer(HfQuantizer):
         if offloaded:
             raise ValueError(f"{offloaded[:5]} are offloaded to disk; load the model without, to make it dense.")
         for name, layer in layers.items():
-            own = dtype_of(layer)  # of a part, with its bias, it may be another
+            own = layer.weight.dtype  # of a part, with its bias, it may be another
             bias = None if layer.bias is None else layer.bias.to(own)
             dense = make_dense_layer(layer.dense_weight().to(own), bias, is_conv1d=name in self.conv1d_layers)
             trains = any(parameter.requires_grad for parameter in layer.parameters())

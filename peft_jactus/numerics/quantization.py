@@ -4,7 +4,7 @@
 quantiles of a normal distribution. bitsandbytes has their levels, and kernels that multiply them out.
 
 A scale takes 16 bits in a 16-bit model: 8.25 and 4.25 bits a number in all. Shapes need not divide: a group may go
-from one row to the next, and the last one is filled up with zeros.
+from one row to the next, and the last one may be shorter.
 """
 
 from __future__ import annotations
@@ -42,13 +42,18 @@ def _nf4_levels() -> Tensor:
     return levels
 
 
-def code_shape(shape: tuple[int, int], bits: int) -> tuple[int, int]:
-    """Return the shape of the codes of a weight: a row for each group, int8 for 8 bits, or uint8 with two in each."""
-    return -(-math.prod(shape) // GROUP_SIZE), GROUP_SIZE * bits // 8
+def code_shape(shape: tuple[int, int], bits: int) -> tuple[int, ...]:
+    """Return the shape of the codes of a weight ``(out, in)``: as it is with 8 bits; with 4, two numbers a byte."""
+    return shape if bits == 8 else (-(-math.prod(shape) // 2),)
+
+
+def num_groups(shape: tuple[int, int]) -> int:
+    """Return how many scales a weight ``(out, in)`` has."""
+    return -(-math.prod(shape) // GROUP_SIZE)
 
 
 def code_dtype(bits: int) -> torch.dtype:
-    """Return the dtype of the codes."""
+    """Return the dtype of the codes: int8, or uint8 with the first of two numbers in the upper half."""
     return torch.int8 if bits == 8 else torch.uint8
 
 
@@ -64,7 +69,7 @@ def quantize(
         second_moment: ``(in, in)`` of the inputs, for rounding with feedback. Default: each number by itself.
 
     Returns:
-        Codes of `code_shape`, and scales ``(groups,)``.
+        Codes of `code_shape`, and scales ``(num_groups,)``.
     """
     weight = to_decomposition_dtype(weight)
     groups = _grouped(weight)  # (groups, 64)
@@ -72,15 +77,15 @@ def quantize(
     scales = (largest if bits == 4 else largest / _LARGEST).to(dtype)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     levels = (_nf4_levels() if bits == 4 else torch.arange(-_LARGEST, _LARGEST + 1, dtype=torch.float64)).to(weight)
-    of_numbers = scales.to(weight).repeat_interleave(GROUP_SIZE)[: weight.numel()].view(weight.shape)
+    of_numbers = _of_each_number(scales.to(weight), weight.shape)
     if second_moment is None:
         chosen = nearest_levels(weight / of_numbers, levels)
     else:
         chosen = round_with_feedback(weight, of_numbers, levels, second_moment)
     if bits == 8:
-        return _grouped(chosen - _LARGEST).to(torch.int8), scales
-    pairs = _grouped(chosen, filling=int(levels.abs().argmin())).to(torch.uint8).view(len(scales), -1, 2)
-    return pairs[..., 0] * 16 + pairs[..., 1], scales
+        return (chosen - _LARGEST).to(torch.int8), scales
+    pairs = functional.pad(chosen.flatten(), (0, chosen.numel() % 2)).to(torch.uint8).view(-1, 2)
+    return pairs[:, 0] * 16 + pairs[:, 1], scales
 
 
 def quantize_pair(
@@ -134,27 +139,28 @@ def _beside_identity(matrix: Tensor, num_columns: int) -> Tensor:
 def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the weight ``(out, in)`` that codes and scales stand for, in the dtype of the scales."""
     if codes.dtype == torch.int8:
-        values = codes.to(scales.dtype) * scales.unsqueeze(1)
-    else:
-        values = _dequantized_nf4(codes, scales)
+        if codes.numel() % GROUP_SIZE:
+            return codes.to(scales.dtype) * _of_each_number(scales, shape)
+        return (codes.view(-1, GROUP_SIZE).to(scales.dtype) * scales.unsqueeze(1)).view(shape)
+    if codes.is_meta:
+        return scales.new_empty(shape)
+    bitsandbytes_functional()  # registers the operator
+    # Of whole groups: on CPUs, bitsandbytes 0.50 gets rows wrong that are shorter than one.
+    codes = functional.pad(codes, (0, len(scales) * GROUP_SIZE // 2 - len(codes)))
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes.unsqueeze(1), scales.float(), GROUP_SIZE, "nf4", (len(scales), GROUP_SIZE), scales.dtype
+    )
     return values.flatten()[: math.prod(shape)].view(shape)
 
 
-def _dequantized_nf4(codes: Tensor, scales: Tensor) -> Tensor:
-    size = (len(scales), GROUP_SIZE)
-    if codes.is_meta:
-        return scales.new_empty(size)
-    bitsandbytes_functional()  # registers the operator
-    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.reshape(-1, 1), scales.float(), GROUP_SIZE, "nf4", size, scales.dtype
-    )
-    return values
+def _of_each_number(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the scale of each number of a weight."""
+    return scales.repeat_interleave(GROUP_SIZE)[: math.prod(shape)].view(shape)
 
 
-def _grouped(values: Tensor, *, filling: int = 0) -> Tensor:
-    """Return values row after row in groups ``(groups, 64)``."""
-    missing = -values.numel() % GROUP_SIZE
-    return functional.pad(values.flatten(), (0, missing), value=filling).view(-1, GROUP_SIZE)
+def _grouped(values: Tensor) -> Tensor:
+    """Return values row after row in groups ``(groups, 64)``, the last one filled up with zeros."""
+    return functional.pad(values.flatten(), (0, -values.numel() % GROUP_SIZE)).view(-1, GROUP_SIZE)
 
 
 class _QuantizedProduct(torch.autograd.Function):

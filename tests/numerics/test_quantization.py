@@ -10,6 +10,7 @@ from peft_jactus.numerics.quantization import (
     code_dtype,
     code_shape,
     dequantize,
+    num_groups,
     quantize,
     quantized_product,
 )
@@ -32,7 +33,7 @@ def test_any_shape_comes_back(shape, bits, dtype):
     weight = randn(0, *shape)
     codes, scales = quantize(weight, bits, dtype=dtype)
     assert (tuple(codes.shape), codes.dtype) == (code_shape(shape, bits), code_dtype(bits))
-    assert (scales.shape, scales.dtype) == ((codes.shape[0],), dtype)
+    assert (scales.shape, scales.dtype) == ((num_groups(shape),), dtype)
     found = dequantize(codes, scales, shape)
     assert (found.shape, found.dtype) == (shape, dtype)
     assert relative_error(found, weight) < ERRORS[bits]
@@ -127,6 +128,6 @@ def test_compiles_to_one_graph_and_exports(bits):
 
 def test_4_bits_say_what_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    codes, scales = torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1)
+    codes, scales = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
     with pytest.raises(ImportError, match="4 bits need bitsandbytes: `pip install bitsandbytes`"):
         dequantize(codes, scales, (8, 8))

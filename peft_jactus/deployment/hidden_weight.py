@@ -1,0 +1,42 @@
+"""Linear layers whose weight is held in another form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_jactus._placeholders import WeightPlaceholder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_USED_PAST_THE_LAYER = (
+    "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, and name "
+    "the layer in `exclude_modules`."
+)
+
+
+class HiddenWeight(nn.Module):
+    """A linear layer without a dense weight.
+
+    Attributes:
+        weight: One number, not used. A loader that does not know this package stops at its shape, instead of filling
+            a dense layer with random numbers. A model may read its ``dtype``, ``device`` and ``shape``, that of the
+            dense weight, as some do; its numbers raise `RuntimeError`.
+    """
+
+    weight: Tensor
+    in_features: int
+    out_features: int
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a placeholder for the weight."""
+        value = super().__getattr__(name)
+        if name != "weight" or not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+            return value
+        layer = f"A {type(self).__name__} ({self.out_features} x {self.in_features})"
+        # What has no values yet shows the shape that a file is compared with.
+        shape = value.shape if value.is_meta else (self.out_features, self.in_features)
+        return WeightPlaceholder.of(value, shape, f"{layer} {_USED_PAST_THE_LAYER}", buffer=True)
