@@ -1,0 +1,209 @@
+"""Low rank and few bits: what a model loses in 8 and 4 bits a number, dense and compressed, and how small it gets.
+
+    python -m benchmarks.compression.few_bits run text --task trec --seeds 0 1 2
+    JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.few_bits run language --task wikitext2 \
+        --calibration-rows 64 --test-rows 16
+    python -m benchmarks.compression.few_bits report
+
+A classifier is trained: whole for the dense rows, in one pass with JACTUS for the others, at the comparison's
+learning rates. A language model is compressed as it was pretrained. Dense weights have the same groups, levels and
+rounding with feedback as the package's own, so that the rank alone makes the difference. Sizes are those of the
+targeted layers.
+"""
+
+import copy
+import itertools
+import math
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import disable_progress_bars
+from peft import get_peft_model
+from torch.utils.data import Subset
+
+from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, Case, learning_rate_group
+from benchmarks.compare.learning_rates import load_learning_rates
+from benchmarks.compare.training import trained
+from benchmarks.compression.checkpoint import logits_and_labels, tensor_bytes
+from benchmarks.compression.loss import MAX_TEST_ROWS, ROWS, Scorer
+from benchmarks.compression.sixteen_bits import model_name
+from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS, Table
+from benchmarks.harness.reporting import markdown_table, mean_and_spread, write_markdown
+from benchmarks.tasks.loading import load_workload
+from peft_jactus import JactusConfig, calibrate
+from peft_jactus.deployment.export import compressed_copy
+from peft_jactus.deployment.quantization import quantized_layer
+
+BITS = (32, 16, 8, 4)
+
+
+def parse_arguments():
+    parser = study_parser(__doc__)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("kind", nargs="?", choices=["text", "language"])
+    add_data_dir(parser)
+    parser.add_argument("--task")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of a classifier at most")
+    parser.add_argument("--calibration-rows", type=int, help="default: as the comparison has it")
+    parser.add_argument("--test-rows", type=int, help="default: as for the loss right after compression")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compression" / "few_bits.jsonl")
+    args = parser.parse_args()
+    if args.command == "run" and not (args.kind and args.task):
+        parser.error("run needs a kind and a --task")
+    return args
+
+
+# -- forms ------------------------------------------------------------------------------------------------
+
+
+def options_of(bits):
+    """Return dtype and bits as `export_compressed` takes them."""
+    return {"dtype": torch.float32 if bits == 32 else torch.bfloat16, "bits": bits if bits < 16 else None}
+
+
+def dense_form(model, found, bits):
+    """Return a dense model, its targeted weights in some bits, rounded as the package rounds its own."""
+    options = options_of(bits)
+    form = copy.deepcopy(model).to(options["dtype"])
+    if options["bits"] is not None:
+        for name in found:
+            layer = quantized_layer(
+                copy.deepcopy(model.get_submodule(name)).float(),
+                bits,
+                dtype=options["dtype"],
+                second_moment=found[name].input.covariance,
+            )
+            form.set_submodule(name, layer)
+    return form.eval()
+
+
+def forms(dense, compressed, found):
+    """Yield (name, bits, model): dense, and from models with an adapter, by ratio."""
+    for bits in BITS:
+        yield "dense", bits, dense_form(dense, found, bits)
+    for ratio, model in compressed.items():
+        for bits in BITS:
+            options = options_of(bits)
+            known = found if options["bits"] == 4 else None
+            yield f"jactus {ratio:g}", bits, compressed_copy(model, statistics=known, **options).eval()
+
+
+def targeted_mb(model, names):
+    layers = [model.get_submodule(name) for name in names]
+    return tensor_bytes(t for layer in layers for n, t in layer.state_dict().items() if not n.endswith("bias")) / 1e6
+
+
+# -- measuring --------------------------------------------------------------------------------------------
+
+
+def calibration(model, workload, num_rows):
+    config = JactusConfig(
+        task_type=workload.task_type, target_modules="all-linear", modules_to_save=workload.modules_to_save
+    )
+    batches = workload.calibration_batches()
+    if num_rows:
+        batches = batches[: -(-num_rows // len(batches[0]["labels"]))]
+    return calibrate(model, config, batches, progress_bar=False)
+
+
+def trained_classifiers(args, seed):
+    """Return a model fine-tuned whole, those of one pass by ratio, and what scores them."""
+    rates = load_learning_rates(RESULTS / "compare", "text")[learning_rate_group("text", args.task)]
+    workload = load_workload("text", args.data_dir, args.task, num_rows=args.rows, scored_on="test")
+
+    def train(method, ratio):
+        storage = "factored" if ratio == 1 else "pivoted"
+        epochs = EPOCHS_BY_TASK.get(args.task, EPOCHS)
+        rate = rates[method] if method in rates else rates[f"{method} {storage} {ratio:g}"]
+        case = Case(args.task, method, ratio, storage, seed, rate, args.rows, epochs)
+        with tempfile.TemporaryDirectory() as folder:
+            return trained(case, workload, folder)[0].eval()
+
+    dense = train("full", 1.0)
+    found = calibration(copy.deepcopy(dense), workload, args.calibration_rows)
+
+    def score(model):
+        logits, labels = logits_and_labels(model, workload.test, workload.collator)
+        return {"accuracy": float((logits.argmax(-1) == labels).float().mean())}
+
+    return dense, {ratio: train("jactus", ratio) for ratio in args.retained_ratio}, found, score
+
+
+def compressed_language_models(args):
+    """Return a language model, it compressed by ratio, and what scores them."""
+    workload = load_workload("language", args.data_dir, args.task, num_rows=ROWS, scored_on="test")
+    dense = workload.make_model().eval()
+    found = calibration(dense, workload, args.calibration_rows)
+    rows = Subset(workload.test, range(min(args.test_rows or MAX_TEST_ROWS["language"], len(workload.test))))
+    scorer = Scorer(dense, rows, workload.collator)
+
+    def score(model):
+        figures = scorer.score(model)
+        return {"perplexity": math.exp(figures["loss"]), "divergence": figures["divergence"]}
+
+    compressed = {}
+    for ratio in args.retained_ratio:
+        config = JactusConfig(
+            task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=ratio, adaptation_rank=0
+        )
+        config.statistics = found
+        compressed[ratio] = get_peft_model(copy.deepcopy(dense), config).eval()
+    return dense, compressed, found, score
+
+
+def run(args, seed):
+    made = trained_classifiers(args, seed) if args.kind == "text" else compressed_language_models(args)
+    dense, compressed, found, score = made
+    rows = []
+    for name, bits, model in forms(dense, compressed, found):
+        rows.append({"form": name, "bits": bits, "targeted_mb": targeted_mb(model, found), **score(model)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def report(table):
+    lines, cells = [], {}
+    for record in table.read():
+        for row in record["rows"]:
+            cells.setdefault((record["model"], record["task"], row["form"], row["bits"]), []).append(row)
+    for (model, task, form, bits), rows in cells.items():
+        scores = [name for name in ("accuracy", "perplexity", "divergence") if name in rows[0]]
+        values = {
+            "accuracy": lambda row: 100 * row["accuracy"],
+            "perplexity": lambda row: row["perplexity"],
+            "divergence": lambda row: 1e3 * row["divergence"],
+        }
+        shown = [mean_and_spread([values[name](row) for row in rows], ".1f") for name in scores]
+        size = statistics.mean(row["targeted_mb"] for row in rows)
+        lines.append([model, task, form, str(bits), f"{size:.2f}", *itertools.islice([*shown, "", ""], 2)])
+    head = ["model", "task", "form", "bits", "MB of targeted layers", "accuracy, % or perplexity", "KL, 1e-3"]
+    write_markdown(table.path.with_suffix(".md"), markdown_table(head, lines))
+
+
+def main():
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    warnings.simplefilter("ignore", UserWarning)  # an export without training says so
+    table = Table(args.out, key=("model", "task", "seed"))
+    if args.command == "report":
+        report(table)
+        return
+    for seed in args.seeds:
+        case = {"model": model_name(args.kind), "task": args.task, "seed": seed}
+        if not table.contains(case):
+            started_at = environment()
+            settings = {name: getattr(args, name) for name in ("rows", "calibration_rows", "test_rows")}
+            table.add({**case, **settings, "rows": run(args, seed), "environment": started_at})
+
+
+if __name__ == "__main__":
+    main()
