@@ -18,7 +18,7 @@ from torch import nn
 
 from peft_jactus.deployment.hidden_weight import HiddenWeight
 from peft_jactus.deployment.parts import linear_part, wide_weight
-from peft_jactus.numerics.interpolation import interpolate_rows
+from peft_jactus.numerics.interpolation import interpolate_rows, take_columns
 from peft_jactus.numerics.linalg import balanced_factors, to_decomposition_dtype
 
 if TYPE_CHECKING:
@@ -243,9 +243,11 @@ class RowPivotedLinear(PivotedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        chosen = self.rows(x)  # (..., rank)
-        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index)
-        return output if self.bias is None else output.add_(self.bias)  # in place: one large allocation less
+        chosen = self.rows(x.reshape(-1, self.in_features))  # (rows, rank)
+        output = take_columns(torch.cat([chosen, self.others(chosen)], dim=1), self.row_index)
+        if self.bias is not None:
+            output = output.add_(self.bias)  # in place: one large allocation less
+        return output.view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""
@@ -303,10 +305,10 @@ class ColumnPivotedLinear(PivotedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
-        combined = self.others(x.index_select(-1, rest)).add_(x.index_select(-1, chosen))  # (..., rank)
+        ordered = take_columns(x.reshape(-1, self.in_features), self.column_index)
+        combined = self.others(ordered[:, self.rank :]).add_(ordered[:, : self.rank])  # (rows, rank)
         output: Tensor = self.columns(combined)
-        return output
+        return output.view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``(out, in)``, in float32 at least."""
