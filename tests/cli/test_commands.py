@@ -32,7 +32,9 @@ from peft_jactus.tuner.adapter_format import AdapterShape
 from peft_jactus_cli import app
 from tests.support.compressed_models import (
     VOCABULARY,
+    batches_for,
     compressed,
+    jactus_config,
     logits_of,
     perturb_cores_,
     tiny_bert,
@@ -40,6 +42,7 @@ from tests.support.compressed_models import (
     tiny_llama,
     trained,
 )
+from tests.support.quantized_models import save_gguf
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 # One adapter is exported in both forms.
@@ -296,6 +299,38 @@ def test_export_takes_storage_and_dtype(home, tmp_path):
         assert "model.layers.0.mlp.up_proj.down.weight" in reader.keys()  # noqa: SIM118  # not a mapping
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_export_takes_bits_and_statistics(home, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    model = loaded("llama", home / "llama")
+    file = tmp_path / "statistics.safetensors"
+    calibrate(model, jactus_config(model), batches_for(model), statistics_file=file, progress_bar=False)
+    run(
+        "export",
+        home / "llama-adapter",
+        tmp_path / "out",
+        "--bits",
+        bits,
+        *(["--statistics", file] if bits == 4 else []),
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {form["bits"] for form in config["quantization_config"]["layers"].values()} == {bits}
+    expected = logits_of(loaded("llama", home / "llama-pivoted"))
+    assert (logits_of(loaded("llama", tmp_path / "out")) - expected).norm() < 0.2 * expected.norm()
+    assert "llama" in run("inspect", tmp_path / "out", "--verify")
+
+
+@pytest.mark.usefixtures("nothing_expensive")
+def test_export_refuses_bits_that_there_are_not(home, tmp_path):
+    adapter, out = home / "llama-adapter", tmp_path / "out"
+    (tmp_path / "statistics").touch()
+    assert "`bits` must be one of (8, 4)" in refusal("export", adapter, out, "--bits", 3)
+    assert "--statistics is for --bits 4" in refusal("export", adapter, out, "--statistics", tmp_path / "statistics")
+    assert "leave out --storage, --bits" in refusal("export", adapter, out, "--dense", "--bits", 8)
+    assert "`bits` must be one of (8, 4)" in refusal("compress", home / "llama", out, "--data-free", "--bits", 5)
+    assert not out.exists()
+
+
 def test_export_takes_the_tokenizer_beside_the_adapter_before_that_of_the_base_model(home, tmp_path):
     run("export", home / "llama-adapter", tmp_path / "without")
     assert AutoTokenizer.from_pretrained(tmp_path / "without").bos_token is None
@@ -449,6 +484,26 @@ def calibrated(monkeypatch):
 
     monkeypatch.setattr(calibration, "calibrate", recording)
     return record
+
+
+@pytest.mark.parametrize("bits", [[], ["--bits", "4"]], ids=["plain", "4 bits"])
+def test_a_gguf_file_is_compressed_in_one_command(home, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    save_gguf(tmp_path)
+    out, rows = tmp_path / "out", tmp_path / "rows"
+    rows.mkdir()
+    datasets.Dataset.from_dict({"text": ["!\"#$%&'()*+,-./" * 4] * 8}).to_parquet(rows / "train.parquet")
+    options = ["--data-dir", rows, "--max-length", 8, "--batch-size", 2, "--retained-ratio", 0.8, *bits]
+    run("compress", tmp_path / "model.gguf", out, *options)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ids = torch.arange(2, 12).unsqueeze(0)
+    with torch.no_grad():
+        difference = model(ids).logits - expected(ids).logits
+        assert difference.norm() < 0.9 * expected(ids).logits.norm()  # of another model: 1.4
+    assert AutoTokenizer.from_pretrained(out)("!#")["input_ids"]
+    layers = json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
+    assert {form.get("bits") for form in layers.values()} == ({4} if bits else {None})
 
 
 def compress(home, name, out, *options):

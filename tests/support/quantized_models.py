@@ -148,6 +148,11 @@ def save_gguf(folder: Path) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(_WIDTH // 2)
     writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(ord("!") + number) for number in range(VOCABULARY - 1)), "!!"])
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
     generator = torch.Generator().manual_seed(0)
 
     def add_matrix(name, out_features, in_features):
