@@ -1,0 +1,112 @@
+"""Training all of a compressed checkpoint in bfloat16: is it finite, and does its loss follow that of float32?
+
+    python -m benchmarks.compression.bfloat16_training
+
+The small Llama (JACTUS_LLAMA), compressed to 0.8 without training, and the dense one beside it; each is fine-tuned whole
+by the Trainer, in float32 and in bfloat16, on the same rows in the same order. What counts is the mean loss of every 20
+steps.
+"""
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import disable_progress_bars
+from peft import get_peft_model
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.harness.environment import environment
+from benchmarks.harness.records import RESULTS, write_document
+from benchmarks.tasks.loading import load_workload
+from peft_jactus import JactusConfig, calibrate, export_compressed
+
+STORAGES = ("pivoted", "factored")
+
+
+def parse_arguments():
+    parser = study_parser(__doc__)
+    add_data_dir(parser)
+    parser.add_argument("--task", default="ptb")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[2e-5, 4e-4])
+    parser.add_argument("--retained-ratio", type=float, default=0.8)
+    parser.add_argument("--out", type=Path, default=RESULTS / "compression" / "bfloat16_training.json")
+    return parser.parse_args()
+
+
+def save_models(args, workload, folder):
+    """Write the dense model and the compressed ones, in float32; return their folders by name."""
+    dense = workload.make_model()
+    config = JactusConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=args.retained_ratio, adaptation_rank=0
+    )
+    found = calibrate(dense, config, workload.calibration_batches()[:4], progress_bar=False)
+    dense.save_pretrained(folder / "dense")
+    for storage in STORAGES:
+        config = JactusConfig(
+            task_type="CAUSAL_LM",
+            target_modules="all-linear",
+            retained_ratio=args.retained_ratio,
+            adaptation_rank=0,
+            storage=storage,
+        )
+        config.statistics = found
+        export_compressed(get_peft_model(copy.deepcopy(dense), config), folder / storage, progress_bar=False)
+    return {name: folder / name for name in ("dense", *STORAGES)}
+
+
+def losses_of(model, workload, args, learning_rate):
+    """Fine-tune all of a model; return the mean loss of every 20 steps, and whether all parameters are finite."""
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=learning_rate,
+            logging_steps=20,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=workload.train, data_collator=workload.collator)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged, all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def main():
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    warnings.simplefilter("ignore", UserWarning)
+    started_at = environment()
+    workload = load_workload(
+        "language", args.data_dir, args.task, num_rows=args.steps * args.batch_size, scored_on="test"
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        models = save_models(args, workload, Path(folder))
+        for rate in args.learning_rate:
+            for name, place in models.items():
+                row = {"model": name, "learning_rate": rate}
+                for dtype in ("float32", "bfloat16"):
+                    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+                    row[dtype], row[f"{dtype}_is_finite"] = losses_of(model, workload, args, rate)
+                pairs = zip(row["float32"], row["bfloat16"], strict=True)
+                row["largest_difference"] = max(abs(narrow / wide - 1) for wide, narrow in pairs)
+                rows.append(row)
+                print(row, flush=True)
+    settings = {name: getattr(args, name) for name in ("task", "steps", "batch_size", "retained_ratio")}
+    write_document(args.out, {**settings, "rows": rows, "environment": started_at})
+
+
+if __name__ == "__main__":
+    main()
