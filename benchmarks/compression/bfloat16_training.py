@@ -2,9 +2,9 @@
 
     python -m benchmarks.compression.bfloat16_training
 
-The small Llama (JACTUS_LLAMA), compressed to 0.8 without training, and the dense one beside it; each is fine-tuned whole
-by the Trainer, in float32 and in bfloat16, on the same rows in the same order. What counts is the mean loss of every 20
-steps.
+The small Llama (JACTUS_LLAMA), compressed to 0.8 without training, and the dense one beside it; each is fine-tuned
+whole by the Trainer, in float32 and in bfloat16, on the same rows in the same order. What counts is the mean loss of
+every 20 steps.
 """
 
 import copy
