@@ -42,6 +42,10 @@ class LayerForm:
     bits: int | None = None
     features: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.storage} layer of rank {self.rank}" + ("" if self.bits is None else f" in {self.bits} bits")
+
     @classmethod
     def parse(cls, name: str, values: object) -> LayerForm:
         """Return the form that a ``config.json`` gives to a layer; a `ValueError` says what is wrong with it."""

@@ -121,7 +121,7 @@ class JactusQuantizer(HfQuantizer):
             self.module_forms[module_name] = form
             layer = self._empty_layer(model.get_submodule(module_name), module_name, form)
             if files is not None:
-                files.check_layer(name, layer.state_dict(), f"{form.storage} layer of rank {form.rank}")
+                files.check_layer(name, layer.state_dict(), str(form))
             model.set_submodule(module_name, layer)
         for field, config in self.quantization_config.extensions.items():
             self._install_extension(model, field, config, layers, files)
