@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "damping": 1e-3,
     "rank_floor": 0.75,
     "rank_multiple": 16,
+    "frozen_bits": 8,
     "adaptation_rank": 1,
     "adaptation_init": "inputs",
     "train_core": True,

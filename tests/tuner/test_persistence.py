@@ -230,7 +230,7 @@ def test_an_adapter_of_another_format_is_refused(tmp_path):
     saved_adapter(tmp_path, tiny_llama)
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for other in (3, None):
+    for other in (4, None):
         path.write_text(json.dumps(config | {"adapter_format": other}))
         with pytest.raises(ValueError, match=f"has format {other} .*Load it with the version that wrote it"):
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
