@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
 _TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
 _ROOT = "base_model.model."
+# Two ranks may differ in the ones or the other.
+_TELLING_RANKS = (*FROZEN, "jactus_adapt_down")
 
 
 def fit_layers_to_checkpoint(
@@ -77,7 +79,7 @@ def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], con
 
     def fits(rank: int) -> bool:
         shapes = shapes_of(rank)
-        return all(shapes.get(key) == tuple(tensor.shape) for key, tensor in tensors.items() if key in FROZEN)
+        return all(shapes.get(key) == tuple(tensors[key].shape) for key in _TELLING_RANKS if key in tensors)
 
     rank = config.layer_ranks.get(name) or 0
     if not config.from_checkpoint and not fits(rank):  # tensors of a model that was compressed otherwise

@@ -290,7 +290,7 @@ class JactusModel(AtomicTuner):
 
         They shard parameters, and keep buffers whole in every process. The bases are buffers, because PEFT takes
         parameters of an adapter for what it trains; here they become parameters that do not train. Outputs,
-        checkpoints, what trains and what is counted stay the same.
+        checkpoints, what trains and what is counted stay the same. With `frozen_bits` they stay whole.
         """
         for layer in self.modules():
             if isinstance(layer, JactusLayer):
