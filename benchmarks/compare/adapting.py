@@ -5,7 +5,7 @@ import time
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
 from torch import nn
 
-from benchmarks.compare.cases import FULL_SIZE, is_ours
+from benchmarks.compare.cases import FULL_SIZE, IN_FEW_BITS, is_ours
 from benchmarks.compare.starts import HEAD_WARMUP_LEARNING_RATE, HEAD_WARMUP_STEPS, with_eva, with_lora_ga
 from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.deployment.export import compressed_copy
@@ -78,7 +78,8 @@ def rank_multiple(decomposition):
 
 def adaptation_rank(method):
     """Return how many ranks are left to the task: none where cores train, or something that comes on top."""
-    return JactusConfig().adaptation_rank if method in ("jactus", "jactus-embeddings") else 0
+    adapts = method in ("jactus", "jactus-embeddings") or method in IN_FEW_BITS
+    return JactusConfig().adaptation_rank if adapts else 0
 
 
 def compressed(model, case, workload, decomposition):
@@ -94,6 +95,7 @@ def compressed(model, case, workload, decomposition):
         allocation=JactusConfig().allocation if decomposition == "jactus" else "uniform",
         rank_multiple=rank_multiple(decomposition),
         adaptation_rank=adapting,
+        frozen_bits=IN_FEW_BITS.get(case.method),
         # On for all that are calibrated. The published peers have none, so it is in their favour.
         bias_correction=True,
     )

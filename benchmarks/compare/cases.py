@@ -29,7 +29,7 @@ EPOCHS_BY_TASK = {"clinc150": 10}
 #                     lora+svd-llm+lora
 #   full+jactus-cores the same with all weights in the first part; so does full+svd-llm+lora
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does; jactus-embeddings
-# is jactus with these.)
+# is jactus with these; jactus-8-bits and jactus-4-bits hold in so few bits what does not train.)
 FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora", "eva", "lora-ga")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
@@ -90,6 +90,9 @@ FURTHER = {
         "svd-llm+full",
     ),
 }
+# At the largest ratio only, with the learning rate of the method that they are compared with.
+IN_FEW_BITS = {"jactus-8-bits": 8, "jactus-4-bits": 4}
+SAME_LEARNING_RATE = dict.fromkeys(IN_FEW_BITS, "jactus")
 # What a task is scored by, where accuracy says little: that of CoLA's larger class is 69 %.
 METRIC = {"cola": "matthews_correlation"}
 
@@ -175,6 +178,7 @@ def budgets(kind, ratios=RATIOS):
     """Return (method, ratio, storage) of every row of a table; a peer is stored as published."""
     methods = [(method, 1.0) for method in UNCOMPRESSED[kind]]
     methods += [(method, ratio) for ratio in ratios for method in COMPRESSED[kind]]
+    methods += [(method, max(ratios)) for method in IN_FEW_BITS]
     methods += [(method, min(ratios)) for method in FURTHER[kind]]
     return [(method, ratio, "pivoted" if is_ours(method) else "factored") for method, ratio in methods]
 

@@ -8,6 +8,7 @@ from benchmarks.compare.cases import (
     EPOCHS,
     EPOCHS_BY_TASK,
     LEARNING_RATE_GROUPS,
+    SAME_LEARNING_RATE,
     Case,
     budgets,
     first_stage,
@@ -24,11 +25,14 @@ def file_of_rates(folder, kind):
 
 
 def load_learning_rates(folder, kind):
-    """Return {group: {method: its rate}}."""
+    """Return {group: {method: its rate}}, also of methods that have another's."""
     path = file_of_rates(folder, kind)
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `python -m benchmarks.compare learning-rates {kind}` first.")
-    return json.loads(path.read_text())["learning_rates"]
+    by_group = json.loads(path.read_text())["learning_rates"]
+    for rates in by_group.values():
+        rates |= {method: rates[other] for method, other in SAME_LEARNING_RATE.items() if other in rates}
+    return by_group
 
 
 def learning_rate_cases(args, group, rates):
@@ -38,7 +42,7 @@ def learning_rate_cases(args, group, rates):
     """
     for method, ratio, storage in budgets(args.kind, ratios=(0.6,)):
         first = first_stage(method)
-        if first is not None and first not in rates:
+        if method in SAME_LEARNING_RATE or (first is not None and first not in rates):
             continue
         for task, rate in itertools.product(group.tasks, grid(args.kind, method, rates.get(method))):
             yield Case(

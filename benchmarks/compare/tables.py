@@ -13,6 +13,8 @@ REFERENCE = "dora"
 COLORS = {
     "jactus pivoted": "tab:blue",
     "jactus-embeddings pivoted": "navy",
+    "jactus-8-bits pivoted": "deepskyblue",
+    "jactus-4-bits pivoted": "dodgerblue",
     "jactus-cores pivoted": "tab:cyan",
     "lora+jactus-cores pivoted": "steelblue",
     "full+jactus-cores pivoted": "slateblue",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 FLOAT32 = 4
 BFLOAT16 = 2
+GROUP_SIZE = 64  # numbers that share a scale, in 8 and 4 bits
 # Of the longer side, in operations per number of a factor: two QR and an LU decomposition, two solutions.
 FACTORS_OF_FACTORS = 8
 # A symmetric eigendecomposition with vectors (Demmel, "Applied numerical linear algebra", 1997, section 5.3.2).
@@ -48,14 +49,16 @@ class Llama:
         """Of adapters of one rank on all layers."""
         return self.blocks * sum(rank * (out_features + in_features) for out_features, in_features in self.layers)
 
-    def training_bytes(self, retained_ratio, adapter_rank, *, inside=False):
+    def training_bytes(self, retained_ratio, adapter_rank, *, inside=False, frozen_bits=16):
         """Count weights in 16 bits, and of what trains four float32 numbers each: weight, gradient, Adam's two states.
 
-        ``inside``: the adapter is part of what is kept (adaptation ranks), and not on top (LoRA).
+        ``inside``: the adapter is part of what is kept (adaptation ranks), and not on top (LoRA). ``frozen_bits``: of
+        what is frozen of the blocks; in less than 16, 64 numbers share a scale in bfloat16.
         """
         trained = self.adapter_parameters(adapter_rank)
-        frozen = retained_ratio * self.parameters + self.embedding_parameters - (trained if inside else 0)
-        return BFLOAT16 * frozen + 4 * FLOAT32 * trained
+        frozen = retained_ratio * self.parameters - (trained if inside else 0)
+        per_number = BFLOAT16 if frozen_bits == 16 else frozen_bits / 8 + BFLOAT16 / GROUP_SIZE
+        return per_number * frozen + BFLOAT16 * self.embedding_parameters + 4 * FLOAT32 * trained
 
     @property
     def covariances(self):

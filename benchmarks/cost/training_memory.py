@@ -16,6 +16,7 @@ from benchmarks.harness.reporting import markdown_table, write_markdown
 LORA_RANK = 16
 ADAPTATION_RANK = 32
 RATIOS = (0.8, 0.6, 0.4)
+FROZEN_BITS = (8, 4)
 
 
 def rows_of(llama):
@@ -23,6 +24,11 @@ def rows_of(llama):
     found = {f"LoRA, rank {LORA_RANK}": lora}
     for ratio in RATIOS:
         found[f"JACTUS {ratio}"] = llama.training_bytes(ratio, ADAPTATION_RANK, inside=True)
+    found[f"QLoRA, rank {LORA_RANK}, 4 bits"] = llama.training_bytes(1.0, LORA_RANK, frozen_bits=4)
+    for bits in FROZEN_BITS:
+        for rank in (ADAPTATION_RANK, LORA_RANK):
+            few_bits = llama.training_bytes(RATIOS[0], rank, inside=True, frozen_bits=bits)
+            found[f"JACTUS {RATIOS[0]}, {rank} adaptation ranks, {bits} bits"] = few_bits
     return [
         {"model": llama.name, "method": method, "gigabytes": count / 1e9, "over_lora": count / lora}
         for method, count in found.items()
@@ -43,7 +49,8 @@ def main():
     write_markdown(
         args.out / "training_memory.md",
         "Counted: weights in bfloat16; of what trains, weight, gradient and Adam's two states in float32. All linear "
-        f"layers; JACTUS with {ADAPTATION_RANK} adaptation ranks. Without activations.\n\n" + table,
+        f"layers; JACTUS with {ADAPTATION_RANK} adaptation ranks. In 8 and 4 bits: what is frozen of the blocks, with "
+        "a scale in bfloat16 for 64 numbers. Without activations.\n\n" + table,
     )
 
 

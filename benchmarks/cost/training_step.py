@@ -2,11 +2,14 @@
 
     python -m benchmarks.cost.training_step                 # MiniLM
     python -m benchmarks.cost.training_step --width 2048    # two blocks of a Llama of that width, of random weights
+    python -m benchmarks.cost.training_step --dtype bfloat16 --retained-ratio 0.8 --storage pivoted \\
+        --adaptation-ranks 16 --frozen-bits 16 8 4 --full-size lora    # JACTUS in few bits; all train as much as LoRA
 
 A process of its own compresses the model and saves each adapter. Memory: each method trains for a few steps in a fresh
 process, on the same random batches. Two peaks of resident memory are reported: of the whole process, loading included,
 and of the training steps alone (the kernel's high-water mark is reset before them). The latter is compared with LoRA's
-twice: as it is, and without what the interpreter and its libraries held before the model came. Time: all methods stand
+twice: as it is, and without what the interpreter and its libraries held before the model came. Weights and states are
+counted besides: all tensors of the model, gradients, and what the optimizer holds. Time: all methods stand
 beside each other in one process and take turns, step by step; the ratio to LoRA's step is the median over rounds.
 """
 
@@ -40,10 +43,12 @@ def parse_arguments():
     parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
     parser.add_argument("--storage", nargs="+", default=["factored", "pivoted"])
     parser.add_argument("--adaptation-ranks", type=int, nargs="+", default=[32], help="0: the core trains")
+    parser.add_argument("--frozen-bits", type=int, nargs="+", default=[16], help="of JACTUS: 16 (as --dtype), 8, 4")
+    parser.add_argument("--full-size", nargs="+", default=FULL_SIZE, choices=FULL_SIZE, help="lora among them")
     parser.add_argument("--dtype", default="float32", help="of the model; what trains in an adapter stays float32")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, block by block")
     parser.add_argument(
-        "--out", type=Path, help="default: results/cost/training_step[-WIDTH][-DTYPE][-checkpointing].json"
+        "--out", type=Path, help="default: results/cost/training_step[-WIDTH][-DTYPE][-few-bits][-checkpointing].json"
     )
     parser.add_argument("--stage", choices=["compress", "memory", "time"], help="used internally")
     parser.add_argument("--methods", nargs="+", help="used internally")
@@ -52,10 +57,11 @@ def parse_arguments():
 
 
 def jactus_methods(args):
-    """Return names such as ``jactus-0.8-pivoted``, or ``jactus-0.8-pivoted-16`` with adaptation ranks."""
+    """Return names such as ``jactus-0.8-pivoted``, with adaptation ranks ``-16``, and with few bits ``-16-4bits``."""
+    kinds = itertools.product(args.retained_ratio, args.storage, args.adaptation_ranks, args.frozen_bits)
     return [
-        f"jactus-{ratio:g}-{storage}{f'-{rank}' if rank else ''}"
-        for ratio, storage, rank in itertools.product(args.retained_ratio, args.storage, args.adaptation_ranks)
+        f"jactus-{ratio:g}-{storage}{f'-{rank}' if rank else ''}{f'-{bits}bits' if bits < 16 else ''}"
+        for ratio, storage, rank, bits in kinds
     ]
 
 
@@ -114,36 +120,47 @@ def compress(args):
 def config_of(method, args):
     from peft_jactus import JactusConfig
 
-    _, ratio, storage, *adaptation_rank = method.split("-")
+    _, ratio, storage, *further = method.split("-")
+    bits = further.pop().removesuffix("bits") if further and further[-1].endswith("bits") else None
     return JactusConfig(
         task_type=task_type(args),
         target_modules="all-linear",
         retained_ratio=float(ratio),
         storage=storage,
-        adaptation_rank=int(adaptation_rank[0]) if adaptation_rank else 0,
+        adaptation_rank=int(further[0]) if further else 0,
+        frozen_bits=None if bits is None else int(bits),
     )
 
 
 def save_random_adapter(model, config, folder):
     """Save an adapter with uniform ranks and random numbers: of random weights nothing better could be said."""
-    import torch
     from safetensors.torch import save_file
 
     from peft_jactus.numerics.allocation import uniform_rank
-    from peft_jactus.tuner.adapter_format import tensor_dtype
     from peft_jactus.tuner.targeting import features_of, targeted_modules
 
     tensors = {}
     for name, module in targeted_modules(model, config).items():
         features = features_of(module)
         rank = config.layer_ranks[name] = uniform_rank(config.retained_ratio, *features, config.storage)
-        shapes = config.adapter_shape(rank, *features).tensors(*features, bias=module.bias is not None)
-        for tensor_name, shape in shapes.items():
-            dtype = tensor_dtype(tensor_name, module.weight.dtype)
-            values = 0.02 * torch.randn(shape) if dtype.is_floating_point else torch.randperm(shape[0])
-            tensors[f"base_model.model.{name}.{tensor_name}"] = values.to(dtype)
+        shape = config.adapter_shape(rank, *features)
+        for tensor_name, size in shape.tensors(*features, bias=module.bias is not None).items():
+            values = random_values(tensor_name, size, shape.dtype_of(tensor_name, module.weight.dtype))
+            tensors[f"base_model.model.{name}.{tensor_name}"] = values
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def random_values(name, size, dtype):
+    import torch
+
+    if name.endswith("_order"):
+        return torch.randperm(size[0]).to(dtype)
+    if name.endswith("_scale"):
+        return torch.full(size, 1e-3, dtype=dtype)
+    if not dtype.is_floating_point:
+        return torch.randint(100, size).to(dtype)
+    return (0.02 * torch.randn(size)).to(dtype)
 
 
 def load(method, args):
@@ -181,7 +198,20 @@ def measure_memory(args):
     for batch in batches(args, MEMORY_STEPS):
         step(model, optimizer, batch)
     training = peak_mib()
-    return {"libraries_mib": libraries, "peak_training_mib": training, "peak_process_mib": max(whole, training)}
+    return {
+        "libraries_mib": libraries,
+        "peak_training_mib": training,
+        "peak_process_mib": max(whole, training),
+        "weights_and_states_mib": bytes_held(model, optimizer) / 2**20,
+    }
+
+
+def bytes_held(model, optimizer):
+    """Count all tensors of the model, the gradients that a step makes, and the states of the optimizer."""
+    weights = {id(tensor): tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers())}
+    gradients = (parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    states = (state.nbytes for of_one in optimizer.state.values() for state in of_one.values())
+    return sum(weights.values()) + sum(gradients) + sum(states)
 
 
 def measure_time(args):
@@ -201,7 +231,7 @@ def run_stage(args, stage, methods, adapters):
     options = ["--width", args.width, "--blocks", args.blocks] if args.width else []
     options += ["--batch-size", args.batch_size, "--length", args.length, "--rounds", args.rounds]
     options += ["--retained-ratio", *args.retained_ratio, "--storage", *args.storage, "--dtype", args.dtype]
-    options += ["--adaptation-ranks", *args.adaptation_ranks]
+    options += ["--adaptation-ranks", *args.adaptation_ranks, "--frozen-bits", *args.frozen_bits]
     options += ["--checkpointing"] if args.checkpointing else []
     return run_fresh(__spec__.name, *options, "--stage", stage, "--methods", *methods, "--adapters", adapters)
 
@@ -217,12 +247,17 @@ def row_of(method, memory, seconds):
         "method": method,
         **memory[method],
         "process_memory_over_lora": memory[method]["peak_training_mib"] / memory["lora"]["peak_training_mib"],
+        "weights_and_states_over_lora": memory[method]["weights_and_states_mib"]
+        / memory["lora"]["weights_and_states_mib"],
         "memory_over_lora": above_libraries(memory[method]) / above_libraries(memory["lora"]),
         "step_seconds": statistics.median(seconds[method]),
         "time_over_lora": statistics.median(ratios),
         "time_over_lora_quartiles": statistics.quantiles(ratios, n=4)[::2],
     }
-    print(f"{method}: {row['memory_over_lora']:.2f} of LoRA's memory, {row['time_over_lora']:.2f} of its time")
+    print(
+        f"{method}: {row['memory_over_lora']:.2f} of LoRA's memory, {row['weights_and_states_over_lora']:.2f} of its "
+        f"weights and states, {row['time_over_lora']:.2f} of its time"
+    )
     return row
 
 
@@ -237,7 +272,7 @@ def main():
     from benchmarks.harness.environment import environment
 
     torch.set_num_threads(1)  # as in the processes that are measured: the result records it
-    methods = [*FULL_SIZE, *jactus_methods(args)]
+    methods = [*args.full_size, *jactus_methods(args)]
     with tempfile.TemporaryDirectory() as adapters:
         run_stage(args, "compress", methods, adapters)
         memory = {method: run_stage(args, "memory", [method], adapters) for method in methods}
@@ -248,6 +283,7 @@ def main():
     settings |= {"dtype": args.dtype, "checkpointing": args.checkpointing}
     kind = [str(args.width)] if args.width else []
     kind += [args.dtype] if args.dtype != "float32" else []
+    kind += ["few-bits"] if min(args.frozen_bits) < 16 else []
     kind += ["checkpointing"] if args.checkpointing else []
     out = args.out or RESULTS / "cost" / f"{'-'.join(['training_step', *kind])}.json"
     write_document(out, {**settings, "rounds": args.rounds, "rows": rows, "environment": environment()})

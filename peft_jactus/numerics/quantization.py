@@ -147,10 +147,12 @@ def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
     bitsandbytes_functional()  # registers the operator
     # Of whole groups: on CPUs, bitsandbytes 0.50 gets rows wrong that are shorter than one.
     codes = functional.pad(codes, (0, len(scales) * GROUP_SIZE // 2 - len(codes)))
+    # Of float64 it makes something else.
+    dtype = torch.float32 if scales.dtype == torch.float64 else scales.dtype
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.unsqueeze(1), scales.float(), GROUP_SIZE, "nf4", (len(scales), GROUP_SIZE), scales.dtype
+        codes.unsqueeze(1), scales.float(), GROUP_SIZE, "nf4", (len(scales), GROUP_SIZE), dtype
     )
-    return values.flatten()[: math.prod(shape)].view(shape)
+    return values.flatten()[: math.prod(shape)].view(shape).to(scales.dtype)
 
 
 def _of_each_number(scales: Tensor, shape: tuple[int, ...]) -> Tensor:

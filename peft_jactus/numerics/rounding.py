@@ -77,7 +77,8 @@ def fit_to_inputs(weight: Tensor, first: Tensor, second_moment: Tensor) -> Tenso
     weight, first = to_decomposition_dtype(weight), to_decomposition_dtype(first)
     seen = to_decomposition_dtype(second_moment) @ first.mT  # (in, rank)
     gram = first @ seen
-    gram.diagonal().add_(1e-8 * gram.diagonal().mean())
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(1e-8 * mean if mean > 0 else 1.0)
     fitted: Tensor = torch.linalg.solve(gram, (weight @ seen).mT).mT
     return fitted
 

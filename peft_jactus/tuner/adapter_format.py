@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from peft_jactus.numerics.adaptation import capped_adaptation_rank
-from peft_jactus.numerics.adapted_product import FrozenWeight, has_row_basis
 from peft_jactus.numerics.core_product import core_scales
 from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
+from peft_jactus.numerics.frozen_weight import FrozenWeight, RoundedWeight, has_row_basis
 from peft_jactus.numerics.interpolation import InterpolativeBasis
+from peft_jactus.numerics.quantization import code_dtype, code_shape, num_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,16 +24,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from peft_jactus.numerics.moments import LayerStatistics
+
 
 # Formats of what an adapter's tensors are and mean, the coordinates of its core (`core_product.STEP_NORM`) among them:
-# 1 has no adaptation ranks, 2 has. Any other is refused: it might load, and compute something else.
-READABLE_FORMATS = (1, 2)
+# 1 has no adaptation ranks, 2 has, 3 has what is frozen in few bits. Any other is refused: it might load, and compute
+# something else.
+READABLE_FORMATS = (1, 2, 3)
 # Those that train, where they are there.
 TRAINABLE = ("jactus_core", "jactus_adapt_down", "jactus_adapt_up")
+# The large ones that do not, and are in few bits if that is asked for.
+FROZEN = ("jactus_left", "jactus_frozen_factor", "jactus_right")
+# What `unfilled` puts into integers, where it could not be. All numbers of a weight in 4 bits in the middle of the
+# negative ones is what no rounding leads to: one of each group is the largest.
+_NEVER = {torch.int32: -1, torch.int8: -128, torch.uint8: 0x44}
 
 
-def adapter_format(adaptation_rank: int) -> int:
+def adapter_format(adaptation_rank: int, frozen_bits: int | None) -> int:
     """Return the format of an adapter: the first one that can hold it, for the sake of earlier versions."""
+    if frozen_bits is not None:
+        return 3
     return 2 if adaptation_rank else 1
 
 
@@ -41,20 +55,32 @@ class AdapterShape:
         core_rank: Size of the core.
         adaptation_rank: Ranks beside it, which train.
         core_trains: Whether the weight has a core, which trains; else it is a `FrozenWeight`.
+        frozen_bits: Of a number of that, if it is a `RoundedWeight`.
     """
 
     core_rank: int
     adaptation_rank: int = 0
     core_trains: bool = True
+    frozen_bits: int | None = None
 
     @classmethod
-    def of(cls, rank: int, out_features: int, in_features: int, *, adaptation_rank: int, core_trains: bool) -> Self:
+    def of(
+        cls,
+        rank: int,
+        out_features: int,
+        in_features: int,
+        *,
+        adaptation_rank: int,
+        core_trains: bool,
+        frozen_bits: int | None,
+    ) -> Self:
         """Return the shape of a layer of a total ``rank``; full rank means a dense weight with adaptation on top."""
         full_rank = min(out_features, in_features)
         adaptation_rank = capped_adaptation_rank(adaptation_rank, min(rank, full_rank))
         # Of a rank of one, none is left to the task: then the core has to train.
         core_trains = core_trains or not adaptation_rank
-        return cls(rank if rank >= full_rank else rank - adaptation_rank, adaptation_rank, core_trains)
+        core_rank = rank if rank >= full_rank else rank - adaptation_rank
+        return cls(core_rank, adaptation_rank, core_trains, None if core_trains else frozen_bits)
 
     def tensors(self, out_features: int, in_features: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, by name."""
@@ -75,15 +101,38 @@ class AdapterShape:
         if self.adaptation_rank:
             shapes["jactus_adapt_down"] = (self.adaptation_rank, in_features)
             shapes["jactus_adapt_up"] = (out_features, self.adaptation_rank)
-        return shapes
+        return shapes if self.frozen_bits is None else shapes | _shapes_of_codes(shapes, self.frozen_bits)
+
+    def dtype_of(self, name: str, model_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of one tensor in a model: what trains has float32 at least."""
+        if name.endswith("_order"):
+            return torch.int32
+        if name in FROZEN and self.frozen_bits is not None:
+            return code_dtype(self.frozen_bits)
+        return torch.promote_types(model_dtype, torch.float32) if name in TRAINABLE else model_dtype
+
+
+def _shapes_of_codes(shapes: Mapping[str, tuple[int, ...]], bits: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name in FROZEN:
+        if name in shapes:
+            rows, columns = shapes[name]
+            if name == "jactus_right":  # the side that meets the inputs first, as its rounding sees it
+                rows, columns = columns, rows
+            found[name] = code_shape((rows, columns), bits)
+            found[f"{name}_scale"] = (num_groups((rows, columns)),)
+    return found
 
 
 TENSOR_NAMES = (
     "jactus_left",
+    "jactus_left_scale",
     "jactus_left_order",
     "jactus_core",
     "jactus_frozen_factor",
+    "jactus_frozen_factor_scale",
     "jactus_right",
+    "jactus_right_scale",
     "jactus_right_order",
     "jactus_bias",
     "jactus_adapt_down",
@@ -91,25 +140,41 @@ TENSOR_NAMES = (
 )
 
 
-def tensor_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of one tensor in a model: what trains has float32 at least."""
-    if name.endswith("_order"):
-        return torch.int32
-    return torch.promote_types(model_dtype, torch.float32) if name in TRAINABLE else model_dtype
-
-
 def unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what a checkpoint has to fill: NaN, or features that there are not."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else -1, device=device, dtype=dtype)
+    """Return what a checkpoint has to fill: NaN, or integers that are not there."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else _NEVER[dtype], device=device, dtype=dtype)
 
 
 def is_unfilled(tensor: Tensor) -> bool:
-    """Whether any of it still is as `unfilled` made it."""
-    return bool((tensor.isnan() if tensor.is_floating_point() else tensor < 0).any())
+    """Whether any of it still is as `unfilled` made it; of two codes in a byte, all."""
+    if tensor.is_floating_point():
+        return bool(tensor.isnan().any())
+    if tensor.dtype == torch.uint8:
+        return bool(tensor.numel() and (tensor == _NEVER[torch.uint8]).all())
+    return bool((tensor <= _NEVER[tensor.dtype]).any())
 
 
-def tensors_of(factors: LayerFactors, shape: AdapterShape) -> dict[str, Tensor]:
-    """Return the factors as tensors, by name."""
+def num_in_buffers(tensors: Mapping[str, Tensor], shape: AdapterShape, out_features: int, in_features: int) -> int:
+    """Return how many numbers are held in buffers, in however few bits they are."""
+    numbers = dataclasses.replace(shape, frozen_bits=None).tensors(out_features, in_features, bias=True)
+    return sum(
+        math.prod(numbers[name])
+        for name, tensor in tensors.items()
+        if name in numbers and not isinstance(tensor, nn.Parameter) and not name.endswith("_order")
+    )
+
+
+def tensors_of(
+    factors: LayerFactors, shape: AdapterShape, dtype: torch.dtype, statistics: LayerStatistics | None
+) -> dict[str, Tensor]:
+    """Return the factors as tensors, by name.
+
+    Args:
+        factors: What `factorize` made.
+        shape: How they are shared out.
+        dtype: Of the model.
+        statistics: The layer's, for rounding what is frozen to 4 bits by them.
+    """
     if shape.core_trains:
         left_scale, right_scale = core_scales(factors.left, factors.right)
         tensors = {
@@ -120,13 +185,28 @@ def tensors_of(factors: LayerFactors, shape: AdapterShape) -> dict[str, Tensor]:
     else:
         weight = FrozenWeight.from_factors(factors.left, factors.core, factors.right)
         side = "left" if weight.by_rows else "right"
-        tensors = {**_basis_tensors(side, weight.basis), "jactus_frozen_factor": weight.factor}
+        if shape.frozen_bits is None:
+            tensors = {**_basis_tensors(side, weight.basis), "jactus_frozen_factor": weight.factor}
+        else:
+            moment = None if statistics is None or shape.frozen_bits == 8 else statistics.input.covariance
+            tensors = _rounded_tensors(side, weight.rounded(shape.frozen_bits, dtype=dtype, second_moment=moment))
     optional = {"jactus_bias": factors.bias, "jactus_adapt_down": factors.down, "jactus_adapt_up": factors.up}
-    return tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return {name: tensor.to(shape.dtype_of(name, dtype)).contiguous() for name, tensor in tensors.items()}
 
 
 def _basis_tensors(side: str, basis: InterpolativeBasis) -> dict[str, Tensor]:
     return {f"jactus_{side}": basis.coefficients, f"jactus_{side}_order": basis.order}
+
+
+def _rounded_tensors(side: str, weight: RoundedWeight) -> dict[str, Tensor]:
+    return {
+        f"jactus_{side}": weight.coefficients,
+        f"jactus_{side}_scale": weight.coefficient_scales,
+        f"jactus_{side}_order": weight.order,
+        "jactus_frozen_factor": weight.factor,
+        "jactus_frozen_factor_scale": weight.factor_scales,
+    }
 
 
 def _basis_in(tensors: Mapping[str, Tensor], side: str) -> InterpolativeBasis:
@@ -138,36 +218,45 @@ def bases_in(tensors: Mapping[str, Tensor]) -> tuple[InterpolativeBasis, Interpo
     return _basis_in(tensors, "left"), _basis_in(tensors, "right")
 
 
-def frozen_weight_in(tensors: Mapping[str, Tensor]) -> FrozenWeight:
+def frozen_weight_in(tensors: Mapping[str, Tensor], shape: AdapterShape) -> FrozenWeight | RoundedWeight:
     """Return what does not train among an adapter's tensors, where there is no core."""
     by_rows = "jactus_left" in tensors
-    return FrozenWeight(_basis_in(tensors, "left" if by_rows else "right"), tensors["jactus_frozen_factor"], by_rows)
-
-
-def coefficients_in(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the coefficients of a basis, ``(others, core rank)``; ``None`` if there is no basis."""
-    return tensors.get("jactus_left", tensors.get("jactus_right"))
+    side, factor = "left" if by_rows else "right", tensors["jactus_frozen_factor"]
+    if shape.frozen_bits is None:
+        return FrozenWeight(_basis_in(tensors, side), factor, by_rows)
+    scales = tensors["jactus_frozen_factor_scale"]
+    return RoundedWeight(
+        order=tensors[f"jactus_{side}_order"],
+        coefficients=tensors[f"jactus_{side}"],
+        coefficient_scales=tensors[f"jactus_{side}_scale"],
+        factor=factor,
+        factor_scales=scales,
+        by_rows=by_rows,
+        rank=shape.core_rank,
+        long_side=max(tensors["jactus_adapt_down"].shape[1], tensors["jactus_adapt_up"].shape[0]),
+        dtype=scales.dtype,
+    )
 
 
 def frozen_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype of what does not train, which is the model's."""
-    coefficients = coefficients_in(tensors)
-    assert coefficients is not None
-    return coefficients.dtype
+    """Return the dtype of what does not train, which is the model's; of codes, that of their scales."""
+    names = ("jactus_frozen_factor_scale", "jactus_left", "jactus_right")
+    return next(tensors[name].dtype for name in names if name in tensors)
 
 
-def weight_of(tensors: Mapping[str, Tensor]) -> LowRankWeight:
+def weight_of(tensors: Mapping[str, Tensor], shape: AdapterShape) -> LowRankWeight:
     """Return the weight that the tensors hold, detached, in the dtype of what trains, float32 at least."""
     dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    wide = {name: tensor if name.endswith("_order") else tensor.detach().to(dtype) for name, tensor in tensors.items()}
-    if "jactus_core" in wide:
-        bases = bases_in(wide)
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    wide = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if shape.core_trains:
+        bases = bases_in(tensors | wide)
         left_scale, right_scale = core_scales(*bases)
         core = wide["jactus_core"] / left_scale / right_scale
         left, right = (basis.dense() for basis in bases)
     else:
-        left, right = frozen_weight_in(wide).sides()
+        left, right = frozen_weight_in(tensors, shape).to(dtype).numbers().sides()
         core = torch.eye(left.shape[1], dtype=dtype, device=left.device)
     optional = (wide.get(f"jactus_{name}") for name in ("bias", "adapt_down", "adapt_up"))
     return LowRankWeight(left, core, right, *optional)

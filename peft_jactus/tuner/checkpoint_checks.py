@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from peft_jactus.tuner.adapter_format import TENSOR_NAMES, coefficients_in
+from peft_jactus.tuner.adapter_format import FROZEN, TENSOR_NAMES
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
 _TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
 _ROOT = "base_model.model."
+# Two ranks may differ in the ones or the other.
+_TELLING_RANKS = (*FROZEN, "jactus_adapt_down")
 
 
 def fit_layers_to_checkpoint(
@@ -71,13 +73,18 @@ def _tensors_by_layer(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, T
 def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
     """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
     features = (layer.out_features, layer.in_features)
+
+    def shapes_of(rank: int) -> dict[str, tuple[int, ...]]:
+        return config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
+
+    def fits(rank: int) -> bool:
+        shapes = shapes_of(rank)
+        return all(shapes.get(key) == tuple(tensors[key].shape) for key in _TELLING_RANKS if key in tensors)
+
     rank = config.layer_ranks.get(name) or 0
-    if not config.from_checkpoint:
-        coefficients = coefficients_in(tensors)
-        rank = coefficients.shape[1] if coefficients is not None and coefficients.dim() == 2 else 0
-        down = tensors.get("jactus_adapt_down")
-        rank = min(rank + (down.shape[0] if down is not None and down.dim() == 2 else 0), *features)
-    expected_shapes = config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
+    if not config.from_checkpoint and not fits(rank):  # tensors of a model that was compressed otherwise
+        rank = next((other for other in range(1, min(features) + 1) if fits(other)), rank)
+    expected_shapes = shapes_of(rank)
     if set(tensors) != set(expected_shapes):
         raise ValueError(
             f"{name}: the checkpoint must hold {sorted(expected_shapes)}; it holds {sorted(tensors)}. It is damaged, "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
+from peft_jactus._version import __version__
 from peft_jactus.numerics.adaptation import AdaptationInit
 from peft_jactus.numerics.allocation import Storage
 from peft_jactus.numerics.approximation import Decomposition
+from peft_jactus.numerics.quantization import BITS, bitsandbytes_functional
+from peft_jactus.tuner.adapter_format import READABLE_FORMATS
 from peft_jactus.tuner.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -31,6 +34,32 @@ def check_config(config: JactusConfig) -> None:
     _check_targets(config)
     _check_choices(config)
     _check_numbers(config)
+    _check_frozen_bits(config)
+
+
+def check_can_be_made(config: JactusConfig) -> None:
+    """Check, before any work, that an adapter of this config can be made or loaded here.
+
+    Raises:
+        ValueError: If it was saved in a format that this version would misread. An `ImportError` says if it needs what
+            is not installed.
+    """
+    if config.from_checkpoint and config.adapter_format not in READABLE_FORMATS:
+        raise ValueError(
+            f"The adapter has format {config.adapter_format} (written by peft-jactus {config.peft_jactus_version}); "
+            f"this is {__version__}, which reads formats {READABLE_FORMATS}. Load it with the version that wrote it."
+        )
+    if config.frozen_bits == 4:
+        bitsandbytes_functional()
+
+
+def check_not_calibrated(config: JactusConfig) -> None:
+    """Raise `ValueError` if statistics, from which nothing would be computed, are in a saved adapter's config."""
+    if config.from_checkpoint and config.statistics is not None:
+        raise ValueError(
+            "This config is a saved adapter's, so that values come from its file, but it has calibration "
+            "statistics. Set `config.init_weights = True` to compute new values from them."
+        )
 
 
 def _check_targets(config: JactusConfig) -> None:
@@ -104,6 +133,18 @@ def _check_ranks(config: JactusConfig) -> None:
     for pattern, rank in config.rank_pattern.items():
         if type(rank) is not int or rank < 1:
             raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
+
+
+def _check_frozen_bits(config: JactusConfig) -> None:
+    bits = config.frozen_bits
+    if bits is not None and (type(bits) is not int or bits not in BITS):
+        raise ValueError(f"`frozen_bits` must be one of {BITS}, or None; got {bits!r}.")
+    if bits is not None and config.core_trains:
+        cause = "`train_core`=True" if config.train_core else "`adaptation_rank`=0"
+        raise ValueError(
+            f"`frozen_bits`={bits} cannot be used with {cause}: cores train then, and little is frozen beside them. "
+            "Let adaptation ranks train alone: `adaptation_rank` of at least 1, and `train_core=False`."
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -17,6 +17,7 @@ from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.adapted_product import adapted_product
 from peft_jactus.numerics.core_product import core_product
 from peft_jactus.tuner.adapter_format import (
+    FROZEN,
     TENSOR_NAMES,
     TRAINABLE,
     AdapterShape,
@@ -24,8 +25,6 @@ from peft_jactus.tuner.adapter_format import (
     frozen_dtype,
     frozen_weight_in,
     is_unfilled,
-    tensor_dtype,
-    tensors_of,
     unfilled,
     weight_of,
 )
@@ -33,10 +32,12 @@ from peft_jactus.tuner.base_weights import is_conv1d, quantization_of
 from peft_jactus.tuner.dense_layers import FreedBase, SetAside, check_merged, unreadable_weight, with_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers.pytorch_utils import Conv1D
 
-    from peft_jactus.numerics.factorization import LayerFactors, LowRankWeight
+    from peft_jactus.numerics.factorization import LowRankWeight
 
 
 class JactusLayer(BaseTunerLayer):
@@ -45,7 +46,8 @@ class JactusLayer(BaseTunerLayer):
     With a core that trains, ``jactus_core``, there are two frozen bases: ``jactus_left`` ``(out - rank, rank)`` and
     ``jactus_right`` ``(in - rank, rank)`` are their coefficients, ``jactus_left_order`` and ``jactus_right_order`` say
     of which features (`interpolation.InterpolativeBasis`). Without, there are one of them and ``jactus_frozen_factor``
-    (`adapted_product.FrozenWeight`).
+    (`frozen_weight.FrozenWeight`); or codes in their place, and ``jactus_left_scale``, ``jactus_right_scale`` and
+    ``jactus_frozen_factor_scale`` beside them (`frozen_weight.RoundedWeight`).
 
     ``jactus_adapt_down`` ``(adaptation rank, in)`` and ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where
     there are adaptation ranks.
@@ -91,7 +93,8 @@ class JactusLayer(BaseTunerLayer):
         return isinstance(self.get_base_layer(), FreedBase) or self._dense_is_merged
 
     @property
-    def _base_dtype(self) -> torch.dtype:  # of a quantized weight, the one that it has once it is dense
+    def base_dtype(self) -> torch.dtype:
+        """The dtype of the dense weight; of a quantized one, that which it has once it is dense."""
         base = self._base()
         return base.weight.dtype if quantization_of(base) is None else self._dense_dtype
 
@@ -114,19 +117,21 @@ class JactusLayer(BaseTunerLayer):
             return weight
         features = (self.in_features, self.out_features)
         shape = features if self.is_conv1d else features[::-1]
-        return unreadable_weight(self.module_name, self._base_dtype, weight.device, shape)
+        return unreadable_weight(self.module_name, self.base_dtype, weight.device, shape)
 
     # -- creating an adapter ------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, r: int, *, shape: AdapterShape, factors: LayerFactors | None) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, *, shape: AdapterShape, values: Mapping[str, Tensor] | None
+    ) -> None:
         """Add or replace an adapter.
 
         Args:
             adapter_name: Its name.
             r: The rank of the whole weight, at least 1.
             shape: How it is shared out.
-            factors: Initial values. ``None`` allocates NaN for a checkpoint to fill: a tensor that it does not fill
-                raises at the first forward pass.
+            values: All tensors, by name (`adapter_format.tensors_of`). ``None`` allocates NaN for a checkpoint to
+                fill: a tensor that it does not fill raises at the first forward pass.
 
         Raises:
             ValueError: If the rank is below 1.
@@ -136,15 +141,14 @@ class JactusLayer(BaseTunerLayer):
         weight = self._base().weight
         self.r[adapter_name] = r
         self.adapter_shapes[adapter_name] = shape
-        values = {} if factors is None else tensors_of(factors, shape)
         for name, size in self._expected_shapes(shape).items():
-            dtype = tensor_dtype(name, self._base_dtype)
-            tensor = values[name] if name in values else unfilled(size, dtype, weight.device)
+            dtype = shape.dtype_of(name, self.base_dtype)
+            tensor = unfilled(size, dtype, weight.device) if values is None else values[name]
             tensor = tensor.to(device=weight.device, dtype=dtype).contiguous()
             # With one row, a transposed matrix is contiguous, too, but DDP wants the same strides in all processes.
             self._set_tensor(name, adapter_name, tensor.flatten().view(size))
         self._unfilled.discard(adapter_name)
-        if factors is None:
+        if values is None:
             self._unfilled.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -177,10 +181,11 @@ class JactusLayer(BaseTunerLayer):
         held[adapter_name] = tensor
 
     def hold_bases_as_parameters(self) -> None:
-        """Turn the large tensors that do not train into parameters, where there are any."""
-        for name in ("jactus_left", "jactus_frozen_factor", "jactus_right"):
+        """Turn the large tensors that do not train into parameters, where there are any; codes stay buffers."""
+        for name in FROZEN:
             tensors = dict(getattr(self, name).items())
-            if all(tensor.numel() for tensor in tensors.values()):  # ZeRO-3 fails on a parameter without elements
+            # ZeRO-3 fails on a parameter without elements.
+            if all(tensor.numel() and tensor.is_floating_point() for tensor in tensors.values()):
                 frozen = {adapter: nn.Parameter(tensor, requires_grad=False) for adapter, tensor in tensors.items()}
                 setattr(self, name, nn.ParameterDict(frozen))
 
@@ -192,7 +197,7 @@ class JactusLayer(BaseTunerLayer):
     def free_base_weights(self) -> None:
         """Let go of the dense weight. There is no way back, except from a merge."""
         if not self.base_weights_freed:
-            self.base_layer = FreedBase(self._base(), self.in_features, self.out_features, self._base_dtype)
+            self.base_layer = FreedBase(self._base(), self.in_features, self.out_features, self.base_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
@@ -227,7 +232,7 @@ class JactusLayer(BaseTunerLayer):
         """Return the adapter's factors, in float32 at least."""
         if adapter_name in self._unfilled:
             self._check_filled(adapter_name)
-        return weight_of(self.adapter_tensors(adapter_name))
+        return weight_of(self.adapter_tensors(adapter_name), self.adapter_shapes[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight less the dense one, as the base layer stores it."""
@@ -328,7 +333,7 @@ class JactusLayer(BaseTunerLayer):
         if "jactus_core" not in tensors:
             assert down is not None
             assert up is not None
-            return adapted_product(x, frozen_weight_in(tensors), bias, down, up)
+            return adapted_product(x, frozen_weight_in(tensors, self.adapter_shapes[adapter_name]), bias, down, up)
         left, right = bases_in(tensors)
         x_of_weight = self._cast_input_dtype(x, right.coefficients.dtype)
         output = core_product(x_of_weight, tensors["jactus_core"], left, right, bias)
@@ -347,7 +352,7 @@ class Linear(nn.Module, JactusLayer):
         dtype: Of the layer, once it is dense.
         r: Its rank.
         shape: How the rank is shared out.
-        factors: Its initial values; ``None`` for an adapter that a checkpoint fills.
+        values: Its tensors; ``None`` for an adapter that a checkpoint fills.
     """
 
     def __init__(
@@ -359,12 +364,12 @@ class Linear(nn.Module, JactusLayer):
         *,
         r: int,
         shape: AdapterShape,
-        factors: LayerFactors | None,
+        values: Mapping[str, Tensor] | None,
     ) -> None:
         super().__init__()
         JactusLayer.__init__(self, base_layer, module_name, dtype)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, shape=shape, factors=factors)
+        self.update_layer(adapter_name, r, shape=shape, values=values)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)`` with the active adapters."""

@@ -15,27 +15,26 @@ from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus._progress import progress
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
-from peft_jactus.numerics.factorization import LayerFactors, choose_ranks, factorize
-from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dtype
+from peft_jactus.numerics.factorization import choose_ranks, factorize
+from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dtype, num_in_buffers, tensors_of
 from peft_jactus.tuner.atomic_tuner import AtomicTuner
 from peft_jactus.tuner.base_weights import dense_dtype, let_go_of_weight_
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig, targets_all_linear
+from peft_jactus.tuner.config_checks import check_can_be_made, check_not_calibrated
 from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
 from peft_jactus.tuner.quantization import forget_quantization_, is_quantized, note_plain_layers_
-from peft_jactus.tuner.replication import digest, factors_for_all, share_out_layers
+from peft_jactus.tuner.replication import MadeLayer, digest, made_for_all, share_out_layers
 from peft_jactus.tuner.target_checks import find_refusal, layer_sharing, raise_refusals
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
     add_further_heads_,
     check_heads,
     dense_weight_and_bias,
-    device_and_dtype,
     features_of,
-    has_bias,
     match_ranks,
     resolve_all_linear_,
     targeted_modules,
@@ -60,13 +59,13 @@ class _Prepared:
 
     Attributes:
         projections: Left by the choice of ranks, for the factors.
-        owners: Which process makes the factors of which layer; empty if there is one process.
-        factors: What this process made for all.
+        owners: Which process makes the tensors of which layer; empty if there is one process.
+        made: What this process made for all.
     """
 
     projections: dict[str, ProjectedWeight]
     owners: dict[str, int]
-    factors: dict[str, LayerFactors] = field(default_factory=dict)
+    made: dict[str, MadeLayer] = field(default_factory=dict)
 
 
 class JactusModel(AtomicTuner):
@@ -126,7 +125,7 @@ class JactusModel(AtomicTuner):
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         assert isinstance(config, JactusConfig)
-        config.check_format()
+        check_can_be_made(config)
         if self._twin is not None:
             return
         freed = [layer.module_name for layer in self._layers() if layer.base_weights_freed]
@@ -147,7 +146,7 @@ class JactusModel(AtomicTuner):
             peft_config.target_modules = set(peft_config.layer_ranks)
             return
         if peft_config.from_checkpoint:
-            peft_config.check_not_calibrated()
+            check_not_calibrated(peft_config)
             check_heads(model, peft_config)
             return
         add_further_heads_(peft_config, model)
@@ -179,7 +178,7 @@ class JactusModel(AtomicTuner):
         num_steps = len(ranks) + len(mine)
         self._factorizing_bar = progress(description="Factorizing", unit="layer", total=num_steps, shown=show_bar)
         for name in mine:  # before the first one is waited for
-            self._prepared.factors[name] = self._make_factors(peft_config, name, targets[name], ranks[name])
+            self._prepared.made[name] = self._make(peft_config, name, targets[name], ranks[name])
             self._factorizing_bar.update()
 
     def _create_and_replace(
@@ -202,20 +201,21 @@ class JactusModel(AtomicTuner):
             return
         with weight_loaded(target):
             rank = self._rank_of(peft_config, current_key, target)
-            factors = None
+            values = None
             if not peft_config.from_checkpoint:
-                factors = self._factors_of(peft_config, current_key, target, rank)
-                rank = peft_config.layer_ranks[current_key] = factors.rank
+                made = self._made(peft_config, current_key, target, rank)
+                rank, values = made.rank, made.tensors
+                peft_config.layer_ranks[current_key] = rank
                 if self._factorizing_bar is not None:
                     self._factorizing_bar.update()
             shape = peft_config.adapter_shape(rank, *features_of(target))
             layer: JactusLayer
             if isinstance(target, JactusLayer):
                 layer = target
-                layer.update_layer(adapter_name, rank, shape=shape, factors=factors)
+                layer.update_layer(adapter_name, rank, shape=shape, values=values)
             else:
-                dtype = dense_dtype(target, self.model)
-                layer = linear = Linear(target, current_key, adapter_name, dtype, r=rank, shape=shape, factors=factors)
+                dtype = self._dtype_of(target)
+                layer = linear = Linear(target, current_key, adapter_name, dtype, r=rank, shape=shape, values=values)
                 if adapter_name not in self.active_adapters:
                     linear.requires_grad_(False)
                 self._replace_module(parent, target_name, linear, target)
@@ -245,17 +245,18 @@ class JactusModel(AtomicTuner):
         # PEFT can pick modules by the keys of a state dict, which `target_modules` then need not match.
         return uniform_rank(config.retained_ratio, *features_of(target), config.storage)
 
-    def _factors_of(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
-        """Return the factors of a layer, from the process that made them."""
+    def _dtype_of(self, target: nn.Module) -> torch.dtype:
+        return target.base_dtype if isinstance(target, JactusLayer) else dense_dtype(target, self.model)
+
+    def _made(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> MadeLayer:
+        """Return what is made of a layer, from the process that made it."""
         owner = None if self._prepared is None else self._prepared.owners.get(name)
         if self._prepared is None or owner is None:
-            return self._make_factors(config, name, target, rank)
-        device, _ = device_and_dtype(target)
-        made = self._prepared.factors.pop(name, None)
-        return factors_for_all(made, owner, features_of(target), device, bias=has_bias(target))
+            return self._make(config, name, target, rank)
+        return made_for_all(self._prepared.made.pop(name, None), owner, config, target, self._dtype_of(target))
 
     @torch.no_grad()
-    def _make_factors(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> LayerFactors:
+    def _make(self, config: JactusConfig, name: str, target: nn.Module, rank: int) -> MadeLayer:
         with weight_loaded(target):
             weight, bias = dense_weight_and_bias(target)
         statistics = None if config.statistics is None else config.statistics.get(name)
@@ -266,7 +267,8 @@ class JactusModel(AtomicTuner):
             noise = torch.randn(core.shape, dtype=core.dtype).to(core.device)
             scale = core.square().mean().sqrt().clamp(min=0.05)  # visible also on a weight of zeros
             factors = dataclasses.replace(factors, core=core + scale * noise)
-        return factors
+        shape = config.adapter_shape(factors.rank, *features_of(target))
+        return MadeLayer(factors.rank, tensors_of(factors, shape, self._dtype_of(target), statistics))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Only what trains needs float32; the rest keeps the dtype of the model.
@@ -288,7 +290,7 @@ class JactusModel(AtomicTuner):
 
         They shard parameters, and keep buffers whole in every process. The bases are buffers, because PEFT takes
         parameters of an adapter for what it trains; here they become parameters that do not train. Outputs,
-        checkpoints, what trains and what is counted stay the same.
+        checkpoints, what trains and what is counted stay the same. With `frozen_bits` they stay whole.
         """
         for layer in self.modules():
             if isinstance(layer, JactusLayer):
@@ -382,9 +384,7 @@ class JactusModel(AtomicTuner):
     def num_in_buffers(self) -> int:
         """Return how many numbers all adapters hold in buffers; PEFT counts parameters only."""
         return sum(
-            tensor.numel()
+            num_in_buffers(layer.adapter_tensors(adapter_name), shape, layer.out_features, layer.in_features)
             for layer in self._layers()
-            for adapter_name in layer.r
-            for tensor in layer.adapter_tensors(adapter_name).values()
-            if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            for adapter_name, shape in layer.adapter_shapes.items()
         )

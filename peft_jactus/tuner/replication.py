@@ -1,67 +1,62 @@
-"""What several processes share of a tuner: layers are shared out, and factors that one makes are used by all."""
+"""What several processes share of a tuner: layers are shared out, and tensors that one makes are used by all."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from peft_jactus._processes import broadcast_, gather_objects, share_out
-from peft_jactus.numerics.factorization import LayerFactors
-from peft_jactus.numerics.interpolation import InterpolativeBasis
-from peft_jactus.tuner.targeting import features_of
+from peft_jactus.tuner.targeting import device_and_dtype, features_of, has_bias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
 
+    from peft_jactus.tuner.config import JactusConfig
 
-def factors_for_all(
-    factors: LayerFactors | None, owner: int, features: tuple[int, int], device: torch.device, *, bias: bool
-) -> LayerFactors:
-    """Return the factors of process ``owner``.
+
+@dataclass(frozen=True)
+class MadeLayer:
+    """What is made of one layer, ready to be put into the model.
+
+    Attributes:
+        rank: Of the whole weight.
+        tensors: All of the adapter's, by name.
+    """
+
+    rank: int
+    tensors: dict[str, Tensor]
+
+
+def made_for_all(
+    made: MadeLayer | None, owner: int, config: JactusConfig, target: nn.Module, dtype: torch.dtype
+) -> MadeLayer:
+    """Return what process ``owner`` made of a layer.
 
     Args:
-        factors: There, what it made; elsewhere ``None``.
-        owner: The process that made them.
-        features: Of the layer, ``(out, in)``.
-        device: Of its weight.
-        bias: Whether they have one.
+        made: There, what it made; elsewhere ``None``.
+        owner: The process that made it.
+        config: The adapter's.
+        target: The layer.
+        dtype: Of its weight.
     """
-    ranks = None if factors is None else (factors.core_rank, factors.adaptation_rank)
-    found = gather_objects(ranks)[owner]
-    assert found is not None
-    if factors is None:
-        factors = _empty_factors(features, device, *found, bias=bias)
-    optional = (factors.bias, factors.down, factors.up)
-    bases = (factors.left, factors.right)
-    tensors = [factors.core, *(tensor for basis in bases for tensor in (basis.order, basis.coefficients))]
-    for tensor in (*tensors, *(tensor for tensor in optional if tensor is not None)):
-        broadcast_(tensor, owner)
-    return factors
-
-
-def _empty_factors(
-    features: tuple[int, int], device: torch.device, core_rank: int, adaptation_rank: int, *, bias: bool
-) -> LayerFactors:
-    out_features, in_features = features
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64, device=device)
-
-    left, right = (
-        InterpolativeBasis(torch.empty(dim, dtype=torch.int64, device=device), empty(dim - core_rank, core_rank))
-        for dim in (out_features, in_features)
-    )
-    return LayerFactors(
-        left,
-        empty(core_rank, core_rank),
-        right,
-        empty(out_features) if bias else None,
-        empty(adaptation_rank, in_features) if adaptation_rank else None,
-        empty(out_features, adaptation_rank) if adaptation_rank else None,
-    )
+    rank = gather_objects(None if made is None else made.rank)[owner]
+    assert rank is not None
+    if made is None:
+        device, _ = device_and_dtype(target)
+        features = features_of(target)
+        shape = config.adapter_shape(rank, *features)
+        empty = {
+            name: torch.empty(size, dtype=shape.dtype_of(name, dtype), device=device)
+            for name, size in shape.tensors(*features, bias=has_bias(target)).items()
+        }
+        made = MadeLayer(rank, empty)
+    for name in sorted(made.tensors):
+        broadcast_(made.tensors[name], owner)
+    return made
 
 
 def share_out_layers(targets: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -25,7 +25,13 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 METHODS = ["full", "dora", "jactus pivoted 0.6", "svd-llm+lora 0.6"]
 FURTHER_METHODS = {
-    "text": ["lora+svd-llm+lora 0.4", "lora+jactus-cores pivoted 0.4", "eva", "lora-ga"],
+    "text": [
+        "jactus-4-bits pivoted 0.8",
+        "lora+svd-llm+lora 0.4",
+        "lora+jactus-cores pivoted 0.4",
+        "eva",
+        "lora-ga",
+    ],
     "vision": ["jactus+lora pivoted 0.4"],
     "language": [
         "full+svd-llm+lora 0.4",
@@ -210,7 +216,8 @@ def test_a_run_that_learned_nothing_starts_again_at_half_the_rate(constant_loss,
 def test_learning_rates_are_the_best_means_over_a_groups_tasks_of_complete_grids(monkeypatch, tmp_path):
     args = argparse.Namespace(kind="text", out=tmp_path, tasks=None)
     base = {"trec": 0.9, "mr": 0.6, "clinc150": 0.5}
-    best = {method: sorted(cases.grid("text", method))[2] for method, *_ in cases.budgets("text")}
+    methods = {method for method, *_ in cases.budgets("text")} - set(cases.SAME_LEARNING_RATE)
+    best = {method: sorted(cases.grid("text", method))[2] for method in methods}
     best |= {"dora": 5e-3, "lora": 6e-5}  # outside the grid: nearest are 4e-3 and 6.25e-5
     missing = "pissa"
     factor = {"clinc150": 0.5}  # of the best rate
@@ -241,6 +248,14 @@ def test_a_task_has_the_learning_rates_of_its_group(tmp_path):
     args = argparse.Namespace(kind="text", out=tmp_path, tasks=["mr", "clinc150"], seeds=[0], rows=None)
     found = {case.task: case.learning_rate for case in compare.table_cases(args)}
     assert found == {"mr": 1e-3, "clinc150": 2e-3}
+
+
+def test_a_method_in_few_bits_has_the_learning_rate_of_the_one_that_it_is_compared_with(tmp_path):
+    (tmp_path / "text-learning_rates.json").write_text(json.dumps({"learning_rates": {"others": {"jactus": 3e-3}}}))
+    args = argparse.Namespace(kind="text", out=tmp_path, tasks=["trec"], seeds=[0], rows=None)
+    found = {case.label: case.learning_rate for case in compare.table_cases(args)}
+    rows = ["jactus pivoted 0.8", "jactus-8-bits pivoted 0.8", "jactus-4-bits pivoted 0.8"]
+    assert [found[label] for label in rows] == [3e-3] * 3
 
 
 @pytest.mark.parametrize("scored_on", ["test", "held-out"])

@@ -36,6 +36,8 @@ def test_parameters_are_those_of_the_model_and_of_its_adapter(key_value):
     assert shape.training_bytes(1.0, RANK) == 2 * matrices + 16 * trained
     kept = 0.5 * shape.parameters + shape.embedding_parameters - trained
     assert shape.training_bytes(0.5, RANK, inside=True) == 2 * kept + 16 * trained
+    in_4_bits = (kept - shape.embedding_parameters) * (0.5 + 2 / 64) + 2 * shape.embedding_parameters
+    assert shape.training_bytes(0.5, RANK, inside=True, frozen_bits=4) == in_4_bits + 16 * trained
 
 
 def test_llama_2_7b_has_its_size():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peft_jactus.numerics import interpolation
-from peft_jactus.numerics.adapted_product import FrozenWeight, adapted_product
+from peft_jactus.numerics.adapted_product import adapted_product
+from peft_jactus.numerics.frozen_weight import FrozenWeight
 from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
 from tests.support.strategies import randn, random_orthonormal
 

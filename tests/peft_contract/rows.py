@@ -11,12 +11,14 @@ from tests.peft_contract.upstream import ExpectedFailure, Row
 KEPT_BASE = {"decomposition": "svd", "keep_base_weights": True}
 FREED_BASE = {"decomposition": "svd", "keep_base_weights": False}
 LOW_RANK = {"rank_pattern": {".*": 8}}
+IN_FEW_BITS = {"frozen_bits": 8, "adaptation_rank": 1, "adaptation_init": "random"}
 # min(out, in) of upstream's layers: reproduces the weight, so that a new adapter is the identity.
 FULL_RANK = {"lin0": 10, "lin1": 2, "conv1d": 1}
 
 NOT_IDENTITY = ExpectedFailure(
     "a rank below min(out, in) only approximates the weight: a new adapter is not the identity", AssertionError
 )
+ROUNDED = ExpectedFailure("8 bits only approximate the weight: a new adapter is not the identity", AssertionError)
 NO_BASE = ExpectedFailure("needs the base weights, which keep_base_weights=False frees", ValueError)
 NO_BASE_STATE = ExpectedFailure("has no base weights to return for the targeted layers", AssertionError)
 LAST_ADAPTER = ExpectedFailure(
@@ -109,6 +111,9 @@ CUSTOM_MODELS = [
         train_core=True,
     ),
     _custom("low-rank-adapting", {"lin0": 4}, fails=LOW_RANK_FAILURES, adaptation_rank=2, adaptation_init="random"),
+    _custom(
+        "full-rank-frozen-in-8-bits", _full("lin0"), fails=dict.fromkeys(LOW_RANK_FAILURES, ROUNDED), **IN_FEW_BITS
+    ),
     _custom("freed-base", _full("lin0"), fails=FREED_BASE_FAILURES, **FREED_BASE),
     _custom("freed-base-conv1d", _full("conv1d"), "EmbConv1D", fails=FREED_BASE_FAILURES, **FREED_BASE),
 ]

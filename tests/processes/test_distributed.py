@@ -95,6 +95,15 @@ def test_a_killed_process_ends_the_run_with_an_error_and_the_next_run_goes_on(tm
 )
 @pytest.mark.parametrize("fields", [{"adaptation_rank": 0}, ADAPTING], ids=["core", "adapting"])
 def test_training_in_two_processes_has_the_losses_of_one(wrapper, fields, tmp_path):
+    check_training(wrapper, fields, tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp", pytest.param("zero3", marks=needs_deepspeed)])
+def test_training_beside_frozen_weights_of_4_bits_has_them_too(wrapper, tmp_path):
+    check_training(wrapper, {**ADAPTING, "frozen_bits": 4}, tmp_path)
+
+
+def check_training(wrapper, fields, tmp_path):
     expected = losses_of_training(compressed("llama", slice(None), fields=fields), slice(None))
     assert expected[0] > 1.05 * expected[-1]
     process = launch(2, tmp_path, "llama", wrapper=wrapper, fields=fields)

@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "damping": 1e-3,
     "rank_floor": 0.75,
     "rank_multiple": 16,
+    "frozen_bits": None,
     "adaptation_rank": 1,
     "adaptation_init": "inputs",
     "train_core": True,
@@ -131,8 +132,8 @@ def test_all_fields_are_covered_here():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, OTHER_VALUES, {"model_ratio": 0.5}, {"max_model_size": "60MB"}],
-    ids=["defaults", "other_values", "model_ratio", "max_model_size"],
+    [{}, OTHER_VALUES, {"model_ratio": 0.5}, {"max_model_size": "60MB"}, {"frozen_bits": 8}],
+    ids=["defaults", "other_values", "model_ratio", "max_model_size", "frozen_bits"],
 )
 def test_a_config_comes_back_from_its_json_with_all_values(tmp_path, options):
     saved = JactusConfig(**copy.deepcopy(options))
@@ -147,8 +148,8 @@ def test_a_config_comes_back_from_its_json_with_all_values(tmp_path, options):
 def test_other_values_are_not_the_defaults():
     defaults = JactusConfig()
     written_by_the_package = {"layer_ranks", "layer_energy", "peft_jactus_version", "adapter_format"}
-    other_budgets = {"model_ratio", "max_model_size"}  # of which a config has one
-    for name in set(OTHER_VALUES) - written_by_the_package - other_budgets:
+    excluded_by_others = {"model_ratio", "max_model_size", "frozen_bits"}  # a budget, a core that trains
+    for name in set(OTHER_VALUES) - written_by_the_package - excluded_by_others:
         assert getattr(defaults, name) != getattr(JactusConfig(**OTHER_VALUES), name), name
 
 

@@ -50,12 +50,12 @@ def finish(process):
     return output
 
 
-def saved_adapter(folder, build, dtype=torch.float32):
+def saved_adapter(folder, build, dtype=torch.float32, **fields):
     """Save a base model, a trained adapter for it, and the logits it gives; return the live model."""
     build(dtype=dtype).save_pretrained(folder / "base")
     # Loaded, not cast: `.to(bfloat16)` would round rotary frequencies, which loading keeps in float32.
     base = type(build()).from_pretrained(folder / "base", dtype=dtype)
-    model = compressed(base)
+    model = compressed(base, **fields)
     perturb_cores_(model)
     model.save_pretrained(folder / "adapter")
     save_file({"logits": logits_of(model)}, folder / "logits.safetensors")
@@ -108,6 +108,11 @@ def test_reload_in_a_fresh_process_is_bit_equal(tmp_path):
             folder.mkdir()
             saved_adapter(folder, build, dtype)
             folders.append(folder)
+    for bits in (8, 4):
+        folder = tmp_path / f"tiny_llama-in-{bits}"
+        folder.mkdir()
+        saved_adapter(folder, tiny_llama, torch.bfloat16, frozen_bits=bits)
+        folders.append(folder)
     lines = [
         line for line in finish(in_fresh_process(LOAD_IN_FRESH_PROCESS, *folders)).splitlines() if "tiny_" in line
     ]
@@ -230,7 +235,7 @@ def test_an_adapter_of_another_format_is_refused(tmp_path):
     saved_adapter(tmp_path, tiny_llama)
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for other in (3, None):
+    for other in (4, None):
         path.write_text(json.dumps(config | {"adapter_format": other}))
         with pytest.raises(ValueError, match=f"has format {other} .*Load it with the version that wrote it"):
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
@@ -264,9 +269,9 @@ def test_second_adapter_loads_from_disk_onto_freed_weights(tmp_path):
 # -- Trainer ----------------------------------------------------------------------------------------------
 
 
-def train(folder, *, resume_from=None, save_steps=4):
+def train(folder, *, resume_from=None, save_steps=4, **fields):
     set_seed(0)
-    model = compressed(tiny_bert())
+    model = compressed(tiny_bert(), **fields)
     data = [
         {key: value[row] for key, value in batch.items()}
         for batch in batches_for(model.get_base_model(), num_batches=8, seed=1)
@@ -289,9 +294,11 @@ def train(folder, *, resume_from=None, save_steps=4):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_resuming_the_trainer_equals_an_uninterrupted_run(tmp_path):
-    whole = train(tmp_path / "whole")
-    resumed = train(tmp_path / "resumed", resume_from=str(tmp_path / "whole" / "checkpoint-4"))
+@pytest.mark.parametrize("frozen_bits", [None, 4])
+def test_resuming_the_trainer_equals_an_uninterrupted_run(tmp_path, frozen_bits):
+    whole = train(tmp_path / "whole", frozen_bits=frozen_bits)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    resumed = train(tmp_path / "resumed", resume_from=checkpoint, frozen_bits=frozen_bits)
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
