@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from peft_jactus._dtypes import autocast_dtype
+from peft_jactus.numerics.frozen_weight import FrozenWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peft_jactus.numerics.frozen_weight import FrozenWeight, RoundedWeight
+    from peft_jactus.numerics.frozen_weight import RoundedWeight
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -65,6 +67,19 @@ def _add_product_(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return output.addmm_(left, right) if same else output.add_(left @ right)
 
 
+def _frozen_product(x: Tensor, weight: FrozenWeight | RoundedWeight, bias: Tensor | None) -> Tensor:
+    """Return the product in a graph that is compiled; its gradient makes numbers of codes once more."""
+    parts, put_together = weight.taken_apart()
+
+    def product(x: Tensor, *parts: Tensor) -> Tensor:
+        return put_together(*parts).product(x, bias)
+
+    if isinstance(weight, FrozenWeight) or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return product(x, *parts)
+    output: Tensor = checkpoint(product, x, *parts, use_reentrant=False)
+    return output
+
+
 def adapted_product(
     x: Tensor, weight: FrozenWeight | RoundedWeight, bias: Tensor | None, down: Tensor, up: Tensor
 ) -> Tensor:
@@ -87,7 +102,7 @@ def adapted_product(
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # which makes its own gradient
             adapting = _dtype_of_adaptation(rows, weight.dtype, down)
-            output = weight.numbers().product(rows.to(weight.dtype), bias)
+            output = _frozen_product(rows.to(weight.dtype), weight, bias)
             output = (output + rows.to(adapting) @ down.to(adapting).mT @ up.to(adapting).mT).to(output.dtype)
         else:
             output = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]  # torch has no annotation here
