@@ -1,6 +1,7 @@
 """Training all of a compressed checkpoint in bfloat16: is it finite, and does its loss follow that of float32?
 
     python -m benchmarks.compression.bfloat16_training
+    python -m benchmarks.compression.bfloat16_training --task novels --learning-rate 2e-5 1e-4
 
 The small Llama (JACTUS_LLAMA), compressed to 0.8 without training, and the dense one beside it; each is fine-tuned
 whole by the Trainer, in float32 and in bfloat16, on the same rows in the same order. What counts is the mean loss of
@@ -35,8 +36,10 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, nargs="+", default=[2e-5, 4e-4])
     parser.add_argument("--retained-ratio", type=float, default=0.8)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compression" / "bfloat16_training.json")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="default: results/compression/bfloat16_training-TASK.json")
+    args = parser.parse_args()
+    args.out = args.out or RESULTS / "compression" / f"bfloat16_training-{args.task}.json"
+    return args
 
 
 def save_models(args, workload, folder):
