@@ -12,11 +12,6 @@ from peft_jactus._placeholders import WeightPlaceholder
 if TYPE_CHECKING:
     from torch import Tensor
 
-_USED_PAST_THE_LAYER = (
-    "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, and name "
-    "the layer in `exclude_modules`."
-)
-
 
 class HiddenWeight(nn.Module):
     """A linear layer without a dense weight.
@@ -30,6 +25,11 @@ class HiddenWeight(nn.Module):
     weight: Tensor
     in_features: int
     out_features: int
+    # What is said where its numbers are read or changed.
+    weight_is_hidden = (
+        "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, and "
+        "name the layer in `exclude_modules`."
+    )
 
     def __getattr__(self, name: str) -> Any:
         """Return a placeholder for the weight."""
@@ -39,4 +39,4 @@ class HiddenWeight(nn.Module):
         layer = f"A {type(self).__name__} ({self.out_features} x {self.in_features})"
         # What has no values yet shows the shape that a file is compared with.
         shape = value.shape if value.is_meta else (self.out_features, self.in_features)
-        return WeightPlaceholder.of(value, shape, f"{layer} {_USED_PAST_THE_LAYER}", buffer=True)
+        return WeightPlaceholder.of(value, shape, f"{layer} {self.weight_is_hidden}", buffer=True)

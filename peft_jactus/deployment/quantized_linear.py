@@ -27,6 +27,10 @@ class QuantizedLinear(HiddenWeight, nn.Linear):
     codes: Tensor
     scale: Tensor
     weight: Tensor
+    weight_is_hidden = (
+        "has its weight in 8 or 4 bits, which cannot be read past the layer, and nothing can be merged into. Keep the "
+        "adapter beside it, or load the model under `loading_options(dense=True)`."
+    )
 
     def __init__(
         self,

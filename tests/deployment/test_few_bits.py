@@ -219,6 +219,8 @@ def test_lora_trains_on_top(tmp_path, llama, bits):
     assert losses[-1] < losses[0]
     with on_top.disable_adapter():
         assert torch.equal(logits_of(on_top), logits_of(load(tiny_llama, tmp_path / "few")))
+    with pytest.raises(RuntimeError, match=r"has its weight in 8 or 4 bits, .* Keep the adapter beside it"):
+        on_top.merge_adapter()
     assert all(torch.equal(t, before[n]) for n, t in on_top.unload().state_dict().items())
 
 
