@@ -168,7 +168,7 @@ def export(
     dtype: DtypeOption = None,
     bits: BitsOption = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="The `statistics_file` of the calibration, for --bits 4.", dir_okay=False)
+        Path | None, typer.Option(help="The `statistics_file` of the calibration, for --bits.", dir_okay=False)
     ] = None,
     overwrite: OverwriteOption = False,
     push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Upload the checkpoint, too.")] = False,

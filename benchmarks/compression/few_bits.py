@@ -92,7 +92,7 @@ def forms(dense, compressed, found):
     for ratio, model in compressed.items():
         for bits in BITS:
             options = options_of(bits)
-            known = found if options["bits"] == 4 else None
+            known = found if options["bits"] else None
             yield f"jactus {ratio:g}", bits, compressed_copy(model, statistics=known, **options).eval()
 
 

@@ -110,8 +110,8 @@ def export_adapter(
     check_output_dir(output_dir, overwrite=overwrite)
     _check_upload(push_to_hub, repo_id)
     check_bits(bits)
-    if statistics is not None and bits != 4:
-        raise ValueError("--statistics is for --bits 4; leave it out.")
+    if statistics is not None and bits is None:
+        raise ValueError("--statistics is for --bits; leave it out, or give these, too.")
     loaded = None if statistics is None else CalibrationStatistics.load(statistics)
     folder = local_folder(adapter_dir)
     config = read_adapter_config(folder, base_model)

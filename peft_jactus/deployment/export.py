@@ -91,8 +91,8 @@ def export_compressed(
         bits: 8 or 4: store the weights of the targeted layers in so few bits a number, in groups of 64 with a scale
             each; ``dtype`` is what they are computed in. They do not train any more. 4 bits need bitsandbytes, also
             where the checkpoint is loaded.
-        statistics: What `calibrate` returned (or `CalibrationStatistics.load`), for rounding to 4 bits by what the
-            layers see; without, 4 bits lose several times as much. The rest does without.
+        statistics: What `calibrate` returned (or `CalibrationStatistics.load`), for rounding to ``bits`` by what the
+            layers see. Without, 8 bits lose a little more, and 4 bits several times as much, with a warning.
         processor: Tokenizer, image processor or processor to write beside the model.
         max_shard_size: Largest file, as for `save_pretrained`.
         metrics: Figures for the model card, for instance ``trainer.evaluate()``.

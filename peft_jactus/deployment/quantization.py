@@ -50,8 +50,10 @@ class Rounding:
     def checked(cls, bits: int | None, statistics: Mapping[str, LayerStatistics] | None, adapted: Adapted) -> Rounding:
         """Check what a user asks for, before any work; see `export_compressed`."""
         check_bits(bits)
-        if bits != 4:
-            return cls(bits, None)
+        if bits is None:
+            return cls(None, None)
+        if statistics is None and bits == 8:
+            return cls(8, None)
         if statistics is None:
             warnings.warn(
                 "4 bits without `statistics` round each number by itself, which loses several times as much. Give "
@@ -63,7 +65,7 @@ class Rounding:
         missing = [name for name in adapted.config.layer_ranks if name not in statistics]
         if missing:
             raise ValueError(f"`statistics` has nothing of {missing[:5]}; give those of this model's calibration.")
-        return cls(4, statistics)
+        return cls(bits, statistics)
 
     def dtype_before(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of what is going to be rounded: wide, so that it is not rounded twice."""
@@ -87,7 +89,7 @@ def quantized_layer(
         layer: A deployed layer, or a plain one, in float32.
         bits: 8 or 4.
         dtype: Of the model.
-        second_moment: ``(in, in)`` of the layer's inputs. Default: all inputs alike. 8 bits do without.
+        second_moment: ``(in, in)`` of the layer's inputs. Default: all inputs alike.
     """
     pair = partial(_pair, bits=bits, dtype=dtype, second_moment=second_moment)
     if isinstance(layer, LowRankLinear):
@@ -107,7 +109,7 @@ def quantized_layer(
         return ColumnPivotedLinear(*parts, layer.column_index)
     assert isinstance(layer, nn.Linear | Conv1D)
     weight = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight
-    stored = quantize(weight, bits, dtype=dtype, second_moment=second_moment if bits < 8 else None)
+    stored = quantize(weight, bits, dtype=dtype, second_moment=second_moment)
     return QuantizedLinear.from_codes(*stored, _shape(weight), layer.bias)
 
 

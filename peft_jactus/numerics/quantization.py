@@ -99,22 +99,22 @@ def quantize_pair(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return codes and scales of two matrices that multiply inputs one after the other: ``second @ first``.
 
-    8 bits are rounded number by number. 4 bits would hurt: the first sums up correlated inputs, and the second sees
-    little else than a few directions of what comes out. So the first is rounded with feedback by the inputs, and the
-    second, fitted anew to what the first has become, by what it then sees.
+    Rounded number by number they would hurt, most of all 4 bits: the first sums up correlated inputs, and the second
+    sees little else than a few directions of what comes out. So the first is rounded with feedback by the inputs, and
+    the second, fitted anew to what the first has become, by what it then sees.
 
     Args:
         first: ``(rank, in)``; with ``order`` ``(rank, in - rank)``: beside an identity, ``second @ [I, first]``.
         second: ``(out, rank)``.
         bits: 8 or 4.
         dtype: As for `quantize`.
-        second_moment: ``(in, in)`` of the inputs. Default: all inputs alike.
+        second_moment: ``(in, in)`` of the inputs. Default: all inputs alike; 8 bits are then rounded one by one.
         order: ``(in,)``: of which inputs the columns of ``[I, first]`` are.
 
     Returns:
         Those of the first, those of the second.
     """
-    if bits == 8:
+    if bits == 8 and second_moment is None:
         return quantize(first, bits, dtype=dtype), quantize(second, bits, dtype=dtype)
     first, second = to_decomposition_dtype(first), to_decomposition_dtype(second)
     num_inputs = first.shape[1] if order is None else len(order)

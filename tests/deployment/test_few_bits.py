@@ -1,5 +1,6 @@
 """Compressed checkpoints in 8 and 4 bits a number, as a user sees them."""
 
+import contextlib
 import json
 import re
 
@@ -161,16 +162,17 @@ def tiny_llama_of_like_tokens():
     return model
 
 
-def test_what_layers_see_makes_4_bits_lose_less(tmp_path):
+@pytest.mark.parametrize("bits", BITS)
+def test_what_layers_see_makes_few_bits_lose_less(tmp_path, bits):
     model, statistics = adapted(tiny_llama_of_like_tokens)
-    errors = []
-    for known in (None, statistics):
-        if known is None:
-            with pytest.warns(NumericalWarning, match="4 bits without `statistics` round each number by itself"):
-                folder = export(model, tmp_path / "without", bits=4)
-        else:
-            folder = export(model, tmp_path / "with", bits=4, statistics=known)
-        errors.append(relative_error(logits_of(load(tiny_llama, folder)), logits_of(model)))
+    with contextlib.ExitStack() as stack:
+        if bits == 4:
+            stack.enter_context(
+                pytest.warns(NumericalWarning, match="4 bits without `statistics` round each number by itself")
+            )
+        without = export(model, tmp_path / "without", bits=bits)
+    folders = (without, export(model, tmp_path / "with", bits=bits, statistics=statistics))
+    errors = [relative_error(logits_of(load(tiny_llama, folder)), logits_of(model)) for folder in folders]
     assert errors[1] < 0.95 * errors[0]
 
 
