@@ -52,9 +52,10 @@ class RowPivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         _check_whole(self.rows)
-        chosen = self.rows(x)
-        output = torch.cat([chosen, self.others(chosen)], dim=-1).index_select(-1, self.row_index)
-        return output if self.bias is None else output + self.bias
+        chosen = self.rows(x.reshape(-1, x.shape[-1]))
+        output = torch.cat([chosen, self.others(chosen)], dim=1).index_select(1, self.row_index)
+        output = output if self.bias is None else output + self.bias
+        return output.view(*x.shape[:-1], -1)
 
 
 class ColumnPivotedLinear(nn.Module):
@@ -73,10 +74,10 @@ class ColumnPivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         _check_whole(self.columns)
-        chosen, rest = self.column_index[: self.rank], self.column_index[self.rank :]
-        combined = self.others(x.index_select(-1, rest)) + x.index_select(-1, chosen)
+        ordered = x.reshape(-1, x.shape[-1]).index_select(1, self.column_index)
+        combined = self.others(ordered[:, self.rank :]) + ordered[:, : self.rank]
         output: Tensor = self.columns(combined)
-        return output
+        return output.view(*x.shape[:-1], -1)
 
 
 _FORMS: dict[str, type[nn.Module]] = {
