@@ -75,7 +75,11 @@ def test_each_import_is_of_a_declared_dependency():
     imported = set().union(*map(imported_names, paths))
     third_party = imported - set(sys.stdlib_module_names) - NOT_DECLARED - {"peft_jactus", "peft_jactus_cli"}
     always = bounds(PROJECT["dependencies"])
-    lazily = {"matplotlib": "plot", "datasets": "examples", "bitsandbytes": "bits"}  # each is asked for by an error that names it
+    lazily = {
+        "matplotlib": "plot",
+        "datasets": "examples",
+        "bitsandbytes": "bits",
+    }  # each is asked for by an error that names it
     for name in sorted(third_party):
         declared = bounds(EXTRAS[lazily[name]]) if name in lazily else always
         assert distribution_name(name) in declared, name
