@@ -1,8 +1,8 @@
 """Low rank and few bits: what a model loses in 8 and 4 bits a number, dense and compressed, and how small it gets.
 
-    python -m benchmarks.compression.few_bits run text --task trec --seeds 0 1 2
+    python -m benchmarks.compression.few_bits run text --task trec --seeds 0 1 2 --rows 1000
     JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.few_bits run language --task wikitext2 \
-        --calibration-rows 64 --test-rows 16
+        --calibration-rows 48 --test-rows 8
     python -m benchmarks.compression.few_bits report
 
 A classifier is trained: whole for the dense rows, in one pass with JACTUS for the others, at the comparison's

@@ -13,7 +13,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import peft_jactus  # noqa: F401  # compressed folders
+import peft_jactus  # noqa: F401  # so that transformers loads compressed folders
 from benchmarks.harness.arguments import add_data_dir, study_parser
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, write_document

@@ -94,7 +94,7 @@ class Calibration:
             raise ValueError(f"{self.model} is quantised or compressed already; give the model that it was made from.")
         processor = find_processor(self.model)
         batches = None if self.data is None else self._batches(self.data, model_config, processor)
-        model = load_pretrained(self.model, model_config, self.task).to(self.device)  # type: ignore[arg-type]  # its signature
+        model = load_pretrained(self.model, model_config, self.task).to(self.device)  # type: ignore[arg-type]  # mypy: `to` is wrapped
         config = self._config_for(model)
         if self.gradient_checkpointing:
             # Its name since transformers 5.23.

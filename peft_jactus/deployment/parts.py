@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_jactus.deployment.quantized_linear import QuantizedLinear
-
-# What a product may be computed in; not what quantisers store, of which float8 is a floating point dtype, too.
-_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from peft_jactus.tuner.base_weights import quantization_of_tensor
 
 
 def linear_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
@@ -52,5 +50,4 @@ def _is_readable(part: nn.Module) -> bool:
     weight = getattr(part, "weight", None)
     if not isinstance(part, nn.Linear) or not isinstance(weight, Tensor):
         return False
-    # torchao's tensors say that they are float32, and hold integers.
-    return weight.dtype in _COMPUTED and type(weight).dequantize is Tensor.dequantize
+    return quantization_of_tensor(weight) is None

@@ -198,5 +198,7 @@ def quantized_product(x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int
     trains = torch.is_grad_enabled() and x.requires_grad
     if not trains or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return functional.linear(x, dequantize(codes, scales, shape), bias)
-    output: Tensor = _QuantizedProduct.apply(x, codes, scales, shape, bias)  # type: ignore[no-untyped-call]
+    output: Tensor = _QuantizedProduct.apply(  # type: ignore[no-untyped-call]  # torch has no annotation here
+        x, codes, scales, shape, bias
+    )
     return output

@@ -12,18 +12,21 @@ from torch import nn
 VOCABULARY = 96
 # bitsandbytes' fast kernels for CPUs want multiples of 64.
 _WIDTH = 64
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": _WIDTH,
+    "intermediate_size": 2 * _WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.2,
+}
 
 
 def _bert():
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
+        **_SIZES,
         num_labels=3,
-        initializer_range=0.2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -32,13 +35,7 @@ def _bert():
 
 def _llama():
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        initializer_range=0.2,
+        **_SIZES,
         pad_token_id=0,
     )
     return transformers.LlamaForCausalLM(config)
