@@ -1,0 +1,126 @@
+"""From the scores of a real Llama right after compression to Markdown and a plot."""
+
+import math
+import statistics
+
+from benchmarks.compare.cases import RATIOS
+from benchmarks.compression.loss_tables import AS_USED, DECOMPOSITIONS
+from benchmarks.harness.records import Table
+from benchmarks.harness.reporting import markdown_table, write_markdown
+
+CASE = ("decomposition", "retained_ratio", "storage", "allocation", "tokens", "dtype", "is_deployed")
+# Figures of other models, as their papers have them: of another size, and by other protocols.
+QUOTED = (
+    "Quoted, not run here: Llama-3.1-8B at 0.8, wikitext2 perplexity and mean of seven tasks: ZS-SVD 9.78 and 60.9 %, "
+    "SVD-LLM 14.8, ASVD 2011 (LowRankArena's protocol)."
+)
+
+
+def results_of(folder):
+    """Return the table of the results; a case has a line for each score."""
+    return Table(folder / "llama.jsonl", key=("model", *CASE, "score"))
+
+
+def load_scores(folder):
+    """Return {fields of `CASE`: {score: record}}."""
+    found = {}
+    for record in results_of(folder).read():
+        found.setdefault(tuple(record[name] for name in CASE), {})[record["score"]] = record
+    return found
+
+
+def figures(scores):
+    """Return {name: value} of one case: perplexities, and mean accuracy in percent; what is not there is left out."""
+    found = dict(scores["perplexity"]["perplexity"]) if "perplexity" in scores else {}
+    if "multiple choice" in scores:
+        found["accuracy"] = scores["multiple choice"]["accuracy"]
+    return found
+
+
+def standard_error(scores, dense):
+    """Return that of the difference of the mean accuracy from the dense model's, on the same questions; in percent."""
+    variances = []
+    for name, of_set in scores["multiple choice"]["sets"].items():
+        both = zip(of_set["right"], dense["multiple choice"]["sets"][name]["right"], strict=True)
+        differences = [int(mine) - int(theirs) for mine, theirs in both]
+        variances.append(statistics.variance(differences) / len(differences))
+    return 100 * math.sqrt(sum(variances)) / len(variances)
+
+
+# -- tables -----------------------------------------------------------------------------------------------
+
+
+def line(head, scores, dense):
+    """Return the cells of one case; accuracy with the standard error of its distance from the dense model's."""
+    found = figures(scores)
+    accuracy = f"{found['accuracy']:.1f}" if "accuracy" in found else ""
+    if accuracy and scores is not dense and "multiple choice" in dense:
+        accuracy += f" ± {standard_error(scores, dense):.1f}"
+    return [*head, *(perplexity_cell(found.get(name)) for name in ("wikitext2", "ptb")), accuracy]
+
+
+def perplexity_cell(value):
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.0e}"
+
+
+def dense_of(found, dtype):
+    return found[("dense", 1.0, "factored", "uniform", 0, dtype, False)]
+
+
+def markdown(found, table_tokens):
+    """Return the main table, then every way."""
+    some = next(iter(found.values()))["perplexity"]
+    questions = {s["multiple choice"]["questions"] for s in found.values() if "multiple choice" in s}
+    dense = dense_of(found, "bfloat16")
+    head = ["kept", "decomposition", "wikitext2", "ptb", "mean of 7 sets, %"]
+    rows = [line(["100 %", "dense"], dense, dense)]
+    for ratio in RATIOS:
+        for name in DECOMPOSITIONS:
+            key = (name, ratio, *AS_USED[name], table_tokens, "bfloat16", False)
+            if key in found:
+                rows.append(line([f"{ratio:.0%}".replace("%", " %"), name], found[key], dense))
+    every = [
+        line([str(cell) for cell in key], scores, dense_of(found, key[5])) for key, scores in sorted(found.items())
+    ]
+    return "\n\n".join([
+        f"{some['model']} right after compression, nothing trained: perplexity of {some['blocks']} blocks of 256 "
+        "tokens of each corpus; multiple choice by lm-evaluation-harness, "
+        f"{'/'.join(map(str, sorted(questions)))} questions of each set, ± the standard error of the distance from the "
+        f"dense model on the same questions. Calibrated on {table_tokens:,} tokens of wikitext2's validation split; "
+        "bfloat16. JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks).",
+        markdown_table(head, rows),
+        QUOTED,
+        "Every case:",
+        markdown_table([*CASE, *head[2:]], every),
+    ])
+
+
+def plot(found, table_tokens, path):
+    """Draw perplexity of each corpus, and accuracy, against the kept share."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 3), ("wikitext2", "ptb", "accuracy"), strict=True):
+        for decomposition in DECOMPOSITIONS:
+            keys = {r: (decomposition, r, *AS_USED[decomposition], table_tokens, "bfloat16", False) for r in RATIOS}
+            points = {100 * r: figures(found[key]).get(name) for r, key in keys.items() if key in found}
+            points = {share: value for share, value in points.items() if value is not None}
+            axes.plot(list(points), list(points.values()), marker="o", label=decomposition)
+        value = figures(dense_of(found, "bfloat16")).get(name)
+        if value is not None:
+            axes.axhline(value, color="black", linestyle="--", label="dense")
+        axes.set_xlabel("kept of the targeted parameters, %")
+        axes.set_ylabel("mean of 7 sets, %" if name == "accuracy" else f"perplexity on {name}")
+        axes.set_yscale("linear" if name == "accuracy" else "log")
+        axes.grid(visible=True, alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def write_report(folder, table_tokens):
+    """Write ``llama.md`` and ``llama.png`` beside the table."""
+    found = load_scores(folder)
+    write_markdown(folder / "llama.md", markdown(found, table_tokens))
+    plot(found, table_tokens, folder / "llama.png")
