@@ -8,16 +8,17 @@ TASKS = {
     "text": ("sst2", "trec", "cola", "mrpc", "clinc150", "subj", "mr", "ag_news"),
     "vision": ("tiny_imagenet32", "fashion_mnist", "flowers5", "digits8x8"),
     "language": ("ptb", "wikitext2"),
+    "commonsense": ("commonsense",),
 }
 # Training rows at most; of a language model, blocks of 256 tokens.
-ROWS = {"text": 1000, "vision": 4000, "language": 256}
+ROWS = {"text": 1000, "vision": 4000, "language": 256, "commonsense": 4000}
 RATIOS = (0.8, 0.6, 0.4)
 STORAGES = ("pivoted", "factored")
 SEEDS = (0, 1, 2)
 # Passes over the training rows.
 EPOCHS = 3
 # With ten rows or less for each of its classes, a task is far from converged after three.
-EPOCHS_BY_TASK = {"clinc150": 10}
+EPOCHS_BY_TASK = {"clinc150": 10, "commonsense": 1}
 
 # Ways to train that keep every parameter. A method is one of them, or stages with "+" between them:
 #   jactus            one pass: calibrate with a warmed-up head, compress, train the adaptation ranks
@@ -60,21 +61,25 @@ LEARNING_RATE_GROUPS = {
     },
     "vision": {"others": LearningRateGroup(("tiny_imagenet32", "fashion_mnist", "flowers5"), 4000)},
     "language": {"others": LearningRateGroup(("ptb",), 256)},
+    "commonsense": {"others": LearningRateGroup(("commonsense",), 800)},
 }
 LEARNING_RATE_GRID = {
     "text": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
     "vision": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
+    "commonsense": {"default": (5e-4, 1e-3, 2e-3)},
 }
 # Rows without compression.
 UNCOMPRESSED = {
     "text": ("full", "lora", "dora", "pissa", "eva", "lora-ga"),
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
+    "commonsense": ("lora", "dora", "pissa"),
 }
 # Rows at every ratio.
 COMPRESSED = dict.fromkeys(TASKS, ("jactus", "svd+lora", "svd-llm+lora"))
 COMPRESSED["language"] += ("jactus-embeddings",)
+COMPRESSED["commonsense"] = ("jactus", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
 # on language, what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {
@@ -89,6 +94,7 @@ FURTHER = {
         "full+svd-llm+lora",
         "svd-llm+full",
     ),
+    "commonsense": (),
 }
 # At the largest ratio only, with the learning rate of the method that they are compared with.
 IN_FEW_BITS = {"jactus-8-bits": 8, "jactus-4-bits": 4}

@@ -24,13 +24,13 @@ METRICS = ("accuracy", "matthews_correlation")
 LEARNED_NOTHING = 0.97
 
 
-def training_arguments(folder, *, epochs, seed, batch_size, save_strategy="no", **further):
+def training_arguments(folder, *, epochs, seed, batch_size, eval_batch_size=128, save_strategy="no", **further):
     """Return what every method trains with: a linear schedule with warm-up, no weight decay, no checkpoints."""
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=128,
+        per_device_eval_batch_size=eval_batch_size,
         warmup_steps=0.06,
         weight_decay=0.0,
         save_strategy=save_strategy,
@@ -52,6 +52,7 @@ def make_trainer(model, workload, folder, *, learning_rate, epochs, seed, start_
             epochs=epochs,
             seed=seed,
             batch_size=workload.batch_size,
+            eval_batch_size=workload.eval_batch_size,
             lr_scheduler_type="polynomial",
             lr_scheduler_kwargs={"power": 1.0, "lr_end": learning_rate * end_share},
             **workload.training_arguments,
@@ -118,6 +119,7 @@ def trained(case, workload, folder):
     )
     stages.append(last)
     scores = last.trainer.evaluate()
+    further = workload.score_model(last.model) if workload.score_model is not None else {}
     return last.model, last.figures | {
         "num_train_rows": len(workload.train),
         "num_test_rows": len(workload.test),
@@ -128,6 +130,7 @@ def trained(case, workload, folder):
         "retries": sum(stage.retries for stage in stages),
         "final_training_loss": last.final_loss,
         **{name: scores[f"eval_{name}"] for name in ("loss", *METRICS) if f"eval_{name}" in scores},
+        **further,
     }
 
 

@@ -7,7 +7,7 @@
 
 JACTUS is as it is by default, peers are as published. Calibrated on blocks of 256 tokens of wikitext2's validation
 split; scored on the test splits of wikitext2 and ptb, and by lm-evaluation-harness on seven commonsense sets
-(`benchmarks.tasks.multiple_choice`). The rows are bfloat16, as people ship models, but for those that say float32.
+(`benchmarks.tasks.commonsense`). The rows are bfloat16, as people ship models, but for those that say float32.
 Weights are written back dense, in the model's dtype, so that no storage's rounding is in a row; "deployed" rows are
 what the package exports.
 """
@@ -32,8 +32,8 @@ from benchmarks.compression.loss_tables import AS_USED, DECOMPOSITIONS
 from benchmarks.harness.arguments import add_data_dir, study_parser
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS
-from benchmarks.tasks.language import LENGTH, load_blocks
-from benchmarks.tasks.multiple_choice import evaluate
+from benchmarks.tasks.commonsense.scoring import evaluate
+from benchmarks.tasks.language import LENGTH, SMOLLM2, load_blocks
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
 from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.numerics.allocation import allocate
@@ -49,7 +49,7 @@ BATCH_SIZE = 8
 def parse_arguments():
     parser = study_parser(__doc__)
     parser.add_argument("command", choices=["calibrate", "run", "report"])
-    parser.add_argument("--model", type=Path, default=Path("outputs/smollm2"))
+    parser.add_argument("--model", type=Path, default=Path(SMOLLM2))
     add_data_dir(parser)
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), default=list(SCORES))
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))

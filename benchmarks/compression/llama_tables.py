@@ -87,9 +87,10 @@ def markdown(found, table_tokens):
     return "\n\n".join([
         f"{some['model']} right after compression, nothing trained: perplexity of {some['blocks']} blocks of 256 "
         "tokens of each corpus; multiple choice by lm-evaluation-harness, "
-        f"{'/'.join(map(str, sorted(questions)))} questions of each set, ± the standard error of the distance from the "
-        f"dense model on the same questions. Calibrated on {table_tokens:,} tokens of wikitext2's validation split; "
-        "bfloat16. JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform ranks).",
+        f"{'/'.join(map(str, sorted(questions)))} questions of each set, ± the standard error of the distance from "
+        f"the dense model on the same questions. Calibrated on {table_tokens:,} tokens of wikitext2's validation "
+        "split; bfloat16. JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform "
+        "ranks).",
         markdown_table(head, rows),
         QUOTED,
         "Every case:",

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from benchmarks.tasks.workload import Workload, split_rows
 
 LLAMA = os.environ.get("JACTUS_LLAMA", "outputs/llama-novels")
+SMOLLM2 = os.environ.get("JACTUS_SMOLLM2", "outputs/smollm2")
 # Tokens in a row of the language tasks, and rows to score on at most.
 LENGTH = 256
 MAX_TEST_BLOCKS = 300

@@ -1,8 +1,9 @@
 """The kinds of tasks by name."""
 
 from benchmarks.tasks import language, text, vision
+from benchmarks.tasks.commonsense import training as commonsense
 
-KINDS = {"text": text, "vision": vision, "language": language}
+KINDS = {"text": text, "vision": vision, "language": language, "commonsense": commonsense}
 
 
 def load_workload(kind, data_dir, task, *, num_rows, scored_on):

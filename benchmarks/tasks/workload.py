@@ -25,7 +25,9 @@ class Workload:
         task_type: PEFT's name of the task, or ``None``.
         head: Name of the fresh head, which trains whole; or ``None``.
         constant_loss: Of predicting how frequent each label is, whatever the row; ``None`` if there are no labels.
+        score_model: Further figures, from the trained model.
         batch_size: Rows in a training batch.
+        eval_batch_size: Rows in a batch that is scored.
         training_arguments: Further ones of the Trainer.
     """
 
@@ -37,7 +39,9 @@ class Workload:
     task_type: str | None
     head: str | None
     constant_loss: float | None = None
+    score_model: Callable[[nn.Module], dict] | None = None
     batch_size: int = 16
+    eval_batch_size: int = 128
     training_arguments: dict = field(default_factory=dict)
 
     @property

@@ -8,7 +8,7 @@ imports nothing of `benchmarks`, since the harness loads it by its path.
 import os
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, Features, List, Value, load_dataset
 
 # Splits to train on and to score on; one split is cut.
 SPLITS = {
@@ -20,6 +20,7 @@ SPLITS = {
     "winogrande": ("validation",),
     "hellaswag": ("validation",),
 }
+FEATURES = Features(contexts=List(Value("string")), endings=List(Value("string")), label=Value("int64"))
 
 
 def load(name, data_dir=None, **_):
@@ -34,8 +35,9 @@ def load(name, data_dir=None, **_):
     if len(splits) == 1:
         num_train = len(splits[0]) * 4 // 5
         splits = [splits[0].take(num_train), splits[0].skip(num_train)]
+    convert = _WAYS.get(name, _question)
     train, test = (
-        rows.map(_WAYS.get(name, _question), remove_columns=rows.column_names, load_from_cache_file=False)
+        rows.map(convert, remove_columns=rows.column_names, features=FEATURES, load_from_cache_file=False)
         for rows in splits
     )
     return DatasetDict(train=train, test=test)

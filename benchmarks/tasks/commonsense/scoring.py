@@ -3,7 +3,8 @@
 The same by its own command, on a folder that is not compressed, or was exported with ``--dense``:
 
     JACTUS_DATA=../shared/data python -m lm_eval run --model hf --include_path benchmarks/tasks/commonsense \
-        --tasks jactus_arc_easy,jactus_piqa --model_args pretrained=outputs/smollm2,dtype=bfloat16,softmax_dtype=float32
+        --tasks jactus_arc_easy,jactus_piqa \
+        --model_args pretrained=outputs/smollm2,dtype=bfloat16,softmax_dtype=float32
 """
 
 import logging
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.tasks.commonsense.rows import SPLITS
 
-FOLDER = Path(__file__).with_name("commonsense")
+FOLDER = Path(__file__).parent
 # Endings are as long as their choice here, so there is nothing to normalise by length; as in the harness's own tasks.
 WITHOUT_LENGTHS = ("boolq", "winogrande")
 
