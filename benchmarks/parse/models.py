@@ -1,14 +1,15 @@
-"""Routed models of the small Llama: how they are made, trained and scored."""
+"""Routed models of a Llama: how they are made, trained and scored."""
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from peft import get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from benchmarks.tasks.language import as_dataset, load_blocks, mixed_blocks
+from benchmarks.tasks.language import SMOLLM2, as_dataset, load_blocks, mixed_blocks
 from peft_jactus import JactusConfig, calibrate
 from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.parse import RouterTrainer, routed_copy
@@ -17,7 +18,6 @@ from peft_jactus.parse.router import pool_embeddings
 from peft_jactus.parse.training import embeddings_of
 
 DECOMPOSITIONS = ("svd", "fwsvd", "asvd", "svd-llm", "jactus")
-CORPORA = ("novels", "ptb", "wikitext2")
 LENGTH = 256
 # What a prompt is; the other half of a block is scored.
 PROMPT = 128
@@ -25,22 +25,71 @@ CALIBRATION_BLOCKS = 128
 BATCH_SIZE = 16
 
 
-def load_dense(path):
-    return AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
+@dataclass(frozen=True)
+class Subject:
+    """A language model, and the texts of its study.
+
+    Attributes:
+        title: What a report calls it.
+        path: Where it is.
+        calibrated_on: Corpus and split.
+        tested_on: Corpora.
+        routed_on: By name, corpora that a router is trained on, in equal parts.
+        dtype: Of the model.
+        expert_size: Ranks that are chosen together.
+        statistics: File beside the model, made if it is not there.
+    """
+
+    title: str
+    path: str
+    calibrated_on: tuple[str, str]
+    tested_on: tuple[str, ...]
+    routed_on: dict[str, tuple[str, ...]]
+    dtype: str = "float32"
+    expert_size: int = 8
+    statistics: str = "routing_statistics.safetensors"
 
 
-def load_corpora(path, data_dir, *, num_test):
+SUBJECTS = {
+    "small": Subject(
+        "a small Llama",
+        "outputs/llama-broad",
+        ("novels", "train"),
+        ("novels", "ptb", "wikitext2"),
+        {"broad": ("novels", "ptb", "ag_news", "gsm8k"), "novels": ("novels",)},
+    ),
+    # Prompts of unlike kinds: encyclopedia, financial news, news, school mathematics, questions, documentation.
+    "smollm2": Subject(
+        "SmolLM2-135M-Instruct",
+        SMOLLM2,
+        ("wikitext2", "validation"),
+        ("wikitext2", "ptb", "ag_news", "gsm8k", "trec", "docstrings"),
+        {"broad": ("novels", "ptb", "ag_news", "gsm8k", "trec", "docstrings")},
+        dtype="bfloat16",
+        expert_size=16,
+        statistics="calibration-65536-bfloat16.safetensors",  # of benchmarks.compression.llama
+    ),
+}
+
+
+def load_dense(subject):
+    model = AutoModelForCausalLM.from_pretrained(subject.path, dtype=getattr(torch, subject.dtype))
+    return model.eval().requires_grad_(False)
+
+
+def load_corpora(subject, data_dir, *, num_test):
     """Return calibration blocks, and test blocks by corpus."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    options = {"tokenizer": tokenizer, "length": LENGTH}
-    calibration = load_blocks(data_dir, "novels", "train", max_blocks=CALIBRATION_BLOCKS, seed=1, **options)
-    test = {name: load_blocks(data_dir, name, "test", max_blocks=num_test, seed=0, **options) for name in CORPORA}
+    options = {"tokenizer": AutoTokenizer.from_pretrained(subject.path), "length": LENGTH}
+    calibration = load_blocks(data_dir, *subject.calibrated_on, max_blocks=CALIBRATION_BLOCKS, seed=1, **options)
+    test = {
+        name: load_blocks(data_dir, name, "test", max_blocks=num_test, seed=0, **options) for name in subject.tested_on
+    }
     return calibration, test
 
 
-def router_corpus(path, data_dir, names, num_blocks, *, seed):
+def router_corpus(subject, data_dir, names, num_blocks, *, seed):
     """Return blocks of several corpora in equal parts; not those that the model was calibrated on."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(subject.path)
     return mixed_blocks(data_dir, names, tokenizer, length=LENGTH, num_blocks=num_blocks, seed=2 + seed)
 
 
@@ -110,11 +159,11 @@ def losses(model, blocks, expected=None, selected=None):
     total, divergence, kept = 0.0, 0.0, []
     for number, ids in enumerate(blocks.split(BATCH_SIZE)):
         if selected is None:
-            logits = model(input_ids=ids).logits[:, PROMPT - 1 : -1]
+            logits = model(input_ids=ids).logits[:, PROMPT - 1 : -1].float()
         else:
             gates = selected[number * BATCH_SIZE :][: len(ids)].float()
             with model.rank_router.gated(gates):
-                logits = model(input_ids=ids).logits[:, PROMPT - 1 : -1]
+                logits = model(input_ids=ids).logits[:, PROMPT - 1 : -1].float()
         total += functional.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT:].flatten(), reduction="sum").item()
         kept.append(logits.log_softmax(-1))
         if expected is not None:
@@ -165,7 +214,7 @@ def optimized_choices(routed, blocks, ratio, expected, *, steps, learning_rate=0
             scores, router.table, router.budgets(ratio), router.router_config.allocation, temperature=0.5
         )
         with router.gated(gates):
-            logits = routed(input_ids=blocks).logits[:, PROMPT - 1 : -1].log_softmax(-1)
+            logits = routed(input_ids=blocks).logits[:, PROMPT - 1 : -1].float().log_softmax(-1)
         divergence = (expected.exp() * (expected - logits)).sum((1, 2))
         is_better = divergence.detach() < best
         best = torch.where(is_better, divergence.detach(), best)

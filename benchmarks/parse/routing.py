@@ -1,19 +1,24 @@
-"""PARSE on a small Llama: perplexity with ranks chosen for each prompt, against static ranks at equal active share.
+"""PARSE on a Llama: perplexity with ranks chosen for each prompt, against static ranks at equal active share.
 
     python -m benchmarks.pretrain.language ...    # once: both commands that its docstring shows
     python -m benchmarks.parse.routing run        # stop it and run it again: finished cases are skipped
     python -m benchmarks.parse.routing report     # results/parse/routing.md and plots
 
-A block is 256 tokens: the router sees the first half, the second half is scored. Factors are calibrated on novels.
-Routers are trained on novels, Penn Treebank, news and school mathematics ("broad"), which the dense model knows, or on
-novels alone; nobody has seen WikiText-2.
+    python -m benchmarks.pretrain.smollm2 --out outputs/smollm2    # once; then a real one, routing-smollm2.*
+    python -m benchmarks.parse.routing run --subject smollm2 --decompositions svd-llm jactus --seeds 0 \
+        --kinds static router --main-only --test-blocks 8 --blocks 192 --initial-blocks 64
+    python -m benchmarks.parse.routing report --subject smollm2 --blocks 192
+
+A block is 256 tokens: the router sees the first half, the second half is scored. The factors of the small Llama are
+calibrated on novels. Its routers are trained on novels, Penn Treebank, news and school mathematics ("broad"), which
+the dense model knows, or on novels alone; nobody has seen WikiText-2. Those of the real one are in `Subject`.
 """
 
 import argparse
 import functools
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +28,7 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS
 from benchmarks.parse.models import (
     DECOMPOSITIONS,
+    SUBJECTS,
     choices,
     compressed,
     load_corpora,
@@ -46,8 +52,8 @@ SEEDS = (0, 1, 2)
 # ranks. A static JACTUS model keeps whole layers dense, so 0.95 is too little for a router to do the same.
 POOL_RATIO = {"jactus": 0.99}
 DEFAULT_POOL_RATIO = 0.95
-CORPORA = {"broad": ("novels", "ptb", "ag_news", "gsm8k"), "novels": ("novels",)}
-INITIAL_BLOCKS = 128
+# Of cases, with how long they take: one, several, many times the compression.
+KINDS = ("static", "router", "patterns")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Case:
     Attributes:
         decomposition: Of the factors.
         router: ``"linear"`` or ``"mlp"``.
-        corpus: One of `CORPORA`.
+        corpus: One of the subject's.
         blocks: Of 256 tokens, that the router is trained on, once.
         seed: Of the corpus, its order, the labels drawn and the budgets.
         pool: Ratio of the ranks that are there.
@@ -88,10 +94,10 @@ class Setting:
     """What all cases share: the dense model, its statistics, and the test blocks with its predictions."""
 
     def __init__(self, args):
-        self.args = args
-        self.dense = load_dense(args.model)
-        calibration, self.test = load_corpora(args.model, args.data_dir, num_test=args.test_blocks)
-        file = Path(args.model) / "routing_statistics.safetensors"
+        self.args, self.subject = args, args.subject
+        self.dense = load_dense(self.subject)
+        calibration, self.test = load_corpora(self.subject, args.data_dir, num_test=args.test_blocks)
+        file = Path(self.subject.path) / self.subject.statistics
         if not file.exists():
             statistics_for(self.dense, calibration).save(file)
         self.statistics = CalibrationStatistics.load(file)
@@ -107,7 +113,7 @@ class Setting:
         }
 
     def routed(self, case):
-        config = RouterConfig(active_ratio=0.6, expert_size=8, router_kind=case.router)
+        config = RouterConfig(active_ratio=0.6, expert_size=self.subject.expert_size, router_kind=case.router)
         return routed_model(self.dense, self.statistics, case.decomposition, case.pool, config)
 
     def choices(self, routed, ratio, kind):
@@ -117,10 +123,10 @@ class Setting:
         """Return the routed model of a case, and figures of its training."""
         torch.manual_seed(case.seed)
         routed = self.routed(case)
-        names, data_dir = CORPORA[case.corpus], self.args.data_dir
-        blocks = router_corpus(self.args.model, data_dir, names, case.blocks, seed=case.seed)
+        names, data_dir = self.subject.routed_on[case.corpus], self.args.data_dir
+        blocks = router_corpus(self.subject, data_dir, names, case.blocks, seed=case.seed)
         started = time.perf_counter()
-        batches = [{"input_ids": ids} for ids in blocks[:INITIAL_BLOCKS].split(16)]
+        batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks].split(16)]
         initialize_router_(routed, batches, seed=case.seed, progress_bar=False)
         initialized = time.perf_counter()
         untrained = {str(ratio): self.score(routed, self.choices(routed, ratio, "average")) for ratio in RATIOS}
@@ -199,12 +205,14 @@ def run_patterns(setting, name):
 
 def runs(args):
     """Yield (fields of a case, function from the setting to its figures) of all that is asked for."""
-    for name in args.decompositions:
+    for name in args.decompositions if "static" in args.kinds else ():
         yield {"kind": "static", "decomposition": name}, functools.partial(run_static, name=name)
-    for case in cases(args.blocks):
-        if case.decomposition in args.decompositions and case.seed in args.seeds:
+    for case in cases(args.blocks) if "router" in args.kinds else ():
+        is_main = case == main_case(case.decomposition, args.blocks, case.seed)
+        is_wanted = case.decomposition in args.decompositions and case.seed in args.seeds
+        if is_wanted and (is_main or not args.main_only):
             yield {"kind": "router", **asdict(case)}, functools.partial(run_case, case=case)
-    for name in ("svd-llm", "jactus"):
+    for name in ("svd-llm", "jactus") if "patterns" in args.kinds else ():
         if name in args.decompositions:
             yield {"kind": "patterns", "decomposition": name}, functools.partial(run_patterns, name=name)
 
@@ -213,9 +221,11 @@ def run(args):
     started_at = environment()  # the code that runs, whatever becomes of the files meanwhile
     setting = Setting(args)
     settings = {
-        name: str(value) for name, value in vars(args).items() if name not in ("command", "model", "data_dir", "out")
+        name: str(value)
+        for name, value in vars(args).items()
+        if name not in ("command", "subject", "name", "model", "data_dir", "out")
     }
-    table = results_of(args.out)
+    table = results_of(args.out, args.name)
     for fields, make in runs(args):
         if table.contains(fields):
             continue
@@ -237,18 +247,26 @@ def parse_arguments():
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--model", default="outputs/llama-broad", help="what benchmarks.pretrain.language wrote")
+    parser.add_argument("--subject", choices=SUBJECTS, default="small", help="whose study it is")
+    parser.add_argument("--model", help="its folder; default: where benchmarks.pretrain writes it")
     add_data_dir(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "parse")
     parser.add_argument("--decompositions", nargs="+", default=list(DECOMPOSITIONS), choices=DECOMPOSITIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--test-blocks", type=int, default=32, help="of each corpus")
     parser.add_argument("--blocks", type=int, default=768, help="of 256 tokens, that a router is trained on")
+    parser.add_argument("--initial-blocks", type=int, default=128, help="of these, to start the router on")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--main-only", action="store_true", help="no other kinds of routers and corpora")
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--oracle-steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.name, args.subject = args.subject, SUBJECTS[args.subject]
+    if args.model is not None:
+        args.subject = replace(args.subject, path=args.model)
+    return args
 
 
 def main():
@@ -257,7 +275,7 @@ def main():
     if args.command == "run":
         run(args)
     else:
-        write_report(args.out, args.blocks)
+        write_report(args.out, args.name, args.subject.title, args.blocks)
 
 
 if __name__ == "__main__":

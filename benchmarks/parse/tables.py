@@ -6,7 +6,6 @@ from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
 
 RATIOS = ("0.8", "0.6", "0.4")
-CORPORA = ("novels", "ptb", "wikitext2")
 METHODS = ("static uniform", "static global", "second order", "average", "routed")
 # In the order of the tables.
 DECOMPOSITIONS = ("asvd", "fwsvd", "jactus", "svd-llm", "svd")
@@ -25,9 +24,21 @@ def studies_of(blocks):
     return {name: main | change for name, change in changes.items()}
 
 
-def results_of(folder):
-    """Return the table of all results."""
-    return Table(folder / "routing.jsonl", key=("kind", "decomposition", "router", "corpus", "blocks", "pool", "seed"))
+def results_of(folder, subject):
+    """Return the table of all results of a subject."""
+    return Table(
+        folder / f"{file_name(subject)}.jsonl",
+        key=("kind", "decomposition", "router", "corpus", "blocks", "pool", "seed"),
+    )
+
+
+def file_name(subject):
+    return "routing" if subject == "small" else f"routing-{subject}"
+
+
+def corpora_of(results):
+    """Return the texts that all results are scored on, in their order."""
+    return list(results[0]["dense"])
 
 
 def matching(results, **fields):
@@ -58,13 +69,13 @@ def cell(numbers, digits):
 
 def main_table(results, study, figure, digits):
     """Return a row for each decomposition and method."""
-    head = ["factors", "choice of ranks", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
+    head = ["factors", "choice of ranks", *(f"{corpus} {ratio}" for corpus in corpora_of(results) for ratio in RATIOS)]
     rows = []
     for decomposition in decompositions_of(results):
         for method in METHODS:
             cells = [
                 cell(values(results, decomposition, method, ratio, corpus, figure, study), digits)
-                for corpus in CORPORA
+                for corpus in corpora_of(results)
                 for ratio in RATIOS
             ]
             if any(cells):
@@ -74,13 +85,13 @@ def main_table(results, study, figure, digits):
 
 def studies_table(results, studies, decomposition, figure, digits):
     """Return a row for each kind of router and of corpus."""
-    head = ["router", *(f"{corpus} {ratio}" for corpus in CORPORA for ratio in RATIOS)]
+    head = ["router", *(f"{corpus} {ratio}" for corpus in corpora_of(results) for ratio in RATIOS)]
     rows = []
     for name, study in studies.items():
         for method in ("average", "routed"):
             cells = [
                 cell(values(results, decomposition, method, ratio, corpus, figure, study), digits)
-                for corpus in CORPORA
+                for corpus in corpora_of(results)
                 for ratio in RATIOS
             ]
             if any(cells):
@@ -105,9 +116,10 @@ def plot_shares(results, study, path):
     from matplotlib.figure import Figure
 
     decompositions = decompositions_of(results)
-    figure = Figure(figsize=(3 * len(decompositions), 8), layout="constrained")
-    axes = figure.subplots(len(CORPORA), len(decompositions), sharex=True, sharey="row", squeeze=False)
-    for row, corpus in enumerate(CORPORA):
+    figure = Figure(figsize=(3 * len(decompositions), 8 / 3 * len(corpora_of(results))), layout="constrained")
+    corpora = corpora_of(results)
+    axes = figure.subplots(len(corpora), len(decompositions), sharex=True, sharey="row", squeeze=False)
+    for row, corpus in enumerate(corpora):
         for column, decomposition in enumerate(decompositions):
             axis = axes[row][column]
             for method in ("static uniform", "static global", "average", "routed"):
@@ -154,7 +166,7 @@ def plot_patterns(results, path):
     figure.savefig(path, dpi=110)
 
 
-def markdown(results, blocks):
+def markdown(results, title, blocks):
     studies = studies_of(blocks)
     main = next(iter(studies.values()))
     dense = results[0]["dense"]
@@ -163,9 +175,9 @@ def markdown(results, blocks):
         shares = [result["pool"] for result in matching(results, kind="router", decomposition=name, **main)]
         pools |= {name: max(shares)} if shares else {}
     pool_line = ", ".join(f"{name} {share:g}" for name, share in pools.items())
-    dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in CORPORA)
+    dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in corpora_of(results))
     parts = [
-        "# Ranks by prompt on a small Llama (`python -m benchmarks.parse.routing`)",
+        f"# Ranks by prompt on {title} (`python -m benchmarks.parse.routing`)",
         f"Perplexity of the dense model: {dense_line}. Mean ± standard deviation over seeds of the router; static "
         "models have none. *second order*: the choice before training, the same for all prompts; *average*: the "
         "trained scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. "
@@ -174,18 +186,24 @@ def markdown(results, blocks):
         main_table(results, main, "divergence", 4),
         "## Perplexity",
         main_table(results, main, "perplexity", 2),
-        f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, svd-llm factors",
-        studies_table(results, studies, "svd-llm", "divergence", 4),
-        "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
-        gain_table(results),
     ]
+    if any(matching(results, kind="router", **study) for study in list(studies.values())[1:]):
+        parts += [
+            f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, svd-llm factors",
+            studies_table(results, studies, "svd-llm", "divergence", 4),
+        ]
+    if matching(results, kind="patterns"):
+        parts += [
+            "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
+            gain_table(results),
+        ]
     return "\n\n".join(parts)
 
 
-def write_report(folder, blocks):
+def write_report(folder, subject, title, blocks):
     """Write ``routing.md`` and two plots beside the table."""
-    results = results_of(folder).read()
-    write_markdown(folder / "routing.md", markdown(results, blocks))
-    plot_shares(results, next(iter(studies_of(blocks).values())), folder / "routing.png")
+    results, name = results_of(folder, subject).read(), file_name(subject)
+    write_markdown(folder / f"{name}.md", markdown(results, title, blocks))
+    plot_shares(results, next(iter(studies_of(blocks).values())), folder / f"{name}.png")
     if matching(results, kind="patterns"):
-        plot_patterns(results, folder / "routing_patterns.png")
+        plot_patterns(results, folder / f"{name}_patterns.png")

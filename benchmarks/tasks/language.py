@@ -1,5 +1,7 @@
 """Language-model text: tokens in blocks of one length, from folders of parquet files; and the language tasks."""
 
+import ast
+import importlib.util
 import math
 import os
 from itertools import chain
@@ -24,14 +26,31 @@ COLUMNS = {
     "wikitext2": "text",
     "ag_news": "text",
     "gsm8k": "question",
+    "trec": "text",
 }
+# Whose docstrings are the corpus of that name; every fourth file is the test split.
+DOCUMENTED = ("sklearn", "torch")
 
 
 def load_texts(data_dir, corpus, split, *, seed=None):
     """Return the texts of one split that are not empty, shuffled if a seed is given."""
+    if corpus == "docstrings":
+        return docstrings(split)
     rows = load_dataset("parquet", data_dir=str(Path(data_dir) / corpus), split=split)
     rows = rows if seed is None else rows.shuffle(seed=seed)
     return [text.strip() for text in rows[COLUMNS[corpus]] if text.strip()]
+
+
+def docstrings(split):
+    """Return the docstrings of installed packages, in the order of their files."""
+    texts = []
+    for package in DOCUMENTED:
+        files = sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+        chosen = [file for number, file in enumerate(files) if (number % 4 == 0) == (split == "test")]
+        nodes = (node for file in chosen for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts += filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds)))
+    return texts
 
 
 def load_blocks(data_dir, corpus, split, tokenizer, *, length, max_blocks=None, seed=None):
@@ -39,7 +58,7 @@ def load_blocks(data_dir, corpus, split, tokenizer, *, length, max_blocks=None, 
 
     Args:
         data_dir: Folder of the corpora.
-        corpus: One of `COLUMNS`.
+        corpus: One of `COLUMNS`, or ``"docstrings"``.
         split: Of the corpus.
         tokenizer: Its ids.
         length: Tokens in a block.
