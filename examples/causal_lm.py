@@ -3,7 +3,8 @@
     python examples/causal_lm.py                        # Llama-2-7B and Alpaca from the Hub
     python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M      # or a smaller Llama
     python examples/causal_lm.py --small --data-dir ../shared/data/gsm8k # no download of a model
-    python examples/causal_lm.py --lora-first --retained-ratio 0.4       # compress what LoRA made of it
+    python examples/causal_lm.py --model SmolLM2-135M-Instruct.Q4_1.gguf --dtype bfloat16 \
+        --data-dir ../shared/data/openbookqa                             # a file from elsewhere
 
 `--small` trains a small Llama and its tokenizer on half of the rows first, as plain text, so that
 there is a pretrained model to compress. The loss counts the tokens of the answers alone.
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from _common import num_trainable, print_side_by_side, weight_bytes, write_results
 from datasets import Dataset, DatasetDict, load_dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,30 +34,25 @@ from transformers import (
     set_seed,
 )
 
-from peft_jactus import JactusConfig, calibrate, plot_ranks, rank_summary
+from peft_jactus import JactusConfig, calibrate, export_compressed, export_remote_code, plot_ranks, rank_summary
 
 # -- settings -------------------------------------------------------------------------------------
 
 parser = argparse.ArgumentParser(
     description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
 )
-parser.add_argument("--model", default="meta-llama/Llama-2-7b-hf", help="Hub name or directory")
+parser.add_argument("--model", default="meta-llama/Llama-2-7b-hf", help="Hub name, directory or GGUF file")
 parser.add_argument("--small", action="store_true", help="train a small Llama to adapt")
 parser.add_argument("--dataset", default="yahma/alpaca-cleaned", help="Hub name")
 parser.add_argument("--data-dir", help="directory of parquet files, instead of --dataset")
 parser.add_argument("--output-dir", type=Path, default=Path("outputs/causal_lm"))
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="kept share of the weights")
 parser.add_argument("--calibration-batches", type=int, default=16)
-parser.add_argument(
-    "--lora-first",
-    action="store_true",
-    help="compress what LoRA made of the model in the first 80 %% of the epochs; better at small ratios",
-)
-parser.add_argument("--lora-rank", type=int, default=16)
 parser.add_argument("--max-statistics-memory", default="16GiB", help="with more, layers are calibrated in parts")
 parser.add_argument("--learning-rate", type=float, help="default: 2e-4, or 1e-3 with --small")
 parser.add_argument("--epochs", type=float, default=1)
 parser.add_argument("--batch-size", type=int, default=16)
+parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 elsewhere")
 parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
 parser.add_argument("--max-length", type=int, default=256, help="tokens")
 parser.add_argument("--max-train-samples", type=int, default=2000)
@@ -68,7 +64,8 @@ args = parser.parse_args()
 args.learning_rate = args.learning_rate or (1e-3 if args.small else 2e-4)
 args.output_dir.mkdir(parents=True, exist_ok=True)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.bfloat16 if device == "cuda" else torch.float32
+args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+dtype = getattr(torch, args.dtype)
 
 # -- data -----------------------------------------------------------------------------------------
 
@@ -104,10 +101,7 @@ rows = rows.map(to_prompt_and_answer, remove_columns=rows["train"].column_names)
 # -- with --small: a pretrained model of our own --------------------------------------------------
 
 
-def trainer_for(
-    model: nn.Module, rows: Dataset, epochs: float, learning_rate: float, end_share: float = 0.0
-) -> Trainer:
-    """Return a Trainer with a rate that falls in a line to a share of it."""
+def trainer_for(model: nn.Module, rows: Dataset, epochs: float, learning_rate: float) -> Trainer:
     training = TrainingArguments(
         output_dir=args.output_dir / "trainer",
         num_train_epochs=epochs,
@@ -115,8 +109,6 @@ def trainer_for(
         learning_rate=learning_rate,
         warmup_steps=0.1,
         train_sampling_strategy="group_by_length",  # less padding
-        lr_scheduler_type="polynomial",
-        lr_scheduler_kwargs={"power": 1.0, "lr_end": end_share * learning_rate},
         bf16=device == "cuda",
         seed=args.seed,
         logging_steps=25,
@@ -180,6 +172,20 @@ if args.small:
     pretrained.save_pretrained(args.model)
     tokenizer.save_pretrained(args.model)
 
+# -- with a GGUF file: a folder of it, which everything else can load -----------------------------
+
+if args.model.endswith(".gguf"):
+    place = {"pretrained_model_name_or_path": Path(args.model).parent, "gguf_file": Path(args.model).name}
+    unpacked = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    settings = unpacked.config.to_diff_dict()
+    settings.pop("quantization_config")  # it is not quantized any more
+    pretrained = type(unpacked)(type(unpacked.config)(**settings)).to(dtype)
+    pretrained.load_state_dict(unpacked.state_dict())
+    args.model = str(args.output_dir / "pretrained")
+    pretrained.save_pretrained(args.model)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(args.model)
+    del unpacked, pretrained
+
 # -- tokens ---------------------------------------------------------------------------------------
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -205,7 +211,7 @@ def answer_loss(model: nn.Module) -> float:
     return total / tokens
 
 
-# -- with --lora-first: what is compressed has seen the task --------------------------------------
+# -- a pretrained model ---------------------------------------------------------------------------
 
 set_seed(args.seed)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
@@ -214,18 +220,6 @@ if args.gradient_checkpointing:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 dense_parameters = model.num_parameters()
 losses = {"dense": answer_loss(model)}
-first_seconds, remaining = 0.0, 1.0  # the share of the epochs, and of the peak learning rate, that JACTUS starts with
-if args.lora_first:
-    remaining = 0.2
-    lora_config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", r=args.lora_rank, lora_alpha=2 * args.lora_rank
-    )
-    model = get_peft_model(model, lora_config)
-    start = time.perf_counter()
-    trainer_for(model, rows["train"], (1 - remaining) * args.epochs, args.learning_rate, end_share=remaining).train()
-    first_seconds = time.perf_counter() - start
-    model = model.merge_and_unload()
-    losses["LoRA"] = answer_loss(model)
 
 # -- calibrate, compress, train -------------------------------------------------------------------
 
@@ -249,8 +243,8 @@ print(summary)
 plot_ranks(model).savefig(args.output_dir / "ranks.png", dpi=150)
 
 start = time.perf_counter()
-trainer_for(model, rows["train"], remaining * args.epochs, remaining * args.learning_rate).train()
-training_seconds = first_seconds + time.perf_counter() - start
+trainer_for(model, rows["train"], args.epochs, args.learning_rate).train()
+training_seconds = time.perf_counter() - start
 losses["trained"] = answer_loss(model)
 
 # -- save, load, ask ------------------------------------------------------------------------------
@@ -259,6 +253,9 @@ adapter = args.output_dir / "adapter"
 model.save_pretrained(adapter)
 tokenizer.save_pretrained(adapter)
 trainable, held_bytes = num_trainable(model), weight_bytes(model)
+# Two forms of one checkpoint: for those who import peft_jactus, and with code of its own for other tools.
+export_compressed(model, args.output_dir / "compressed", processor=tokenizer, overwrite=True)
+export_remote_code(args.output_dir / "compressed", args.output_dir / "remote", overwrite=True)
 del model  # a large model may fit only once
 model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).to(device)
 losses["reloaded"] = answer_loss(model)
@@ -274,7 +271,7 @@ print_side_by_side({
     name: {
         "loss of an answer's token": f"{loss:.4f}",
         "perplexity": f"{math.exp(loss):.2f}",
-        "parameters, core folded": f"{dense_parameters if name in ('dense', 'LoRA') else kept_parameters:,}",
+        "parameters, core folded": f"{dense_parameters if name == 'dense' else kept_parameters:,}",
     }
     for name, loss in losses.items()
 })
@@ -289,4 +286,4 @@ results = {
     "training_seconds": training_seconds,
 }
 write_results(args.output_dir / "results.json", args, results)
-print(f"Written to {args.output_dir}: adapter/, ranks.png, results.json")
+print(f"Written to {args.output_dir}: adapter/, compressed/, remote/, ranks.png, results.json")
