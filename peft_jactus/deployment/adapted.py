@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.quantization import check_readable
+from peft_jactus.tuner.quantized_bases import check_readable
 
 if TYPE_CHECKING:
     from torch import nn

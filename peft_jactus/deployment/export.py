@@ -37,7 +37,7 @@ from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.quantization import dequantize_
+from peft_jactus.tuner.quantized_bases import dequantize_
 
 if TYPE_CHECKING:
     import os

@@ -26,7 +26,7 @@ from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
-from peft_jactus.tuner.quantization import forget_quantization_, is_quantized, note_plain_layers_
+from peft_jactus.tuner.quantized_bases import forget_quantization_, is_quantized, note_plain_layers_
 from peft_jactus.tuner.replication import MadeLayer, digest, made_for_all, share_out_layers
 from peft_jactus.tuner.target_checks import find_refusal, layer_sharing, raise_refusals
 from peft_jactus.tuner.targeting import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from peft import PeftModel
 
 from peft_jactus._processes import gather_objects, process_index
 from peft_jactus._progress import progress
+from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.numerics.factorization import choose_ranks, layer_gains
 from peft_jactus.tuner.config import JactusConfig
@@ -131,6 +133,14 @@ def usable_statistics(
         ValueError: If there are none, or they do not fit the layers; says what to do.
     """
     if not config.needs_statistics:
+        if config.frozen_bits == 4:
+            warnings.warn(
+                f"`frozen_bits`=4 with `decomposition`={config.decomposition!r} rounds each number by itself, which "
+                "loses several times as much as by calibration statistics. Calibrate, and use another decomposition; "
+                "or set `frozen_bits=8`.",
+                NumericalWarning,
+                stacklevel=2,
+            )
         return None
     if statistics is None:
         remedy = "Call `peft_jactus.calibrate(model, config, batches)` first, or set `config.statistics`"

@@ -1,5 +1,6 @@
 """Training beside what is frozen in 8 or 4 bits a number, through PEFT's API: codes stay codes, products are right."""
 
+import contextlib
 import copy
 import sys
 
@@ -9,7 +10,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_jactus import JactusConfig, export_compressed, rank_summary
+from peft_jactus import JactusConfig, NumericalWarning, export_compressed, rank_summary
 from peft_jactus.deployment.ranks import summary_of_adapter
 from peft_jactus.numerics.frozen_weight import RoundedWeight
 from peft_jactus.tuner.adapter_format import FROZEN, frozen_weight_in
@@ -254,6 +255,7 @@ def test_layers_of_full_rank_and_layers_whose_core_has_to_train_work(bits):
     torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, **FLOAT32)
 
 
+@pytest.mark.filterwarnings("ignore:`frozen_bits`=4 with `decomposition`='svd'")
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_of_zeros_stays_one(bits):
     model = tiny_llama()
@@ -268,7 +270,9 @@ def test_a_weight_of_zeros_stays_one(bits):
 def test_a_start_without_data_needs_no_statistics(bits):
     options = {**ADAPTING, "decomposition": "svd", "frozen_bits": bits}
     in_full = get_peft_model(tiny_llama(), jactus_config(tiny_llama(), **{**options, "frozen_bits": None})).eval()
-    model = get_peft_model(tiny_llama(), jactus_config(tiny_llama(), **options)).eval()
+    rounds_blindly = pytest.warns(NumericalWarning, match="by itself") if bits == 4 else contextlib.nullcontext()
+    with rounds_blindly:
+        model = get_peft_model(tiny_llama(), jactus_config(tiny_llama(), **options)).eval()
     assert relative_error(logits_of(model), logits_of(in_full)) < 2 * ERRORS[bits]
 
 
