@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits a number: groups of 64 numbers, row after row, with one scale each.
 
 8 bits are integers from -127 to 127. 4 bits are those of NF4 (Dettmers et al., arXiv:2305.14314): 16 levels at the
-quantiles of a normal distribution. bitsandbytes has their levels, and kernels that multiply them out.
+quantiles of a normal distribution (their appendix E). bitsandbytes has kernels that multiply them out.
 
 A scale takes 16 bits in a 16-bit model: 8.25 and 4.25 bits a number in all. Shapes need not divide: a group may go
 from one row to the next, and the last one may be shorter.
@@ -10,7 +10,6 @@ from one row to the next, and the last one may be shorter.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,12 @@ if TYPE_CHECKING:
 GROUP_SIZE = 64
 BITS = (8, 4)
 _LARGEST = 127  # of 8 bits
+# Of 4 bits; in float32, as bitsandbytes has them.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 def bitsandbytes_functional() -> Any:
@@ -34,12 +39,6 @@ def bitsandbytes_functional() -> Any:
     except ImportError as error:
         raise ImportError("4 bits need bitsandbytes: `pip install bitsandbytes`.") from error
     return bnb
-
-
-@cache
-def _nf4_levels() -> Tensor:
-    levels: Tensor = bitsandbytes_functional().get_4bit_type("nf4", device="cpu")
-    return levels
 
 
 def code_shape(shape: tuple[int, int], bits: int) -> tuple[int, ...]:
@@ -76,7 +75,7 @@ def quantize(
     largest = groups.abs().amax(1)
     scales = (largest if bits == 4 else largest / _LARGEST).to(dtype)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    levels = (_nf4_levels() if bits == 4 else torch.arange(-_LARGEST, _LARGEST + 1, dtype=torch.float64)).to(weight)
+    levels = torch.tensor(_NF4 if bits == 4 else range(-_LARGEST, _LARGEST + 1), dtype=torch.float64).to(weight)
     of_numbers = _of_each_number(scales.to(weight), weight.shape)
     if second_moment is None:
         chosen = nearest_levels(weight / of_numbers, levels)
@@ -144,6 +143,8 @@ def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         return (codes.view(-1, GROUP_SIZE).to(scales.dtype) * scales.unsqueeze(1)).view(shape)
     if codes.is_meta:
         return scales.new_empty(shape)
+    if torch.onnx.is_in_onnx_export():  # which has no translation of their operator
+        return _looked_up(codes, scales, shape)
     bitsandbytes_functional()  # registers the operator
     # Of whole groups: on CPUs, bitsandbytes 0.50 gets rows wrong that are shorter than one.
     codes = functional.pad(codes, (0, len(scales) * GROUP_SIZE // 2 - len(codes)))
@@ -153,6 +154,13 @@ def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         codes.unsqueeze(1), scales.float(), GROUP_SIZE, "nf4", (len(scales), GROUP_SIZE), dtype
     )
     return values.flatten()[: math.prod(shape)].view(shape).to(scales.dtype)
+
+
+def _looked_up(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the weight of 4-bit codes, by torch's own operators."""
+    halves = torch.stack([codes.int() // 16, codes.int() % 16], dim=1).flatten()[: math.prod(shape)]
+    levels = torch.tensor(_NF4, dtype=scales.dtype, device=scales.device)
+    return levels[halves].view(shape) * _of_each_number(scales, shape)
 
 
 def _of_each_number(scales: Tensor, shape: tuple[int, ...]) -> Tensor:

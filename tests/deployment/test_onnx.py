@@ -24,16 +24,30 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids).logits
 
 
+def check(model, folder):
+    """Export, and compare at another batch size and length than the example's."""
+    model = Logits(model).eval()
+    ids = torch.randint(2, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.onnx.export(model, (ids[:2, :7],), dynamo=True, dynamic_shapes=(dynamic,))
+    program.save(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(ids), rtol=0, atol=ROUNDING)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's exporter has deprecations of its own
 @pytest.mark.parametrize("storage", ["pivoted", "factored"])
 @pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
 def test_onnxruntime_gives_the_logits_at_any_batch_size_and_length(make, storage, tmp_path):
-    model = Logits(compressed_copy(trained(make(), storage=storage))).eval()
-    ids = torch.randint(2, 90, (3, 9), generator=torch.Generator().manual_seed(0))
-    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    program = torch.onnx.export(model, (ids[:2, :7],), dynamo=True, dynamic_shapes=(dynamic,))
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model(ids), rtol=0, atol=ROUNDING)
+    check(compressed_copy(trained(make(), storage=storage)), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
+def test_onnxruntime_takes_weights_in_few_bits(make, bits, tmp_path):
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+    check(compressed_copy(trained(make()), bits=bits), tmp_path)

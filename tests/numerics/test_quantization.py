@@ -46,6 +46,18 @@ def test_codes_take_the_bits_they_are_said_to(bits):
     assert scales.nbytes * 8 == 640 * 320 * 16 / GROUP_SIZE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 128), (5, 13), (3, 64)])
+def test_an_export_to_onnx_gets_the_same_weight_without_their_operator(shape, dtype, monkeypatch):
+    codes, scales = quantize(torch.randn(shape), 4, dtype=dtype)
+    expected = dequantize(codes, scales, shape)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.ops, "bitsandbytes", None)
+    torch.testing.assert_close(
+        dequantize(codes, scales, shape), expected, rtol=2**-7 if dtype.itemsize == 2 else 1e-6, atol=0
+    )
+
+
 def test_4_bits_are_those_of_bitsandbytes():
     weight = randn(0, 96, 128).float()
     codes, scales = quantize(weight, 4, dtype=torch.float32)
