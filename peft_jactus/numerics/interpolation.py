@@ -100,6 +100,8 @@ def take_columns(x: Tensor, index: Tensor) -> Tensor:
 
     On CPUs torch takes numbers of 16 bits one by one, in three to six times as long as those of float32.
     """
+    if torch.onnx.is_in_onnx_export():
+        return x.index_select(1, index.long())  # onnxruntime takes no others there
     is_slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > 1
     if is_slow and not torch.compiler.is_compiling():
         return x.float().index_select(1, index).to(x.dtype)

@@ -158,7 +158,7 @@ def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _looked_up(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the weight of 4-bit codes, by torch's own operators."""
-    halves = torch.stack([codes.int() // 16, codes.int() % 16], dim=1).flatten()[: math.prod(shape)]
+    halves = torch.stack([codes.long() // 16, codes.long() % 16], dim=1).flatten()[: math.prod(shape)]
     levels = torch.tensor(_NF4, dtype=scales.dtype, device=scales.device)
     return levels[halves].view(shape) * _of_each_number(scales, shape)
 
