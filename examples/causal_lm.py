@@ -44,7 +44,7 @@ parser = argparse.ArgumentParser(
 parser.add_argument("--model", default="meta-llama/Llama-2-7b-hf", help="Hub name, directory or GGUF file")
 parser.add_argument("--small", action="store_true", help="train a small Llama to adapt")
 parser.add_argument("--dataset", default="yahma/alpaca-cleaned", help="Hub name")
-parser.add_argument("--data-dir", help="directory of parquet files, instead of --dataset")
+parser.add_argument("--data-dir", type=Path, help="directory of parquet files, instead of --dataset")
 parser.add_argument("--output-dir", type=Path, default=Path("outputs/causal_lm"))
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="kept share of the weights")
 parser.add_argument("--calibration-batches", type=int, default=16)
@@ -66,6 +66,7 @@ args.output_dir.mkdir(parents=True, exist_ok=True)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
 dtype = getattr(torch, args.dtype)
+base = args.model  # what is compressed: with --small and a GGUF file, a folder that this script writes
 
 # -- data -----------------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ def to_prompt_and_answer(row: dict) -> dict:
     return {"prompt": PROMPT.format(row["question"]), "answer": row["answer"]}
 
 
-source = {"path": "parquet", "data_dir": args.data_dir} if args.data_dir else {"path": args.dataset}
+source = {"path": "parquet", "data_dir": str(args.data_dir)} if args.data_dir else {"path": args.dataset}
 rows = load_dataset(**source)
 if "test" not in rows:
     rows = rows["train"].train_test_split(test_size=args.max_eval_samples, seed=0)
@@ -146,7 +147,7 @@ def tokenize(row: dict) -> dict:
 
 if args.small:
     set_seed(args.seed)
-    args.model = str(args.output_dir / "pretrained")
+    base = str(args.output_dir / "pretrained")
     half = len(rows["train"]) // 2
     text_rows = rows["train"].select(range(half))
     rows["train"] = rows["train"].select(range(half, len(rows["train"])))
@@ -169,26 +170,27 @@ if args.small:
     text_rows = text_rows.map(lambda row: {"labels": row["input_ids"]})  # plain text: all tokens
     pretrained = LlamaForCausalLM(model_config)
     trainer_for(pretrained, text_rows, args.pretrain_epochs, learning_rate=3e-3).train()
-    pretrained.save_pretrained(args.model)
-    tokenizer.save_pretrained(args.model)
+    pretrained.save_pretrained(base)
+    tokenizer.save_pretrained(base)
 
 # -- with a GGUF file: a folder of it, which everything else can load -----------------------------
 
-if args.model.endswith(".gguf"):
-    place = {"pretrained_model_name_or_path": Path(args.model).parent, "gguf_file": Path(args.model).name}
+if args.model.endswith(".gguf") and not args.small:
+    args.model = Path(args.model)
+    place = {"pretrained_model_name_or_path": args.model.parent, "gguf_file": args.model.name}
     unpacked = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
     settings = unpacked.config.to_diff_dict()
     settings.pop("quantization_config")  # it is not quantized any more
     pretrained = type(unpacked)(type(unpacked.config)(**settings)).to(dtype)
     pretrained.load_state_dict(unpacked.state_dict())
-    args.model = str(args.output_dir / "pretrained")
-    pretrained.save_pretrained(args.model)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(args.model)
+    base = str(args.output_dir / "pretrained")
+    pretrained.save_pretrained(base)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(base)
     del unpacked, pretrained
 
 # -- tokens ---------------------------------------------------------------------------------------
 
-tokenizer = AutoTokenizer.from_pretrained(args.model)
+tokenizer = AutoTokenizer.from_pretrained(base)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 collator = DataCollatorForSeq2Seq(tokenizer)
 question = rows["test"][0]["prompt"]
@@ -214,7 +216,7 @@ def answer_loss(model: nn.Module) -> float:
 # -- a pretrained model ---------------------------------------------------------------------------
 
 set_seed(args.seed)
-model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
 if args.gradient_checkpointing:
     # before transformers 5.23: gradient_checkpointing_enable
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
