@@ -16,27 +16,21 @@ import itertools
 import math
 import statistics
 import tempfile
-import warnings
-from pathlib import Path
 
 import torch
-import transformers
-from datasets import disable_progress_bars
 from peft import get_peft_model
-from torch.utils.data import Subset
 
 from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, Case, learning_rate_group
 from benchmarks.compare.learning_rates import load_learning_rates
 from benchmarks.compare.training import trained
+from benchmarks.compression.bits import bits_parser, calibration, model_name, parse, table_of, test_rows
 from benchmarks.compression.checkpoint import logits_and_labels, tensor_bytes
-from benchmarks.compression.loss import MAX_TEST_ROWS, ROWS, Scorer
-from benchmarks.compression.sixteen_bits import model_name
-from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.compression.loss import ROWS, Scorer
 from benchmarks.harness.environment import environment
-from benchmarks.harness.records import RESULTS, Table
+from benchmarks.harness.records import RESULTS
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, write_markdown
 from benchmarks.tasks.loading import load_workload
-from peft_jactus import JactusConfig, calibrate
+from peft_jactus import JactusConfig
 from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.deployment.quantization import quantized_layer
 
@@ -44,21 +38,10 @@ BITS = (32, 16, 8, 4)
 
 
 def parse_arguments():
-    parser = study_parser(__doc__)
-    parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("kind", nargs="?", choices=["text", "language"])
-    add_data_dir(parser)
-    parser.add_argument("--task")
+    parser = bits_parser(__doc__, "few_bits", ratios=[0.8, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--retained-ratio", type=float, nargs="+", default=[0.8, 0.4])
     parser.add_argument("--rows", type=int, default=ROWS, help="training rows of a classifier at most")
-    parser.add_argument("--calibration-rows", type=int, help="default: as the comparison has it")
-    parser.add_argument("--test-rows", type=int, help="default: as for the loss right after compression")
-    parser.add_argument("--out", type=Path, default=RESULTS / "compression" / "few_bits.jsonl")
-    args = parser.parse_args()
-    if args.command == "run" and not (args.kind and args.task):
-        parser.error("run needs a kind and a --task")
-    return args
+    return parse(parser)
 
 
 # -- forms ------------------------------------------------------------------------------------------------
@@ -104,16 +87,6 @@ def targeted_mb(model, names):
 # -- measuring --------------------------------------------------------------------------------------------
 
 
-def calibration(model, workload, num_rows):
-    config = JactusConfig(
-        task_type=workload.task_type, target_modules="all-linear", modules_to_save=workload.modules_to_save
-    )
-    batches = workload.calibration_batches()
-    if num_rows:
-        batches = batches[: -(-num_rows // len(batches[0]["labels"]))]
-    return calibrate(model, config, batches, progress_bar=False)
-
-
 def trained_classifiers(args, seed):
     """Return a model fine-tuned whole, those of one pass by ratio, and what scores them."""
     rates = load_learning_rates(RESULTS / "compare", "text")[learning_rate_group("text", args.task)]
@@ -142,8 +115,7 @@ def compressed_language_models(args):
     workload = load_workload("language", args.data_dir, args.task, num_rows=ROWS, scored_on="test")
     dense = workload.make_model().eval()
     found = calibration(dense, workload, args.calibration_rows)
-    rows = Subset(workload.test, range(min(args.test_rows or MAX_TEST_ROWS["language"], len(workload.test))))
-    scorer = Scorer(dense, rows, workload.collator)
+    scorer = Scorer(dense, test_rows(args, workload), workload.collator)
 
     def score(model):
         figures = scorer.score(model)
@@ -190,10 +162,7 @@ def report(table):
 
 def main():
     args = parse_arguments()
-    transformers.logging.set_verbosity_error()
-    disable_progress_bars()
-    warnings.simplefilter("ignore", UserWarning)  # an export without training says so
-    table = Table(args.out, key=("model", "task", "seed"))
+    table = table_of(args)
     if args.command == "report":
         report(table)
         return

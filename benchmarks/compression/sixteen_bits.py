@@ -19,26 +19,18 @@ A form is what the weights are rounded to, and what computes. Forms of one ratio
 import copy
 import json
 import statistics
-import warnings
-from itertools import islice
-from pathlib import Path
 
 import scipy.linalg
 import torch
-import transformers
-from datasets import disable_progress_bars
 from peft import get_peft_model
-from torch.utils.data import Subset
 
 from benchmarks.compare.cases import RATIOS
-from benchmarks.compression.loss import MAX_TEST_ROWS, ROWS, Scorer, pretrained
-from benchmarks.harness.arguments import add_data_dir, study_parser
+from benchmarks.compression.bits import bits_parser, calibration, model_name, parse, table_of, test_rows
+from benchmarks.compression.loss import ROWS, Scorer, pretrained
 from benchmarks.harness.environment import environment
-from benchmarks.harness.records import RESULTS, Table
 from benchmarks.harness.reporting import markdown_table, write_markdown
-from benchmarks.tasks import language
 from benchmarks.tasks.loading import load_workload
-from peft_jactus import JactusConfig, calibrate
+from peft_jactus import JactusConfig
 from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.deployment.layers import FactorizedLinear, LowRankLinear, RowPivotedLinear
 
@@ -47,24 +39,9 @@ FORMS = ("factored", "pivoted", "float16 parts", "feedback", "QR pivots", "float
 
 
 def parse_arguments():
-    parser = study_parser(__doc__)
-    parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("kind", nargs="?", choices=["text", "language"])
-    add_data_dir(parser)
-    parser.add_argument("--task")
-    parser.add_argument("--retained-ratio", type=float, nargs="+", default=RATIOS)
-    parser.add_argument("--calibration-rows", type=int, help="default: as the comparison has it")
-    parser.add_argument("--test-rows", type=int, help="default: as for the loss right after compression")
+    parser = bits_parser(__doc__, "sixteen_bits", ratios=RATIOS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compression" / "sixteen_bits.jsonl")
-    args = parser.parse_args()
-    if args.command == "run" and not (args.kind and args.task):
-        parser.error("run needs a kind and a --task")
-    return args
-
-
-def model_name(kind):
-    return "MiniLM" if kind == "text" else Path(language.LLAMA).name
+    return parse(parser)
 
 
 # -- forms ------------------------------------------------------------------------------------------------
@@ -184,15 +161,8 @@ def run(args):
     if workload.head is not None:
         tuning = load_workload(args.kind, args.data_dir, args.task, num_rows=ROWS, scored_on="held-out")
     model = pretrained(tuning, args.seed)
-    config = JactusConfig(
-        task_type=workload.task_type, target_modules="all-linear", modules_to_save=workload.modules_to_save
-    )
-    batches = workload.calibration_batches()
-    if args.calibration_rows:
-        batches = islice(batches, -(-args.calibration_rows // len(next(iter(batches))["labels"])))
-    found = calibrate(model, config, batches)
-    rows = Subset(workload.test, range(min(args.test_rows or MAX_TEST_ROWS[args.kind], len(workload.test))))
-    scorer = Scorer(model, rows, workload.collator)
+    found = calibration(model, workload, args.calibration_rows)
+    scorer = Scorer(model, test_rows(args, workload), workload.collator)
     return list(rows_of(model, found, scorer, workload, args.retained_ratio))
 
 
@@ -215,10 +185,7 @@ def table_lines(record):
 
 def main():
     args = parse_arguments()
-    transformers.logging.set_verbosity_error()
-    disable_progress_bars()
-    warnings.simplefilter("ignore", UserWarning)  # an export without training says so
-    table = Table(args.out, key=("model", "task", "seed"))
+    table = table_of(args)
     if args.command == "report":
         report(table)
         return
