@@ -2,13 +2,13 @@
 # .venv first: `make PYTHON=python3.12 test`.
 export PYTHON ?= python3
 
-.PHONY: quickstart check lint types test journeys lowest
+.PHONY: quickstart check lint types docs test journeys lowest
 
 quickstart:
 	scripts/setup.sh
 	.venv/bin/python examples/quickstart.py
 
-check: lint types test
+check: lint types docs test
 
-lint types test journeys lowest:
+lint types docs test journeys lowest:
 	.ci/run $@

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from peft_jactus._version import __version__
 from peft_jactus.numerics.adaptation import AdaptationInit
@@ -16,15 +15,12 @@ from peft_jactus.numerics.approximation import Decomposition, DecompositionOptio
 from peft_jactus.numerics.factorization import FactorizationOptions
 from peft_jactus.numerics.moments import LayerStatistics, StatisticsNeeds
 from peft_jactus.tuner.adapter_format import AdapterShape, adapter_format
-from peft_jactus.tuner.config_checks import FROM_CHECKPOINT, check_config
+from peft_jactus.tuner.config_checks import FROM_CHECKPOINT, check_config, targets_all_linear
+from peft_jactus.tuner.config_reference import with_reference
 from peft_jactus.tuner.peft_type import jactus_peft_type
 
 
-def targets_all_linear(target_modules: object) -> bool:
-    """Whether ``target_modules`` is PEFT's word for all linear layers, in whatever case."""
-    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-
-
+@with_reference
 @dataclass
 class JactusConfig(PeftConfig):
     """Fine-tune a model and come out with a smaller one.
@@ -48,7 +44,7 @@ class JactusConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names (suffixes or a regular expression) of modules that are left alone."},
+        metadata={"help": "Names (suffixes or a regular expression) of modules that are left alone. Default: none."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -86,8 +82,9 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "In place of `retained_ratio`: fraction of the whole model's parameters that is kept, in (0, 1]. What "
-                "is not targeted (embeddings, norms, heads) is kept whole and counts."
+                "In place of `retained_ratio`: fraction of the whole model's parameters that is kept, in (0, 1]. "
+                "Higher keeps more accuracy and more memory. What is not targeted (embeddings, norms, heads) is kept "
+                "whole and counts. Default: `retained_ratio` is the budget."
             )
         },
     )
@@ -96,7 +93,8 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "In place of `retained_ratio`: how large the weights of the compressed checkpoint may be, in bytes or "
-                "as in '60MB' or '1.5GB', in the dtype that the model has when it is compressed."
+                "as in '60MB' or '1.5GB', in the dtype that the model has when it is compressed. Larger keeps more "
+                "accuracy. Default: `retained_ratio` is the budget."
             )
         },
     )
@@ -144,8 +142,8 @@ class JactusConfig(PeftConfig):
         default=0.99,
         metadata={
             "help": (
-                "Share of the input covariance's trace that the input directions in the union hold (beta), in [0, "
-                "1]. 0 leaves them out."
+                "Share of the input covariance's trace that the input directions in the union hold (beta), in [0, 1]. "
+                "More widens the union; 0 leaves them out. Without effect while `weight_energy` is 1."
             )
         },
     )
@@ -154,7 +152,7 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "Share of the gradient covariance's trace that the gradient directions in the union hold (gamma), in "
-                "[0, 1]. 0 leaves them out."
+                "[0, 1]. More widens the union; 0 leaves them out. Without effect while `weight_energy` is 1."
             )
         },
     )
@@ -172,7 +170,7 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "Least variance of any direction, as a share of the mean variance, > 0. Keeps the matrix roots well "
-                "conditioned where calibration data never went."
+                "conditioned where calibration data never went. More trusts the calibration data less there."
             )
         },
     )
@@ -232,7 +230,8 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "What ranks are multiples of, at least 1, in layers whose smaller side is 32 times as large or more: "
-                "matrix products of other sizes are slower. `rank_pattern` is taken as it is."
+                "matrix products of other sizes are slower. More leaves a coarser choice. `rank_pattern` is taken as "
+                "it is."
             )
         },
     )

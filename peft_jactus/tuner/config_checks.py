@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+
 from peft_jactus._version import __version__
 from peft_jactus.numerics.adaptation import AdaptationInit
 from peft_jactus.numerics.allocation import Storage
@@ -27,6 +29,11 @@ _CHOICES = {
     "adaptation_init": (*get_args(AdaptationInit), None),
 }
 _NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
+
+
+def targets_all_linear(target_modules: object) -> bool:
+    """Whether ``target_modules`` is PEFT's word for all linear layers, in whatever case."""
+    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def check_config(config: JactusConfig) -> None:

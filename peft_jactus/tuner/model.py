@@ -20,8 +20,8 @@ from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dty
 from peft_jactus.tuner.atomic_tuner import AtomicTuner
 from peft_jactus.tuner.base_weights import dense_dtype, let_go_of_weight_
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
-from peft_jactus.tuner.config import JactusConfig, targets_all_linear
-from peft_jactus.tuner.config_checks import check_can_be_made, check_not_calibrated
+from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.tuner.config_checks import check_can_be_made, check_not_calibrated, targets_all_linear
 from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest

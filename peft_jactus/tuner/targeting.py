@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.base_weights import dense_dtype, float_weight, layer_features
-from peft_jactus.tuner.config import targets_all_linear
+from peft_jactus.tuner.config_checks import targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.quantized_bases import check_method
 from peft_jactus.tuner.target_checks import (
