@@ -5,6 +5,7 @@ PEFT, which takes seconds: too long for ``--help``. Each command imports what it
 it, and prints. There is no ``from __future__ import annotations`` here: typer reads the annotations of parameters.
 """
 
+import ast
 import logging
 import warnings
 from importlib.metadata import version as installed_version
@@ -23,27 +24,42 @@ Storage = Literal["pivoted", "factored"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Task = Literal["causal-lm", "sequence-classification", "image-classification"]
 
+
+def _help_of_fields() -> dict[str, str]:
+    """Return what `JactusConfig` says of its fields, from its source, since importing it takes seconds."""
+    source = Path(__file__).with_name("peft_jactus") / "tuner" / "config.py"
+    texts: dict[str, str] = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            settings = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            if "metadata" in settings:
+                texts[ast.unparse(node.target)] = ast.literal_eval(settings["metadata"])["help"]
+    return texts
+
+
+_HELP = _help_of_fields()
+
+
+def _field(name: str, default: str = "") -> str:
+    """Return the help of a field for its option, whose default may be another one."""
+    text = _HELP[name].partition(" Default: ")[0]
+    return f"{text} {default}".replace("`retained_ratio`", "--retained-ratio").strip()
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A pretrained, fine-tuned model: a directory, Hub name or GGUF file.")
 ]
 OutputArgument = Annotated[Path, typer.Argument(help="Where to write the compressed checkpoint.")]
-RatioOption = Annotated[
-    float | None,
-    typer.Option(help="Share of the targeted layers' parameters to keep, in (0, 1]. [default: 0.8]"),
-]
-ModelRatioOption = Annotated[
-    float | None, typer.Option(help="In place of --retained-ratio: share of the whole model's parameters.")
-]
-MaxSizeOption = Annotated[
-    str | None, typer.Option(help="In place of --retained-ratio: size of the checkpoint's weights, e.g. 60MB.")
-]
+RatioOption = Annotated[float | None, typer.Option(help=_field("retained_ratio", "Default: 0.8."))]
+ModelRatioOption = Annotated[float | None, typer.Option(help=_field("model_ratio"))]
+MaxSizeOption = Annotated[str | None, typer.Option(help=_field("max_model_size"))]
 DatasetOption = Annotated[str | None, typer.Option(help="Hub name of the data to calibrate on.")]
 DatasetConfigOption = Annotated[str | None, typer.Option(help="Its configuration, if it has several.")]
 DataDirOption = Annotated[Path | None, typer.Option(help="Directory of parquet files to calibrate on.")]
 SplitOption = Annotated[str, typer.Option(help="Split of the data.")]
 DataFreeOption = Annotated[bool, typer.Option("--data-free", help="Truncated SVD without data: much less accurate.")]
 TextColumnOption = Annotated[
-    list[str] | None, typer.Option(help="Column of the texts; give it twice for pairs. [default: text]")
+    list[str] | None, typer.Option(help="Column of the texts; give it twice for pairs. Default: text.")
 ]
 ImageColumnOption = Annotated[str, typer.Option(help="Column of the images.")]
 LabelColumnOption = Annotated[str, typer.Option(help="Column of the classes. Causal LMs need none.")]
@@ -60,17 +76,11 @@ BatchSizeOption = Annotated[int, typer.Option(help="Rows, or blocks of tokens, o
 MaxLengthOption = Annotated[
     int | None, typer.Option(help="Tokens of a row. Default: 512, or what the model can take.", min=2)
 ]
-TargetModulesOption = Annotated[str, typer.Option(help="'all-linear', or names of layers, with commas between them.")]
+TargetModulesOption = Annotated[str, typer.Option(help=_field("target_modules", "Here with commas between names."))]
 StorageOption = Annotated[
-    Storage | None,
-    typer.Option(
-        help="'pivoted' stores rank * (out + in - rank) numbers a layer, 'factored' rank * (out + in). Default: "
-        "the form that the budget is counted in."
-    ),
+    Storage | None, typer.Option(help=_field("storage", "Default: the form that the budget is counted in."))
 ]
-AllocationOption = Annotated[
-    Literal["global", "uniform"], typer.Option(help="Ranks by what they bring, or the same ratio for every layer.")
-]
+AllocationOption = Annotated[Literal["global", "uniform"], typer.Option(help=_field("allocation"))]
 DtypeOption = Annotated[DtypeName | None, typer.Option(help="Of the checkpoint. Default: the model's.")]
 BitsOption = Annotated[
     int | None, typer.Option(help="8 or 4: store the compressed layers in so few bits a number. 4 need bitsandbytes.")
@@ -347,7 +357,7 @@ def bench(
         typer.Option(help="The dense model: a directory or Hub name. Default: the checkpoint, multiplied out."),
     ] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; can be given several times. [default: 1, 32]", min=1)
+        list[int] | None, typer.Option(help="Sequences at once; can be given several times. Default: 1 and 32.", min=1)
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 128,
     device: DeviceOption = None,

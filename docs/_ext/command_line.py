@@ -19,7 +19,7 @@ def lines_of(command):
         else:
             flag = (about.param_decls or [f"--{parameter.name.replace('_', '-')}"])[0]
             default = "" if parameter.default in (None, False) else f" Default: `{parameter.default}`."
-            options.append((flag, about.help.replace("[default", "[Default"), default))
+            options.append((flag, about.help, default))
     yield from (f"(command-{name})=", "", f"## peft-jactus {name}", "", inspect.getdoc(command), "")
     yield from (
         "```console",
