@@ -1,0 +1,65 @@
+"""What the build of the site does not check: that all that is public is on it, and that links to files come along."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import peft_jactus
+from peft_jactus import parse
+
+DOCS = Path(__file__).parents[2] / "docs"
+API = {path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md")}
+
+
+def documented(page):
+    """Return the names that a page of the API reference describes."""
+    return re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)", API[page], flags=re.MULTILINE)
+
+
+def extension(name):
+    """Import an extension of the site, which is not on the path."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_ext" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_is_in_the_api_reference_once():
+    names = [name for page in API if page != "parse" for name in documented(page)]
+    assert sorted(names) == sorted(peft_jactus.__all__)
+    assert sorted(documented("parse")) == sorted(parse.__all__)
+
+
+@pytest.mark.parametrize("name", [*peft_jactus.__all__, *parse.__all__])
+def test_every_public_name_has_a_docstring(name):
+    documented_object = getattr(peft_jactus, name, None) or getattr(parse, name)
+    assert len(documented_object.__doc__.split()) >= 5
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = set()
+    for index in (DOCS / "index.md", DOCS / "api" / "index.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", index.read_text(encoding="utf-8"), flags=re.DOTALL):
+            lines = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            listed |= {(index.parent / f"{line}.md").resolve() for line in lines}
+    assert listed == set(DOCS.resolve().rglob("*.md")) - {(DOCS / "index.md").resolve()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("see [this](../README.md)", "see [this](<path:../README.md>)"),
+        ("see [this](../README.md#results)", "see [this](<path:../README.md>)"),
+        ("[a page](bits.md#bfloat16)", "[a page](bits.md#bfloat16)"),
+        ("![a picture](../README.md)", "![a picture](../README.md)"),  # Sphinx copies those
+        ("[nothing](../README.txt)", "[nothing](../README.txt)"),  # left to MyST, which warns
+        ("[elsewhere](https://arxiv.org)", "[elsewhere](https://arxiv.org)"),
+    ],
+)
+def test_links_to_files_of_the_repository_bring_them_along(text, expected):
+    source = [text]
+    extension("repository_files").link_files(SimpleNamespace(srcdir=str(DOCS)), "scale", source)
+    assert source == [expected]

@@ -1,0 +1,312 @@
+"""The Python of README and of the documentation runs, on tiny models; hubs are folders of this machine."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from peft_jactus import export_compressed, plan_ranks, plot_plan
+from tests.docs.snippets import blocks_of, run_page
+from tests.support.compressed_models import (
+    VOCABULARY,
+    batches_for,
+    calibrated,
+    tiny_bert,
+    tiny_llama,
+    tiny_vit,
+    trained,
+)
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = {
+    str(page.relative_to(ROOT)): blocks_of(page.read_text(encoding="utf-8"), page.relative_to(ROOT)) for page in PAGES
+}
+ROWS = 8
+
+pytestmark = [
+    # trl's configs have a field by the name that transformers 5.23 replaced.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT looks for an adapter's tokenizer on the Hub, where the folder has none.
+    pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning"),
+]
+
+
+def arguments(config_class=TrainingArguments, **options):
+    return config_class(
+        output_dir="trainer", max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
+        use_cpu=True, bf16=False, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+
+
+def rows_of(model):
+    """Return the rows of a model's batches."""
+    batches = batches_for(model)
+    return [{key: values[row] for key, values in batch.items()} for batch in batches for row in range(2)]
+
+
+def texts(*names):
+    rows = [{name: f"w{5 + row} w{9 + row} w{20 + i}" for i, name in enumerate(names)} for row in range(ROWS)]
+    return Dataset.from_list(rows)
+
+
+def lenient_trainer(**options):
+    """Make a Trainer; a page may leave its data sets out, as ``...``."""
+    data = {key: rows_of(tiny_bert()) for key, value in options.items() if value is ...}
+    return Trainer(**{"data_collator": default_data_collator, **options, **data})
+
+
+# -- what pages take for granted --------------------------------------------------------------------------
+
+
+def common(model):
+    return {
+        "torch": torch,
+        "Trainer": Trainer,
+        "model": model,
+        "batches": batches_for(model),
+        "train_loader": batches_for(model),
+        "loader": batches_for(model),
+        "rows": rows_of(model),
+        "collator": default_data_collator,
+        "args": arguments(),
+        "tokenizer": tiny_tokenizer(),
+    }
+
+
+def classification():
+    return common(tiny_bert())
+
+
+def language():
+    return common(tiny_llama()) | {"dense": tiny_llama(), "adapted": trained(tiny_llama())}
+
+
+def shipped():
+    """A trained classifier that still has its adapter."""
+    return classification() | {"model": trained(tiny_bert())}
+
+
+def with_compressed(make, of):
+    """Return what a page takes for granted where a folder ``compressed`` is there already."""
+    model = trained(of(), adaptation_rank=0)
+    export_compressed(model, "compressed", overwrite=True, progress_bar=False)
+    return make()
+
+
+def preferences():
+    trl = pytest.importorskip("trl")
+    return common(tiny_llama()) | {
+        "dense": tiny_llama(),
+        "fresh": tiny_llama(),
+        "args": arguments(trl.DPOConfig, max_length=16, gradient_checkpointing=False),
+        "sft_args": arguments(trl.SFTConfig, max_length=16, gradient_checkpointing=False),
+        "preferences": texts("prompt", "chosen", "rejected"),
+        "texts": texts("text"),
+    }
+
+
+def vision():
+    size = {"height": 8, "width": 8}
+    model = tiny_vit()
+    return common(model) | {"images": rows_of(model), "processor": transformers.ViTImageProcessor(size=size)}
+
+
+def wide_llama():
+    """Wide enough for several experts of 16 terms in each layer."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes)
+    ).eval()
+
+
+def routing():
+    dense = wide_llama()
+    prompts = {key: values for key, values in batches_for(dense)[0].items() if key != "labels"}
+    return language() | {
+        "dense": dense,
+        "statistics": calibrated(dense, retained_ratio=0.8, adaptation_rank=0).statistics,
+        "corpus": rows_of(dense),
+        "prompts": prompts | {"max_new_tokens": 4},
+    }
+
+
+def sentences():
+    st = pytest.importorskip("sentence_transformers")
+    pairs = [{"anchor": f"w{5 + row} w{9 + row}", "positive": f"w{20 + row} w{40 + row} w3"} for row in range(ROWS)]
+    args = arguments(st.SentenceTransformerTrainingArguments)
+    return {"pairs": Dataset.from_list(pairs), "args": args}
+
+
+def plan_of_a_dense_model(namespace):
+    model = tiny_bert()
+    config = calibrated(model, retained_ratio=0.8)
+    namespace |= {"model": model, "config": config, "statistics": config.statistics}
+
+
+def llama_to_route(namespace):
+    namespace |= with_compressed(routing, wide_llama)
+
+
+def readme():
+    """README shows parts of scripts: without imports, and with ``...`` for data."""
+    return classification() | {
+        "Trainer": lenient_trainer,
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "copy": copy,
+        "dataclasses": dataclasses,
+        "get_peft_model": get_peft_model,
+        "plan_ranks": plan_ranks,
+        "plot_plan": plot_plan,
+    }
+
+
+# What each page with code takes for granted.
+NAMESPACES = {
+    "README.md": readme,
+    "docs/bits.md": language,
+    "docs/concepts/adaptation.md": classification,
+    "docs/concepts/ranks.md": classification,
+    "docs/concepts/statistics.md": classification,
+    "docs/concepts/storage.md": dict,
+    "docs/from_lora.md": classification,
+    "docs/howto/dpo.md": preferences,
+    "docs/howto/hub.md": shipped,
+    "docs/howto/lora.md": lambda: with_compressed(classification, tiny_bert),
+    "docs/howto/ratio.md": classification,
+    "docs/howto/vision.md": vision,
+    "docs/index.md": classification,
+    "docs/install.md": dict,
+    "docs/quickstart.md": classification,
+    "docs/ranks_by_prompt.md": lambda: with_compressed(routing, wide_llama),
+    "docs/scale.md": language,
+    "docs/tools.md": sentences,
+    "docs/vllm.md": lambda: with_compressed(language, tiny_llama),
+}
+# Where a page turns to another model: before the block that has the text.
+PREPARE = {"README.md": [("plan_ranks(model", plan_of_a_dense_model), ("routed_copy(", llama_to_route)]}
+
+
+# -- a hub of folders: a name such as user/model is a path, too ----------------------------------------------
+
+
+def bert_base(folder):
+    tiny_bert().bert.save_pretrained(folder)
+    tiny_tokenizer(model_max_length=16).save_pretrained(folder)
+
+
+def vit_base(folder):
+    tiny_vit().vit.save_pretrained(folder)
+
+
+def sentence_model(folder):
+    st = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    bert_base(folder / "bert")
+    parts = [modules.Transformer(str(folder / "bert")), modules.Pooling(32), modules.Normalize()]
+    st.SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(folder))
+
+
+HUB = {
+    "google-bert/bert-base-uncased": bert_base,
+    "google/vit-base-patch16-224-in21k": vit_base,
+    "sentence-transformers/all-MiniLM-L6-v2": sentence_model,
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Work in a folder where the models are that pages load by name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def fill(code):
+        for name in HUB:
+            if f'"{name}"' in code:
+                HUB[name](tmp_path / name)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield fill
+
+
+# -- tests -------------------------------------------------------------------------------------------------
+
+
+def test_every_page_with_code_says_what_it_takes_for_granted():
+    assert {page for page, blocks in BLOCKS.items() if blocks} == set(NAMESPACES)
+
+
+@pytest.mark.parametrize("page", NAMESPACES)
+def test_the_code_of_a_page_runs(page, hub):
+    blocks = BLOCKS[page]
+    hub("".join(block.code for block in blocks))
+    run_page(blocks, {"__name__": "page", **NAMESPACES[page]()}, PREPARE.get(page, ()))
+
+
+@pytest.mark.parametrize("block", [b for blocks in BLOCKS.values() for b in blocks if b.reason], ids=str)
+def test_what_is_not_run_has_a_reason(block):
+    compile(block.code, block.page, "exec")  # at least
+    pytest.skip(block.reason)
+
+
+def test_what_a_page_turns_to_is_on_it():
+    for page, pairs in PREPARE.items():
+        code = "".join(block.code for block in BLOCKS[page])
+        assert all(text in code for text, _ in pairs)
+
+
+PAGE = """# A page
+
+```python
+first = seed + 1
+```
+
+<!-- not run: needs the moon -->
+```python
+reach_for(moon)
+```
+
+- in a list
+
+  ```python
+  second = first + 1
+  ```
+
+```bash
+not python
+```
+"""
+
+
+def test_blocks_run_in_order_in_one_namespace():
+    namespace = {"seed": 1}
+    assert run_page(blocks_of(PAGE), namespace) == 2
+    assert (namespace["first"], namespace["second"]) == (2, 3)
+    assert [(block.line, block.reason) for block in blocks_of(PAGE)] == [(4, None), (9, "needs the moon"), (15, None)]
+
+
+def test_a_block_that_does_not_run_fails_with_its_line():
+    with pytest.raises(NameError, match="seed") as failure:
+        run_page(blocks_of(PAGE, "page.md"), {})
+    where = failure.traceback[-1]
+    assert (Path(where.path).name, where.lineno + 1) == ("page.md", 4)
+
+
+def test_a_block_that_does_not_run_at_all_fails_too():
+    with pytest.raises(SyntaxError):
+        run_page(blocks_of("```python\nfrom peft import\n```\n"), {})
+
+
+def test_something_is_prepared_before_the_block_that_has_the_text():
+    namespace = {"seed": 1}
+    run_page(blocks_of(PAGE), namespace, [("second", lambda names: names.update(first=10))])
+    assert namespace["second"] == 11
