@@ -25,6 +25,7 @@ extensions = [
     "repository_files",
 ]
 exclude_patterns = ["_ext"]
+smartquotes = False  # 'pivoted' and --dense are code, wherever they stand
 default_role = "py:obj"  # `name` in a docstring is a link where the name is on the site, and code elsewhere
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

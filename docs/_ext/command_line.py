@@ -5,7 +5,8 @@ from typing import get_args
 
 from sphinx.util.docutils import SphinxDirective
 
-from peft_jactus_cli import app as command_line
+import peft_jactus_cli
+from peft_jactus import JactusConfig
 
 
 def lines_of(command):
@@ -36,7 +37,9 @@ class CommandLine(SphinxDirective):
 
     def run(self):
         """Return a section for each command."""
-        commands = [each.callback for each in command_line.registered_commands]
+        self.env.note_dependency(peft_jactus_cli.__file__)
+        self.env.note_dependency(inspect.getfile(JactusConfig))
+        commands = [each.callback for each in peft_jactus_cli.app.registered_commands]
         text = "\n".join(line for command in commands for line in lines_of(command))
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 

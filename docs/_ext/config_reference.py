@@ -4,6 +4,8 @@
 fields begin, since they have a page of their own.
 """
 
+import inspect
+
 from sphinx.util.docutils import SphinxDirective
 
 from peft_jactus import JactusConfig
@@ -18,6 +20,7 @@ class ConfigFields(SphinxDirective):
 
     def run(self):
         """Return the nodes of a definition list."""
+        self.env.note_dependency(inspect.getfile(JactusConfig))
         fields = described_fields(JactusConfig)
         lines = []
         for name in GROUPS[self.arguments[0]]:

@@ -19,9 +19,9 @@ def documented(page):
     return re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)", API[page], flags=re.MULTILINE)
 
 
-def extension(name):
-    """Import an extension of the site, which is not on the path."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / "_ext" / f"{name}.py")
+def script(path):
+    """Import a script of the site, which is not on the path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -61,5 +61,18 @@ def test_every_page_is_in_the_table_of_contents():
 )
 def test_links_to_files_of_the_repository_bring_them_along(text, expected):
     source = [text]
-    extension("repository_files").link_files(SimpleNamespace(srcdir=str(DOCS)), "scale", source)
+    script(DOCS / "_ext" / "repository_files.py").link_files(SimpleNamespace(srcdir=str(DOCS)), "scale", source)
     assert source == [expected]
+
+
+def test_the_drawings_are_what_their_script_draws():
+    draw = script(DOCS / "drawings" / "draw.py")
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "drawings").glob("*.svg")}
+    assert files == {drawing.__name__: draw.svg(drawing) for drawing in draw.DRAWINGS}
+
+
+def test_every_drawing_is_on_a_page_and_said_in_words():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "concepts").glob("*.md"))
+    shown = dict(reversed(found) for found in re.findall(r"!\[([^\]]+)\]\(\.\./drawings/(\w+)\.svg\)", pages))
+    assert set(shown) == {path.stem for path in (DOCS / "drawings").glob("*.svg")}
+    assert all(len(words.split()) > 10 for words in shown.values())
