@@ -182,13 +182,14 @@ NAMESPACES = {
     "docs/howto/hub.md": shipped,
     "docs/howto/lora.md": lambda: with_compressed(classification, tiny_bert),
     "docs/howto/ratio.md": classification,
+    "docs/howto/sentence_transformers.md": sentences,
     "docs/howto/vision.md": vision,
     "docs/index.md": classification,
     "docs/install.md": dict,
     "docs/quickstart.md": classification,
     "docs/ranks_by_prompt.md": lambda: with_compressed(routing, wide_llama),
     "docs/scale.md": language,
-    "docs/tools.md": sentences,
+    "docs/tools.md": dict,
     "docs/vllm.md": lambda: with_compressed(language, tiny_llama),
 }
 # Where a page turns to another model: before the block that has the text.
