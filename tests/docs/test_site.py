@@ -76,3 +76,12 @@ def test_every_drawing_is_on_a_page_and_said_in_words():
     shown = dict(reversed(found) for found in re.findall(r"!\[([^\]]+)\]\(\.\./drawings/(\w+)\.svg\)", pages))
     assert set(shown) == {path.stem for path in (DOCS / "drawings").glob("*.svg")}
     assert all(len(words.split()) > 10 for words in shown.values())
+
+
+PATH = re.compile(r"`((?:benchmarks|docs|examples|peft_jactus|scripts|tests|\.ci)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_files_that_a_page_names_are_there(page):
+    paths = PATH.findall(page.read_text(encoding="utf-8"))
+    assert not [path for path in paths if not (DOCS.parent / path).exists() and "-KIND" not in path]
