@@ -3,12 +3,16 @@
 Nothing is downloaded: mathematics becomes MathML, and other projects are linked by plain addresses.
 """
 
+import logging
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # which tell of kernels that nobody needs here
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 project = "peft-jactus"
 author = "the authors of peft-jactus"
@@ -25,7 +29,7 @@ extensions = [
     "repository_files",
 ]
 exclude_patterns = ["_ext"]
-smartquotes = False  # 'pivoted' and --dense are code, wherever they stand
+smartquotes_action = "D"  # dashes between a parameter and its text; no curly quotes, since 'pivoted' is code
 default_role = "py:obj"  # `name` in a docstring is a link where the name is on the site, and code elsewhere
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

@@ -1,6 +1,7 @@
 """``{command-line}``: the commands of ``peft-jactus`` with their options, from the command itself."""
 
 import inspect
+import re
 from typing import get_args
 
 from sphinx.util.docutils import SphinxDirective
@@ -21,7 +22,7 @@ def lines_of(command):
             flag = (about.param_decls or [f"--{parameter.name.replace('_', '-')}"])[0]
             default = "" if parameter.default in (None, False) else f" Default: `{parameter.default}`."
             options.append((flag, about.help, default))
-    yield from (f"(command-{name})=", "", f"## peft-jactus {name}", "", inspect.getdoc(command), "")
+    yield from (f"(command-{name})=", "", f"## peft-jactus {name}", "", with_options(inspect.getdoc(command)), "")
     yield from (
         "```console",
         " ".join(("$ peft-jactus", name, *(name for name, *_ in arguments), "[OPTIONS]")),
@@ -29,7 +30,12 @@ def lines_of(command):
         "",
     )
     for name, text, default in (*arguments, *options):
-        yield from (f"`{name}`", f": {text}{default}", "")
+        yield from (f"`{name}`", f": {with_options(text)}{default}", "")
+
+
+def with_options(text):
+    """Return a text in which options are code."""
+    return re.sub(r"--[a-z][a-z-]+", r"`\g<0>`", text)
 
 
 class CommandLine(SphinxDirective):
