@@ -1,14 +1,10 @@
 """The rooms of the package: what each is for, what it may import, and what nobody may do."""
 
 import ast
-import re
 import sys
 from pathlib import Path
 
 import pytest
-
-import peft_jactus
-from peft_jactus import parse
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_jactus"
@@ -183,9 +179,3 @@ def test_nothing_can_unpickle(path):
         if isinstance(node, ast.Call)
     }
     assert not UNSAFE_CALLS & calls
-
-
-@pytest.mark.parametrize("name", [*peft_jactus.__all__, *parse.__all__])
-def test_public_names_are_in_the_readme(name):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"\b{name}\b", readme), f"README.md does not mention {name}"

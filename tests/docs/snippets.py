@@ -44,23 +44,17 @@ def blocks_of(text, page="page.md"):
     ]
 
 
-def run_page(blocks, namespace, prepare=()):
+def run_page(blocks, namespace):
     """Run the blocks of a page, but for those with a reason.
 
     Args:
         blocks: Of the page.
         namespace: Names that the page takes for granted; what blocks define is added.
-        prepare: Pairs of a text and a function of the namespace, which is called before the first block that has the
-            text: where a page speaks of another model than before.
 
     Returns:
         How many were run.
     """
-    waiting = list(prepare)
-    for block in blocks:
-        if block.reason is None:
-            for pair in [pair for pair in waiting if pair[0] in block.code]:
-                waiting.remove(pair)
-                pair[1](namespace)
-            block.run(namespace)
-    return sum(block.reason is None for block in blocks)
+    run = [block for block in blocks if block.reason is None]
+    for block in run:
+        block.run(namespace)
+    return len(run)

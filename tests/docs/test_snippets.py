@@ -1,7 +1,5 @@
 """The Python of README and of the documentation runs, on tiny models; hubs are folders of this machine."""
 
-import copy
-import dataclasses
 from pathlib import Path
 
 import huggingface_hub
@@ -9,10 +7,9 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from peft_jactus import export_compressed, plan_ranks, plot_plan
+from peft_jactus import export_compressed
 from tests.docs.snippets import blocks_of, run_page
 from tests.support.compressed_models import (
     VOCABULARY,
@@ -56,12 +53,6 @@ def rows_of(model):
 def texts(*names):
     rows = [{name: f"w{5 + row} w{9 + row} w{20 + i}" for i, name in enumerate(names)} for row in range(ROWS)]
     return Dataset.from_list(rows)
-
-
-def lenient_trainer(**options):
-    """Make a Trainer; a page may leave its data sets out, as ``...``."""
-    data = {key: rows_of(tiny_bert()) for key, value in options.items() if value is ...}
-    return Trainer(**{"data_collator": default_data_collator, **options, **data})
 
 
 # -- what pages take for granted --------------------------------------------------------------------------
@@ -146,32 +137,9 @@ def sentences():
     return {"pairs": Dataset.from_list(pairs), "args": args}
 
 
-def plan_of_a_dense_model(namespace):
-    model = tiny_bert()
-    config = calibrated(model, retained_ratio=0.8)
-    namespace |= {"model": model, "config": config, "statistics": config.statistics}
-
-
-def llama_to_route(namespace):
-    namespace |= with_compressed(routing, wide_llama)
-
-
-def readme():
-    """README shows parts of scripts: without imports, and with ``...`` for data."""
-    return classification() | {
-        "Trainer": lenient_trainer,
-        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
-        "copy": copy,
-        "dataclasses": dataclasses,
-        "get_peft_model": get_peft_model,
-        "plan_ranks": plan_ranks,
-        "plot_plan": plot_plan,
-    }
-
-
 # What each page with code takes for granted.
 NAMESPACES = {
-    "README.md": readme,
+    "README.md": classification,
     "docs/bits.md": language,
     "docs/concepts/adaptation.md": classification,
     "docs/concepts/ranks.md": classification,
@@ -192,9 +160,6 @@ NAMESPACES = {
     "docs/tools.md": dict,
     "docs/vllm.md": lambda: with_compressed(language, tiny_llama),
 }
-# Where a page turns to another model: before the block that has the text.
-PREPARE = {"README.md": [("plan_ranks(model", plan_of_a_dense_model), ("routed_copy(", llama_to_route)]}
-
 
 # -- a hub of folders: a name such as user/model is a path, too ----------------------------------------------
 
@@ -250,19 +215,13 @@ def test_every_page_with_code_says_what_it_takes_for_granted():
 def test_the_code_of_a_page_runs(page, hub):
     blocks = BLOCKS[page]
     hub("".join(block.code for block in blocks))
-    run_page(blocks, {"__name__": "page", **NAMESPACES[page]()}, PREPARE.get(page, ()))
+    run_page(blocks, {"__name__": "page", **NAMESPACES[page]()})
 
 
 @pytest.mark.parametrize("block", [b for blocks in BLOCKS.values() for b in blocks if b.reason], ids=str)
 def test_what_is_not_run_has_a_reason(block):
     compile(block.code, block.page, "exec")  # at least
     pytest.skip(block.reason)
-
-
-def test_what_a_page_turns_to_is_on_it():
-    for page, pairs in PREPARE.items():
-        code = "".join(block.code for block in BLOCKS[page])
-        assert all(text in code for text, _ in pairs)
 
 
 PAGE = """# A page
@@ -305,9 +264,3 @@ def test_a_block_that_does_not_run_fails_with_its_line():
 def test_a_block_that_does_not_run_at_all_fails_too():
     with pytest.raises(SyntaxError):
         run_page(blocks_of("```python\nfrom peft import\n```\n"), {})
-
-
-def test_something_is_prepared_before_the_block_that_has_the_text():
-    namespace = {"seed": 1}
-    run_page(blocks_of(PAGE), namespace, [("second", lambda names: names.update(first=10))])
-    assert namespace["second"] == 11
