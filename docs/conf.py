@@ -17,7 +17,7 @@ for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # which tell
 project = "peft-jactus"
 author = "the authors of peft-jactus"
 version_file = (ROOT / "peft_jactus" / "_version.py").read_text(encoding="utf-8")
-release = version = re.search(r'"([^"]+)"', version_file).group(1)
+release = version = re.search(r'^__version__ = "([^"]+)"$', version_file, re.MULTILINE).group(1)
 
 extensions = [
     "myst_parser",

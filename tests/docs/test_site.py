@@ -39,6 +39,10 @@ def test_every_public_name_has_a_docstring(name):
     assert len(documented_object.__doc__.split()) >= 5
 
 
+def test_the_site_has_the_version_of_the_package():
+    assert script(DOCS / "conf.py").release == peft_jactus.__version__
+
+
 def test_every_page_is_in_the_table_of_contents():
     listed = set()
     for index in (DOCS / "index.md", DOCS / "api" / "index.md"):
