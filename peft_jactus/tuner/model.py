@@ -28,7 +28,7 @@ from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
 from peft_jactus.tuner.quantized_bases import forget_quantization_, is_quantized, note_plain_layers_
 from peft_jactus.tuner.replication import MadeLayer, digest, made_for_all, share_out_layers
-from peft_jactus.tuner.target_checks import find_refusal, layer_sharing, raise_refusals
+from peft_jactus.tuner.target_checks import find_refusal, raise_refusals, used_elsewhere
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
     add_further_heads_,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.numerics.approximation import ProjectedWeight
+    from peft_jactus.tuner.target_checks import Refusal
 
 # Below this many layers a bar would flash by.
 _MIN_LAYERS_FOR_BAR = 8
@@ -87,13 +88,13 @@ class JactusModel(AtomicTuner):
     _factorizing_bar: Any = None
     _prepared: _Prepared | None = None  # while layers are replaced
     _twin: str | None = None  # meanwhile, the adapter whose values a further one gets
-    _sharing: Mapping[str, list[str]] = MappingProxyType({})  # meanwhile; see `layer_sharing`
+    _elsewhere: Mapping[str, Refusal] = MappingProxyType({})  # meanwhile; see `used_elsewhere`
 
     # -- injecting ----------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the targeted layers; let go of the statistics once it is done."""
-        self._sharing = layer_sharing(model)
+        self._elsewhere = used_elsewhere(model)
         config = self.peft_config[adapter_name]
         assert isinstance(config, JactusConfig)
         self._twin = self._twin_of(adapter_name, config)
@@ -104,7 +105,7 @@ class JactusModel(AtomicTuner):
             if targets_all_linear(asked) or self._twin is not None:  # names of this model are in the user's config
                 config.target_modules = asked
             self._prepared = None
-            self._sharing = {}
+            self._elsewhere = {}
             self._twin = None
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
@@ -193,7 +194,7 @@ class JactusModel(AtomicTuner):
     ) -> None:
         del parameter_name  # PEFT's, for experts held in one parameter
         assert isinstance(peft_config, JactusConfig)
-        if (refusal := find_refusal(current_key, target, parent, self._sharing)) is not None:
+        if (refusal := find_refusal(current_key, target, parent, self._elsewhere)) is not None:
             raise_refusals({current_key: refusal})
         if self._twin is not None:
             assert isinstance(target, JactusLayer)
@@ -269,6 +270,13 @@ class JactusModel(AtomicTuner):
             factors = dataclasses.replace(factors, core=core + scale * noise)
         shape = config.adapter_shape(factors.rank, *features_of(target))
         return MadeLayer(factors.rank, tensors_of(factors, shape, self._dtype_of(target), statistics))
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            names: list[str] = super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # transformers' word of detectors, which have no embeddings of tokens
+            return []
+        return names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Only what trains needs float32; the rest keeps the dtype of the model.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _PROBE_SCALES = (1e-3, 1.0, 1e3)
 # In units of rounding: different orders of summation.
 _PROBE_TOLERANCE = 32
+# What every module has, its registered children among it.
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,13 @@ class Refusal:
     always: bool = False
 
 
-def layer_sharing(model: nn.Module) -> dict[str, list[str]]:
-    """Return, for each linear layer whose weight stands in several places of ``model``, the other places' names."""
+def used_elsewhere(model: nn.Module) -> dict[str, Refusal]:
+    """Return, by name, linear layers that ``model`` also uses from other places than theirs, so that none can go."""
+    return {**_held_aside(model), **_sharing_a_weight(model)}
+
+
+def _sharing_a_weight(model: nn.Module) -> dict[str, Refusal]:
+    """Return the layers whose weight stands in several places."""
     places: dict[object, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight") if isinstance(module, (nn.Linear, Conv1D)) else None
@@ -49,11 +56,38 @@ def layer_sharing(model: nn.Module) -> dict[str, list[str]]:
             here = (weight.device, weight.data_ptr(), weight.shape) if in_memory else id(weight)
             places.setdefault(here, []).append(name.removesuffix(".base_layer"))
     return {
-        name: [other for other in names if other != name]
+        name: Refusal(
+            f"has one weight with {', '.join(other for other in names if other != name)}: factors for each place "
+            "would take more memory, not less, and what one of them learns the others would not have. Add all of them "
+            "to `exclude_modules`."
+        )
         for names in places.values()
         if len(names) > 1
         for name in names
     }
+
+
+def _held_aside(model: nn.Module) -> dict[str, Refusal]:
+    """Return the layers that a module also holds in a list, or as a plain attribute: none is replaced there."""
+    names = {id(module): name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    found = {}
+    for holder_name, holder in model.named_modules():
+        for attribute, value in vars(holder).items():
+            held = () if attribute in _OF_MODULES else _modules_in(value)
+            for name in (names[id(module)] for module in held if id(module) in names):
+                found[name] = Refusal(
+                    f"is also held by `{attribute}` of {holder_name or 'the model'}, a {type(holder).__name__}, "
+                    "outside of its registered modules: the model may call it from there, past what takes its place. "
+                    "Add the name to `exclude_modules`; in a class of your own, use nn.ModuleList."
+                )
+    return found
+
+
+def _modules_in(value: object) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [module for module in values if isinstance(module, nn.Module)]
 
 
 def ties_to_break(model: nn.Module, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -70,20 +104,17 @@ def ties_to_break(model: nn.Module, names: Collection[str]) -> tuple[dict[str, s
     return broken, {key: source for key, source in tied.items() if key not in broken}
 
 
-def find_refusal(name: str, module: nn.Module, parent: nn.Module, sharing: Mapping[str, list[str]]) -> Refusal | None:
+def find_refusal(name: str, module: nn.Module, parent: nn.Module, elsewhere: Mapping[str, Refusal]) -> Refusal | None:
     """Return why factors can't replace ``module``, or None if they can.
 
     Args:
         name: Of the module.
         module: Any.
         parent: That holds it.
-        sharing: `layer_sharing` of the model.
+        elsewhere: `used_elsewhere` of the model.
     """
-    if others := sharing.get(name):
-        return Refusal(
-            f"has one weight with {', '.join(others)}: factors for each place would take more memory, not less, and "
-            "what one of them learns the others would not have. Add all of them to `exclude_modules`."
-        )
+    if name in elsewhere:
+        return elsewhere[name]
     if isinstance(module, JactusLayer):
         return None
     if isinstance(module, BaseTunerLayer):

@@ -28,10 +28,10 @@ from peft_jactus.tuner.target_checks import (
     Refusal,
     describe,
     find_refusal,
-    layer_sharing,
     raise_refusals,
     refusal_of_head,
     ties_to_break,
+    used_elsewhere,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     check_method(model)
     asked, config = config.target_modules, _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
-    heads, sharing = head_names(config), layer_sharing(model)
+    heads, elsewhere = head_names(config), used_elsewhere(model)
     check_heads(model, config)
     adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     targets: dict[str, nn.Module] = {}
@@ -75,7 +75,7 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
         if not name or name.startswith(adapted) or not _matches(config, name):
             continue
         targets[name] = module
-        refusal = find_refusal(name, module, modules[name.rpartition(".")[0]], sharing)
+        refusal = find_refusal(name, module, modules[name.rpartition(".")[0]], elsewhere)
         if refusal is None and is_trained_whole(name, heads):
             refusal = Refusal(
                 f"is targeted, and PEFT would train it whole beside the adapter, for its name ends with one of "
@@ -156,13 +156,13 @@ def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
     if not targets_all_linear(config.target_modules):
         return
     _maybe_include_all_linear_layers(config, model)  # in place
-    heads, sharing = head_names(config), layer_sharing(model)
+    heads, elsewhere = head_names(config), used_elsewhere(model)
     targets, left_dense = set(), {}
     for name in config.target_modules or ():
         if is_trained_whole(name, heads):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
-        refusal = find_refusal(name, model.get_submodule(name), parent, sharing)
+        refusal = find_refusal(name, model.get_submodule(name), parent, elsewhere)
         if refusal is None or refusal.always:
             targets.add(name)
         elif _matches(config, name):

@@ -82,6 +82,51 @@ def test_all_linear_leaves_a_weight_in_several_places_dense_and_says_so_once(sha
     assert "third" not in message
 
 
+class CallsFromAList(nn.Module):
+    """As Mask2Former's predictors do: what is called is in a list, what is registered is the same layers by name."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.first, self.second = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.third = nn.Linear(DIM, DIM)
+        self.blocks = hold([self.first, self.second])
+
+    def forward(self, x):
+        for block in self.blocks.values() if isinstance(self.blocks, dict) else self.blocks:
+            x = block(x)
+        return self.third(x)
+
+
+HOLDS = [list, tuple, lambda blocks: dict(enumerate(blocks))]
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_layers_that_a_model_calls_from_a_plain_list_are_refused(hold):
+    model = nn.Sequential(CallsFromAList(hold))
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        TypeError, match=r"^0\.first is also held by `blocks` of 0, a CallsFromAList.*\n0\.second is also"
+    ):
+        get_peft_model(model, config_for(["first", "second", "third"]))
+    with pytest.raises(TypeError, match=r"nn\.ModuleList"):
+        calibrate(model, JactusConfig(target_modules=["first"]), [], loss_fn=lambda *_: pytest.fail("it was run"))
+    assert torch.equal(model[0].first.weight, before[0].first.weight)
+    assert compressed_names(model, config_for()) == {"base_model.model.0.third"}
+
+
+def test_a_layer_held_as_a_plain_attribute_is_refused():
+    model = linear_model("first", "second")
+    vars(model["second"])["previous"] = model["first"]
+    with pytest.raises(TypeError, match=r"^first is also held by `previous` of second, a Linear"):
+        get_peft_model(model, config_for(["first", "second"]))
+
+
+def test_registered_lists_are_no_such_list():
+    model = CallsFromAList(nn.ModuleList)
+    del model.first, model.second
+    assert len(compressed_names(model, config_for())) == 3
+
+
 def test_layers_of_a_model_that_shares_blocks_stay_dense():
     config = transformers.AlbertConfig(
         vocab_size=40, embedding_size=DIM, hidden_size=DIM, intermediate_size=12, num_attention_heads=2,
