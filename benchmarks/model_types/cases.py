@@ -3,12 +3,21 @@
 import time
 
 from benchmarks.model_types.building import CannotBuildError, ComponentError, build, first_line
-from benchmarks.model_types.journey import DifferenceError, Settings, check_dense, is_refusal, travel, where
+from benchmarks.model_types.journey import (
+    DifferenceError,
+    Settings,
+    UnstableError,
+    check_dense,
+    is_refusal,
+    travel,
+    where,
+)
 
 # In this order in the summary.
 OUTCOMES = {
     "passed": "exported and loaded, with the same tensors and outputs",
     "setting": "the same, with a setting",
+    "unstable": "loaded with the same tensors; a millionth of its weights changes the dense model's outputs, too",
     "refused": "refused by this package, with a message",
     "failed": "failed with an error before anything was exported",
     "unloadable": "exported, and does not load",
@@ -59,6 +68,8 @@ def journeys(built, enter):
             outcome = and_the_others(outcome, journey(built, Settings(without_data=True), enter))
         if outcome["outcome"] in UNSOUND:
             return or_of_transformers(outcome, check_dense(built))
+        if outcome["outcome"] == "unstable":
+            return outcome
         if outcome["outcome"] == "passed":
             said = settings.describe()
             return outcome | ({"outcome": "setting", "settings": said, "without_it": first["reason"]} if said else {})
@@ -94,6 +105,8 @@ def journey(built, settings, enter):
 
     try:
         return {"outcome": "passed", **travel(built, settings, entered)}
+    except UnstableError as error:
+        return {"outcome": "unstable", "stage": stage, "reason": str(error), **error.figures}
     except DifferenceError as error:
         return {"outcome": "silent", "stage": stage, "reason": str(error)}
     except Exception as error:  # noqa: BLE001  # whatever models' code raises is an outcome
