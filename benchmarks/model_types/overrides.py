@@ -1,6 +1,13 @@
 """What the generic rules of `shrinking` do not know about single types: fields, or a function of the other fields."""
 
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}, "head_dim": 16}
+_ROPE = {"rope_theta": 1e4}
+
+
+def _mrope(*sections):
+    """Return rotary embeddings of several axes, for heads 16 wide."""
+    rope = {"rope_type": "default", **_ROPE, "mrope_section": list(sections)}
+    return {"rope_parameters": rope, "head_dim": 16}
+
 
 # Images of 1024 x 1024, in a tower whose sizes have to go with those of two other configs.
 _SAM_TOWER = {"image_size": 128, "num_pos_feats": 32}
@@ -28,6 +35,21 @@ OVERRIDES = {
     "blt": {"encoder_hash_byte_group_vocab": 320},
     "blip-2": {"image_token_index": 319},
     "instructblip": {"image_token_index": 319},
-    "qwen2_vl_text": _MROPE,
-    "qwen2_5_vl_text": _MROPE,
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text"), _mrope(2, 3, 3)),
+    **dict.fromkeys(("cosmos3_edge_text", "hy_v4_vl_text"), _mrope(2, 3, 3)),
+    "glm4v_moe_text": _mrope(1, 1, 2),
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    **dict.fromkeys(
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"),
+        {"rope_parameters": {"rope_type": "dynamic", **_ROPE, "alpha": 1.0, "factor": 1.0}, "head_dim": 16},
+    ),
+    "ministral": {"rope_parameters": {"rope_type": "default", **_ROPE}, "head_dim": 16},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 2, "index_topk": 4},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {"rope_type": "default", **_ROPE})
+    },
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
 }
