@@ -1,12 +1,16 @@
 """What the generic rules of `shrinking` do not know about single types: fields, or a function of the other fields."""
 
-_ROPE = {"rope_theta": 1e4}
+_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def _rope(kind, **parameters):
+    """Return rotary embeddings, for heads 16 wide."""
+    return {"rope_parameters": {**_DEFAULT_ROPE, "rope_type": kind, **parameters}, "head_dim": 16}
 
 
 def _mrope(*sections):
-    """Return rotary embeddings of several axes, for heads 16 wide."""
-    rope = {"rope_type": "default", **_ROPE, "mrope_section": list(sections)}
-    return {"rope_parameters": rope, "head_dim": 16}
+    """Return rotary embeddings of several axes."""
+    return _rope("default", mrope_section=list(sections))
 
 
 # Images of 1024 x 1024, in a tower whose sizes have to go with those of two other configs.
@@ -41,15 +45,14 @@ OVERRIDES = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     **dict.fromkeys(
-        ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"),
-        {"rope_parameters": {"rope_type": "dynamic", **_ROPE, "alpha": 1.0, "factor": 1.0}, "head_dim": 16},
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text"), _rope("dynamic", alpha=1.0, factor=1.0)
     ),
-    "ministral": {"rope_parameters": {"rope_type": "default", **_ROPE}, "head_dim": 16},
+    "ministral": _rope("default"),
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
     "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 2, "index_topk": 4},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "cohere_compass_text": {
-        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {"rope_type": "default", **_ROPE})
+        "rope_parameters": {kind: dict(_DEFAULT_ROPE) for kind in ("full_attention", "sliding_attention")}
     },
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
 }
