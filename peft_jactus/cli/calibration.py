@@ -161,7 +161,7 @@ def load_pretrained(name: str, config: PreTrainedConfig, task: Task | None) -> P
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
             f"{name} has no weights for {sorted(report['missing_keys'])[:5]}, which {type(model).__name__} has. "
-            "Fine-tune it first (or while compressing: see the README), or give another --task."
+            "Fine-tune it first, or while you compress it (`JactusConfig` and a Trainer), or give another --task."
         )
     return cast("PreTrainedModel", model.eval())
 

@@ -100,7 +100,7 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
     if any(isinstance(module, JactusLayer) for module in model.modules()):
         raise ValueError(
             "`model` has a JACTUS adapter, not deployed layers. Give what `export_compressed` wrote, loaded by "
-            "`from_pretrained`; or `peft_jactus.deployment.export.compressed_copy(model)`."
+            "`from_pretrained`; or `peft_jactus.compressed_copy(model)`."
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     if not layers:
