@@ -9,6 +9,7 @@ from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, write_markdown
 
 CASE = ("decomposition", "retained_ratio", "storage", "allocation", "tokens", "dtype", "is_deployed")
+OFF_THE_SCALE = 50  # times the dense model's perplexity
 # Figures of other models, as their papers have them: of another size, and by other protocols.
 QUOTED = (
     "Quoted, not run here: Llama-3.1-8B at 0.8, wikitext2 perplexity and mean of seven tasks: ZS-SVD 9.78 and 60.9 %, "
@@ -98,25 +99,41 @@ def markdown(found, table_tokens):
     ])
 
 
+def points_of(found, decomposition, table_tokens, name):
+    """Return {kept share in percent: value} of a decomposition as it is used, where it was measured."""
+    keys = {r: (decomposition, r, *AS_USED[decomposition], table_tokens, "bfloat16", False) for r in RATIOS}
+    values = {100 * r: figures(found[key]).get(name) for r, key in keys.items() if key in found}
+    return {share: value for share, value in values.items() if value is not None}
+
+
+def draw_panel(axes, found, table_tokens, name):
+    """Draw a corpus, or the accuracy; perplexities far from the dense model's are named, and not drawn."""
+    dense = figures(dense_of(found, "bfloat16")).get(name)
+    missing = []
+    for decomposition in DECOMPOSITIONS:
+        points = points_of(found, decomposition, table_tokens, name)
+        if name != "accuracy" and points and min(points.values()) > OFF_THE_SCALE * dense:
+            missing.append(decomposition)
+        axes.plot(list(points), list(points.values()), marker="o", label=decomposition)
+    if dense is not None:
+        axes.axhline(dense, color="black", linestyle="--", label="dense")
+    axes.set_xlabel("kept of the targeted parameters, %")
+    axes.set_ylabel("mean of 7 sets, %" if name == "accuracy" else f"perplexity on {name}")
+    if name != "accuracy" and dense is not None:
+        axes.set_yscale("log")
+        axes.set_ylim(0.85 * dense, OFF_THE_SCALE * dense)
+    axes.set_title(f"off the scale: {', '.join(missing)}" if missing else " ", fontsize=9)
+    axes.grid(visible=True, alpha=0.3)
+
+
 def plot(found, table_tokens, path):
     """Draw perplexity of each corpus, and accuracy, against the kept share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("wikitext2", "ptb", "accuracy"), strict=True):
-        for decomposition in DECOMPOSITIONS:
-            keys = {r: (decomposition, r, *AS_USED[decomposition], table_tokens, "bfloat16", False) for r in RATIOS}
-            points = {100 * r: figures(found[key]).get(name) for r, key in keys.items() if key in found}
-            points = {share: value for share, value in points.items() if value is not None}
-            axes.plot(list(points), list(points.values()), marker="o", label=decomposition)
-        value = figures(dense_of(found, "bfloat16")).get(name)
-        if value is not None:
-            axes.axhline(value, color="black", linestyle="--", label="dense")
-        axes.set_xlabel("kept of the targeted parameters, %")
-        axes.set_ylabel("mean of 7 sets, %" if name == "accuracy" else f"perplexity on {name}")
-        axes.set_yscale("linear" if name == "accuracy" else "log")
-        axes.grid(visible=True, alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
+        draw_panel(axes, found, table_tokens, name)
+    figure.axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
