@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +78,12 @@ def _try_to_build(config_class, auto, model_class, recipe):
 
 
 def first_line(error):
-    """Return what an error says, without the rest of a long list of layers."""
+    """Return what an error says, without the rest of a long list of layers, and without names of temporary folders."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Class validation error") and len(lines) > 1:  # of transformers' configs
         lines = lines[1:]
     line = re.sub(_NAMES, lambda names: f"{names[1]} and {names[0].count(',')} more", lines[0] if lines else "")
+    line = re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w{{8}}\b", "FOLDER", line)  # another one each time
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
