@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-# PEFT imports torchao where it is installed; it then tells everybody of kernels that this machine has no use for.
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+# PEFT imports these where they are installed, and they tell everybody of kernels that this machine has no use for.
+_NOISY_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
 # Raised for wrong arguments, missing files, models that cannot be compressed; by this package, PEFT and transformers.
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# PEFT imports torchao where it is installed, and that tells of kernels that this machine has no use for.
-for name in ("torchao", "torch.utils._pytree"):
+# PEFT imports these where they are installed, and they tell of kernels that this machine has no use for.
+for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 # PEFT 0.21 asks transformers 5 by an old name.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
