@@ -45,14 +45,17 @@ def static_copy(model: PreTrainedModel, retained_ratio: float | None = None) -> 
 
     Raises:
         ValueError: If ``model`` has no router, parts of its layers are not plain (an adapter is on them, or they are
-            quantised), or the ratio is less than one expert in each layer takes.
+            quantised), or the ratio is not in (0, 1] or less than one expert in each layer takes.
     """
     router = router_of(model)
     if router is None:
         raise ValueError("`model` has no router. Make it a routed one first: `routed_copy`, `initialize_router_`.")
+    ratio = router.active_ratio if retained_ratio is None else retained_ratio
+    if not 0 < ratio <= 1:
+        raise ValueError(f"`retained_ratio` must be in (0, 1]; got {ratio!r}.")
     names = {name: layer for name, layer in model.named_modules() if layer in router.layers}
     check_readable(model, names, would_lose_it="static ranks")
-    selected = _choose(router, router.active_ratio if retained_ratio is None else retained_ratio)
+    selected = _choose(router, ratio)
     static = structural_copy(model)
     remove_router(static)
     quantizer = static.hf_quantizer
@@ -62,7 +65,7 @@ def static_copy(model: PreTrainedModel, retained_ratio: float | None = None) -> 
         static.set_submodule(name, replacement)
         quantizer.module_forms[name] = LayerForm(replacement.storage, replacement.rank)
     quantizer.quantization_config.extensions.pop(ROUTER_FIELD, None)
-    quantizer.quantization_config.retained_ratio = retained_ratio
+    quantizer.quantization_config.retained_ratio = ratio
     return static
 
 

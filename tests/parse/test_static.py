@@ -1,5 +1,7 @@
 """The choice for the average prompt as a plain compressed model."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -68,9 +70,10 @@ def test_the_default_ratio_is_the_routers_and_the_routed_model_stays_as_it_is():
 
 
 def test_it_is_a_checkpoint_without_a_router(tmp_path):
-    fixed = static_copy(routed(tiny_llama()), 0.6)
+    fixed = static_copy(routed(tiny_llama(), active_ratio=0.6))
     inputs = inputs_of(fixed)
     fixed.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["retained_ratio"] == 0.6
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert router_of(loaded) is None
     assert "router" not in (tmp_path / "config.json").read_text()
@@ -95,6 +98,12 @@ def test_layers_with_an_adapter_on_their_parts_are_refused():
     get_peft_model(model, LoraConfig(target_modules=["down", "up"]))
     with pytest.raises(ValueError, match="down"):
         static_copy(model, 0.6)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
+def test_a_ratio_that_is_none_is_refused(ratio):
+    with pytest.raises(ValueError, match="`retained_ratio` must be in"):
+        static_copy(routed(tiny_llama()), ratio)
 
 
 def test_a_ratio_below_one_expert_in_each_layer_is_refused():
