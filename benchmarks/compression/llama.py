@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.compare.adapting import rank_multiple
 from benchmarks.compare.cases import RATIOS
 from benchmarks.compression.llama_tables import results_of, write_report
+from benchmarks.compression.loss import compress_
 from benchmarks.compression.loss_tables import AS_USED, DECOMPOSITIONS
 from benchmarks.harness.arguments import add_data_dir, study_parser
 from benchmarks.harness.environment import environment
@@ -205,10 +206,8 @@ class Factorizations:
             fixed_ranks={},
         )
         model = copy.deepcopy(dense)
-        for name, rank in allocated.ranks.items():
-            weight = model.get_submodule(name).weight
-            if rank < min(weight.shape):
-                weight.copy_(projected[name].truncate(rank).dense())
+        layers = {name: dense.get_submodule(name) for name in projected}
+        compress_(model, layers, projected, allocated.ranks, {}, case.decomposition)  # no statistics: there is no bias
         return model
 
     def deployed(self, case):

@@ -274,7 +274,7 @@ class JactusModel(AtomicTuner):
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:
             names: list[str] = super()._get_module_names_tied_with_embedding()
-        except NotImplementedError:  # transformers' word of detectors, which have no embeddings of tokens
+        except NotImplementedError:  # of `get_input_embeddings`: a detector has none, and nothing is tied to them
             return []
         return names
 

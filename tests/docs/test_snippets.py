@@ -218,10 +218,20 @@ def test_the_code_of_a_page_runs(page, hub):
     run_page(blocks, {"__name__": "page", **NAMESPACES[page]()})
 
 
-@pytest.mark.parametrize("block", [b for blocks in BLOCKS.values() for b in blocks if b.reason], ids=str)
-def test_what_is_not_run_has_a_reason(block):
-    compile(block.code, block.page, "exec")  # at least
-    pytest.skip(block.reason)
+# All that is not run; one more has to be entered here.
+NOT_RUN = {"docs/howto/hub.md": "uploads to the Hub", "docs/tools.md": "needs onnx and onnxscript"}
+LEFT_OUT = [block for blocks in BLOCKS.values() for block in blocks if block.reason]
+
+
+def test_nothing_else_is_left_out():
+    assert sorted(block.page for block in LEFT_OUT) == sorted(NOT_RUN)
+
+
+@pytest.mark.parametrize("block", LEFT_OUT, ids=str)
+def test_what_is_not_run_is_python_and_has_its_reason(block):
+    compile(block.code, block.page, "exec")
+    assert block.reason.startswith(NOT_RUN[block.page])
+    pytest.skip(block.reason)  # so that the summary of the tests shows it
 
 
 PAGE = """# A page

@@ -137,6 +137,32 @@ def test_layers_of_a_model_that_shares_blocks_stay_dense():
     assert len(compressed_names(model, config_for())) == num_linear
 
 
+class Detector(transformers.PreTrainedModel):
+    """Has no embeddings of tokens, and transformers raises when asked for them, as of Deformable DETR."""
+
+    config_class = transformers.PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone, self.box = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self._tied_weights_keys = {}  # with such a dict, PEFT looks for those of the embeddings
+        self.post_init()
+
+    def forward(self, x):
+        return self.box(self.backbone(x))
+
+
+def test_a_model_without_token_embeddings_is_compressed_saved_and_loaded(tmp_path):
+    dense = Detector(transformers.PreTrainedConfig())
+    with pytest.raises(NotImplementedError):
+        dense.get_input_embeddings()
+    model = get_peft_model(copy.deepcopy(dense), config_for(["backbone"], retained_ratio=0.5))
+    x = torch.randn(3, DIM)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(dense, tmp_path)
+    assert torch.equal(loaded(x), model(x))
+
+
 # -- what is exactly a product ----------------------------------------------------------------------------
 
 
