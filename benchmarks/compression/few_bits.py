@@ -1,7 +1,7 @@
 """Low rank and few bits: what a model loses in 8 and 4 bits a number, dense and compressed, and how small it gets.
 
     python -m benchmarks.compression.few_bits run text --task trec --seeds 0 1 2 --rows 1000
-    JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.few_bits run language --task wikitext2 \
+    JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.few_bits run language --task wikitext2 \\
         --calibration-rows 48 --test-rows 8
     python -m benchmarks.compression.few_bits report
 

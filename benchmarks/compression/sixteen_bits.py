@@ -2,7 +2,7 @@
 
     python -m benchmarks.compression.sixteen_bits run text --task trec
     JACTUS_LLAMA=outputs/llama-novels python -m benchmarks.compression.sixteen_bits run language --task novels
-    JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.sixteen_bits run language --task wikitext2 \
+    JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.sixteen_bits run language --task wikitext2 \\
         --calibration-rows 64 --test-rows 16
     python -m benchmarks.compression.sixteen_bits report
 
