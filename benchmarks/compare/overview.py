@@ -10,24 +10,20 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.compare.cases import RATIOS
-from benchmarks.compare.tables import by_seed, load_results, mean_of_all_seeds
+from benchmarks.compare.tables import COLORS, by_seed, load_results, mean_of_all_seeds
 from benchmarks.harness.arguments import study_parser
 from benchmarks.harness.records import RESULTS
+from peft_jactus.deployment.plots import light_and_dark
 
 PANELS = {
     "text": "8 text tasks\naccuracy, %",
     "vision": "4 image tasks\naccuracy, %",
     "language": "2 texts, lower is better\nperplexity",
 }
-# At full size: label in the tables, name, colour, style of the line.
-FULL_SIZE = (
-    ("full", "full fine-tuning", "#7d7d7d", ":"),
-    ("lora", "LoRA", "#9467bd", "--"),
-    ("dora", "DoRA", "#c4601d", "-."),
-)
-COMPRESSED = (("jactus pivoted", "JACTUS", "#3a72b0", 3), ("svd-llm+lora", "SVD-LLM, then LoRA", "#b04a4a", 1.5))
+# Label in the tables, name, and style or width of the line.
+FULL_SIZE = (("full", "full fine-tuning", ":"), ("lora", "LoRA", "--"), ("dora", "DoRA", "-."))
+COMPRESSED = (("jactus pivoted", "JACTUS", 3), ("svd-llm+lora", "SVD-LLM, then LoRA", 1.5))
 LEAST_SPAN = 5  # of an axis, so that tenths of a point look like what they are
-GREY = "#7d7d7d"  # can be read on white and on black
 
 
 def parse_arguments():
@@ -45,30 +41,28 @@ def means(results):
 
 
 def draw_panel(axes, title, found):
-    for label, name, color, style in FULL_SIZE:
-        axes.axhline(found[label], color=color, linestyle=style, linewidth=1.5, label=f"{name}, 100 %")
+    for label, name, style in FULL_SIZE:
+        axes.axhline(found[label], color=COLORS[label], linestyle=style, linewidth=1.5, label=f"{name}, 100 %")
     shares = [100 * ratio for ratio in RATIOS]
-    for label, name, color, width in COMPRESSED:
+    for label, name, width in COMPRESSED:
         values = [found[f"{label} {ratio:g}"] for ratio in RATIOS]
-        axes.plot(shares, values, color=color, linewidth=width, marker="o", label=name)
+        axes.plot(shares, values, color=COLORS[label], linewidth=width, label=name)
     middle, span = statistics.mean(axes.get_ylim()), axes.get_ylim()[1] - axes.get_ylim()[0]
     axes.set_ylim(middle - max(span, LEAST_SPAN) / 2, middle + max(span, LEAST_SPAN) / 2)
-    axes.set_title(title, fontsize=10, color=GREY)
+    axes.set_title(title, fontsize=10)
     axes.set_xticks(shares)
     axes.set_xlim(85, 35)
-    axes.tick_params(colors=GREY)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+@light_and_dark()
 def plot(folder):
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     for axes, (kind, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         draw_panel(axes, title, means(load_results(folder, kind)))
-    figure.supxlabel("kept of the linear layers, %", fontsize=10, color=GREY)
+    figure.supxlabel("kept of the linear layers, %", fontsize=10)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, labelcolor=GREY, fontsize=9)
+    figure.legend(handles, names, loc="outside right center", fontsize=9)
     return figure
 
 
@@ -76,7 +70,7 @@ def main():
     folder = parse_arguments().out
     # The same file from the same tables, whenever it is drawn.
     with mpl.rc_context({"svg.hashsalt": "peft-jactus"}):
-        plot(folder).savefig(folder / "overview.svg", transparent=True, metadata={"Date": None})
+        plot(folder).savefig(folder / "overview.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -6,32 +6,34 @@ import textwrap
 
 from benchmarks.compare.cases import METRIC, Case, budgets, results_of
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
+from peft_jactus.deployment.plots import GREY, light_and_dark
 
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
 # The same method, the same colour in every plot.
+# JACTUS in blues, SVD-LLM in reds, full size in greys, violets and browns.
 COLORS = {
-    "jactus pivoted": "tab:blue",
-    "jactus-embeddings pivoted": "navy",
-    "jactus-8-bits pivoted": "deepskyblue",
-    "jactus-4-bits pivoted": "dodgerblue",
-    "jactus-cores pivoted": "tab:cyan",
-    "lora+jactus-cores pivoted": "steelblue",
-    "full+jactus-cores pivoted": "slateblue",
-    "jactus+lora pivoted": "teal",
-    "jactus+full pivoted": "olive",
-    "full+svd-llm+lora": "gold",
-    "svd-llm+full": "salmon",
-    "svd+lora": "tab:green",
-    "svd-llm+lora": "tab:red",
-    "lora+svd-llm+lora": "tab:orange",
-    "full": "black",
-    "lora": "tab:purple",
-    "lora-embeddings": "indigo",
-    "dora": "tab:brown",
-    "pissa": "tab:pink",
-    "eva": "tab:gray",
-    "lora-ga": "darkgreen",
+    "jactus pivoted": "#3a72b0",
+    "jactus-embeddings pivoted": "#5f6fd0",
+    "jactus-8-bits pivoted": "#1a8fa3",
+    "jactus-4-bits pivoted": "#4a7fd0",
+    "jactus-cores pivoted": "#0f8b8d",
+    "lora+jactus-cores pivoted": "#6a86a8",
+    "full+jactus-cores pivoted": "#7a74c8",
+    "jactus+lora pivoted": "#2f8f5b",
+    "jactus+full pivoted": "#7a8a2a",
+    "full+svd-llm+lora": "#d0572f",
+    "svd-llm+full": "#d1495b",
+    "svd+lora": "#3d8b3d",
+    "svd-llm+lora": "#b04a4a",
+    "lora+svd-llm+lora": "#b8651b",
+    "full": GREY,
+    "lora": "#9467bd",
+    "lora-embeddings": "#bb6bd9",
+    "dora": "#8c6d5a",
+    "pissa": "#c2568f",
+    "eva": "#848484",
+    "lora-ga": "#6f7f2f",
 }
 
 
@@ -127,6 +129,7 @@ def markdown(results):
     return f"{explanation}\n\n{markdown_table(head, rows)}"
 
 
+@light_and_dark()
 def plot(results, path):
     """Draw scores against kept parameters, a line for each method that all seeds have, with the spread over seeds."""
     from matplotlib.figure import Figure
@@ -145,7 +148,7 @@ def plot(results, path):
         lines.setdefault(name or label, []).append(point)
     for name, points in sorted(lines.items()):
         x, y, spreads = zip(*sorted(points), strict=True)
-        axes.errorbar(x, y, spreads, marker="o", capsize=3, label=name, color=COLORS.get(name))
+        axes.errorbar(x, y, spreads, capsize=3, label=name, color=COLORS.get(name))
     axes.set_xlabel("kept of the targeted parameters, %")
     axes.set_ylabel(textwrap.fill(f"{score_name(results)}, mean over tasks", width=40))
     figure.legend(loc="outside right upper")  # lines may be anywhere within

@@ -7,6 +7,7 @@ from benchmarks.compare.cases import RATIOS
 from benchmarks.compression.loss_tables import AS_USED, DECOMPOSITIONS
 from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, write_markdown
+from peft_jactus.deployment.plots import GREY, light_and_dark
 
 CASE = ("decomposition", "retained_ratio", "storage", "allocation", "tokens", "dtype", "is_deployed")
 OFF_THE_SCALE = 50  # times the dense model's perplexity
@@ -114,9 +115,9 @@ def draw_panel(axes, found, table_tokens, name):
         points = points_of(found, decomposition, table_tokens, name)
         if name != "accuracy" and points and min(points.values()) > OFF_THE_SCALE * dense:
             missing.append(decomposition)
-        axes.plot(list(points), list(points.values()), marker="o", label=decomposition)
+        axes.plot(list(points), list(points.values()), label=decomposition)
     if dense is not None:
-        axes.axhline(dense, color="black", linestyle="--", label="dense")
+        axes.axhline(dense, color=GREY, linestyle="--", label="dense")
     axes.set_xlabel("kept of the targeted parameters, %")
     axes.set_ylabel("mean of 7 sets, %" if name == "accuracy" else f"perplexity on {name}")
     if name != "accuracy" and dense is not None:
@@ -126,14 +127,16 @@ def draw_panel(axes, found, table_tokens, name):
     axes.grid(visible=True, alpha=0.3)
 
 
+@light_and_dark()
 def plot(found, table_tokens, path):
     """Draw perplexity of each corpus, and accuracy, against the kept share."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("wikitext2", "ptb", "accuracy"), strict=True):
         draw_panel(axes, found, table_tokens, name)
-    figure.axes[-1].legend(fontsize="small")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=120)
 
 

@@ -6,6 +6,7 @@ import statistics
 from benchmarks.compare.cases import RATIOS, STORAGES
 from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, write_markdown
+from peft_jactus.deployment.plots import light_and_dark
 
 DECOMPOSITIONS = ("jactus", "kfac", "svd-llm", "asvd", "fwsvd", "svd")
 ALLOCATIONS = ("global", "uniform")
@@ -105,6 +106,7 @@ def cell(of_seeds, figure):
     return mean_and_spread((factor * value for value in of_seeds[figure]), form)
 
 
+@light_and_dark()
 def plot(results, path):
     """Draw the divergence against kept parameters, a line for each decomposition as it is used."""
     from matplotlib.figure import Figure
@@ -114,7 +116,7 @@ def plot(results, path):
     axes = figure.subplots()
     for name in DECOMPOSITIONS:
         divergences = [statistics.mean(found[(name, *AS_USED[name], ratio)]["divergence"]) for ratio in RATIOS]
-        axes.semilogy([100 * ratio for ratio in RATIOS], divergences, marker="o", label=name)
+        axes.semilogy([100 * ratio for ratio in RATIOS], divergences, label=name)
     axes.set_xlabel("kept of the targeted parameters, %")
     axes.set_ylabel("divergence from the dense model right after compression")
     axes.legend()

@@ -32,6 +32,7 @@ from benchmarks.harness.records import RESULTS, Table
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, write_markdown
 from benchmarks.tasks.loading import load_workload
 from peft_jactus import JactusConfig, calibrate, plan_ranks
+from peft_jactus.deployment.plots import GREY, light_and_dark
 
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 REPORTED = (0.8, 0.6, 0.4)
@@ -155,6 +156,7 @@ def rank_correlation(results, calibrated_on, name):
     return float(torch.corrcoef(pairs.argsort(1).argsort(1).double())[0, 1])
 
 
+@light_and_dark()
 def plot(results, path):
     """Draw rises against the kept share, for each calibration."""
     from matplotlib.figure import Figure
@@ -163,10 +165,8 @@ def plot(results, path):
     for axes, calibrated_on in zip(figure.subplots(1, 2, sharey=True), CALIBRATIONS, strict=True):
         for name, text in {"expected_rise": "expected by the plan", **MEASURED}.items():
             means = [statistics.mean(figures(results, calibrated_on, name, ratio)) for ratio in RATIOS]
-            style = {"color": "black", "linestyle": "-"} if name == "expected_rise" else {"linestyle": "--"}
-            axes.semilogy(
-                RATIOS, [mean if mean > 0 else float("nan") for mean in means], marker="o", label=text, **style
-            )
+            style = {"color": GREY, "linestyle": "-"} if name == "expected_rise" else {"linestyle": "--"}
+            axes.semilogy(RATIOS, [mean if mean > 0 else float("nan") for mean in means], label=text, **style)
         axes.set_title(f"calibrated on {calibrated_on} rows")
         axes.set_xlabel("kept of the targeted layers' parameters")
         axes.grid(visible=True, alpha=0.3)

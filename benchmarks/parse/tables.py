@@ -4,6 +4,7 @@ import statistics
 
 from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
+from peft_jactus.deployment.plots import light_and_dark
 
 RATIOS = ("0.8", "0.6", "0.4")
 METHODS = ("static uniform", "static global", "second order", "average", "routed")
@@ -111,6 +112,7 @@ def gain_table(results):
     return markdown_table(head, rows)
 
 
+@light_and_dark()
 def plot_shares(results, study, path):
     """Draw divergence from the dense model against the active share."""
     from matplotlib.figure import Figure
@@ -129,9 +131,7 @@ def plot_shares(results, study, path):
                 if all(lines):
                     means = [statistics.mean(line) for line in lines]
                     spreads = [spread(line) for line in lines]
-                    axis.errorbar(
-                        [float(ratio) for ratio in RATIOS], means, spreads, marker="o", capsize=3, label=method
-                    )
+                    axis.errorbar([float(ratio) for ratio in RATIOS], means, spreads, capsize=3, label=method)
             axis.set_yscale("log")
             axis.set_title(f"{decomposition}, {corpus}", fontsize=9)
     axes[0][0].legend(fontsize=8)
@@ -140,6 +140,7 @@ def plot_shares(results, study, path):
     figure.savefig(path, dpi=110)
 
 
+@light_and_dark()
 def plot_patterns(results, path):
     """Draw how patterns would change while decoding, and with the similarity of prompts."""
     from matplotlib.figure import Figure
@@ -150,16 +151,14 @@ def plot_patterns(results, path):
     for (left, right), result in zip(axes, found, strict=True):
         for ratio, by_corpus in result["decoding"].items():
             for corpus, line in by_corpus.items():
-                left.plot(line["lengths"], line["overlap"], marker=".", label=f"{corpus}, active {ratio}")
+                left.plot(line["lengths"], line["overlap"], label=f"{corpus}, active {ratio}")
         left.set_title(f"{result['decomposition']}: choice for a longer text against that for its start", fontsize=9)
         left.set_xlabel("tokens")
         left.set_ylabel("overlap (Jaccard)")
         left.legend(fontsize=7)
         for ratio, bins in result["similarity"].items():
             points = [point for point in bins if point["pairs"] >= 20]
-            right.plot(
-                [p["cosine"] for p in points], [p["overlap"] for p in points], marker=".", label=f"active {ratio}"
-            )
+            right.plot([p["cosine"] for p in points], [p["overlap"] for p in points], label=f"active {ratio}")
         right.set_title(f"{result['decomposition']}: choices of two prompts", fontsize=9)
         right.set_xlabel("cosine of the router's inputs")
         right.legend(fontsize=7)
