@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from benchmarks.cost.latency import share_kept, tokens
+from benchmarks.cost.latency import fill_index_, share_kept, tokens
 from benchmarks.harness.arguments import study_parser
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, write_document
@@ -70,10 +70,7 @@ def random_layer(dense, storage, ratio, bits):
     rank = uniform_rank(ratio, dense.out_features, dense.in_features, storage)
     rank -= rank % JactusConfig().rank_multiple
     layer = FORMS[storage].empty(dense.in_features, dense.out_features, rank, bias=has_bias, dtype=dtype)
-    if "row_index" in layer.state_dict():
-        layer.row_index.copy_(torch.randperm(layer.out_features))
-    if "column_index" in layer.state_dict():
-        layer.column_index.copy_(torch.randperm(layer.in_features))
+    fill_index_(layer)
     return layer if bits == 16 else with_empty_codes(layer, bits)
 
 

@@ -93,10 +93,7 @@ def with_random_factors(dense, storage, ratio, args):
         rank = uniform_rank(ratio, *shape[::-1], storage)
         rank -= rank % JactusConfig().rank_multiple  # as the package chooses ranks of layers this wide
         factorized = FORMS[storage].empty(*shape, rank, bias=False, dtype=layer.weight.dtype)
-        if "row_index" in factorized.state_dict():
-            factorized.row_index.copy_(torch.randperm(layer.out_features))
-        if "column_index" in factorized.state_dict():
-            factorized.column_index.copy_(torch.randperm(layer.in_features))
+        fill_index_(factorized)
         if args.device == "cpu":  # as `loading_options(column_layout=True)` does
             arrange_parts_(factorized)
         model.model.set_submodule(name, factorized)
@@ -122,6 +119,14 @@ class LinearLayers(nn.Module):
 
 def vectors(count, device, dtype):
     return {"inputs": {width: torch.randn(count, width, device=device, dtype=dtype) for width in (4096, 11008)}}
+
+
+def fill_index_(layer):
+    """Give a pivoted layer a random order, in pairs, as an export chooses it."""
+    for name in {"row_index", "column_index"} & layer.state_dict().keys():
+        index = getattr(layer, name)
+        pairs = torch.randperm(len(index) // 2)
+        index.copy_(torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten())
 
 
 def share_kept(model):

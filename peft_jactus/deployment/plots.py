@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.typing import ColorType
-    from numpy.typing import ArrayLike
     from torch import nn
 
     from peft_jactus.tuner.planning import RankPlan
@@ -142,5 +141,5 @@ def _costs(plans: list[RankPlan]) -> tuple[str, list[float]]:
     return "energy lost, mean over layers", [1 - mean(row.energy_kept or 0 for row in table) for table in rows]
 
 
-def _ring(axes: Axes, x: ArrayLike, y: ArrayLike, *, color: ColorType = COLORS[1]) -> None:
+def _ring(axes: Axes, x: Any, y: Any, *, color: ColorType = COLORS[1]) -> None:
     axes.plot(x, y, "o", color=color, markersize=10, fillstyle="none")

@@ -17,8 +17,10 @@ from peft_jactus.numerics.linalg import to_decomposition_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A row is exchanged as long as that makes the spanned volume this much larger; more exchanges bring little.
+# Rows are exchanged as long as that makes the spanned volume this much larger; more exchanges bring little.
 _MAXVOL_TOLERANCE = 1.05
+# Of pairs of rows, whose volume alone is bounded: 3 is usual. With larger ones rows are chosen one by one.
+_LARGEST_OF_PAIRS = 16.0
 # Parts in which the largest coefficient is searched.
 _NUM_BLOCKS = 32
 # Putting a number in its place takes as long as about so many multiplications in a matrix product.
@@ -35,7 +37,7 @@ class InterpolativeBasis:
     Attributes:
         order: ``(dim,)``, an integer type: where the ``rank`` rows of the identity belong, then where the others do;
             ascending if there are no others.
-        coefficients: ``T`` ``(dim - rank, rank)``, absolute values up to 1.05.
+        coefficients: ``T`` ``(dim - rank, rank)``, absolute values up to 1.05; up to 16 where rows are pairs.
     """
 
     order: Tensor
@@ -108,7 +110,23 @@ def take_columns(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(1, index)
 
 
-def interpolate_rows(basis: Tensor) -> InterpolativeBasis:
+def pairs_of(index: Tensor) -> Tensor | None:
+    """Return an index counted in pairs, if it has ``2k + 1`` after each ``2k``.
+
+    Args:
+        index: ``(columns,)``, an integer type.
+
+    Returns:
+        ``(columns / 2,)``, or ``None``.
+    """
+    if index.shape[0] % 2:
+        return None
+    first, second = index[::2], index[1::2]
+    is_paired = (first % 2 == 0) & (second == first + 1)
+    return first // 2 if bool(is_paired.all()) else None
+
+
+def interpolate_rows(basis: Tensor, *, in_pairs: bool = False) -> InterpolativeBasis:
     """Choose rows of a tall matrix that span all rows well: ``basis = found.dense() @ basis[found.rows]``.
 
     LU with partial pivoting chooses rows, then rows are exchanged while that makes the determinant of the chosen ones
@@ -116,6 +134,8 @@ def interpolate_rows(basis: Tensor) -> InterpolativeBasis:
 
     Args:
         basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
+        in_pairs: Choose rows ``2k`` and ``2k + 1`` together, if ``dim`` and ``rank`` are even, so that numbers
+            of 16 bits can be put in their places two by two. Coefficients are then half as large again.
 
     Returns:
         The choice, on the device of ``basis``, with ascending `others`.
@@ -135,15 +155,28 @@ def interpolate_rows(basis: Tensor) -> InterpolativeBasis:
     if not bool(diagonal.min() > torch.finfo(torch.float64).eps * dim * diagonal.max()):
         raise ValueError(f"`basis` must have full column rank; got a singular one with {tuple(basis.shape)=}.")
     order = _permutation(pivots, dim)
-    lower = factors.tril(-1)
-    lower.diagonal().fill_(1.0)
-    coefficients = torch.linalg.solve_triangular(  # (dim - rank, rank)
-        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
-    )
-    _exchange_rows_(order, coefficients, rank)
+    if in_pairs and dim % 2 == 0 and rank % 2 == 0:
+        found = _exchanged(basis, _with_partners(order), group=2)
+        if bool((found.coefficients.abs() <= _LARGEST_OF_PAIRS).all()):
+            return found
+    return _exchanged(basis, order, group=1)
+
+
+def _with_partners(order: Tensor) -> Tensor:
+    """Put rows ``2k`` and ``2k + 1`` beside each other, where the first of them stood."""
+    firsts = torch.tensor(list(dict.fromkeys((order // 2).tolist())), device=order.device)
+    return torch.stack([2 * firsts, 2 * firsts + 1], dim=1).flatten()
+
+
+def _exchanged(basis: Tensor, order: Tensor, group: int) -> InterpolativeBasis:
+    """Exchange ``group`` of the first ``rank`` rows for others while that spans a larger volume."""
+    rank = basis.shape[1]
+    order = order.clone()
+    coefficients = torch.linalg.solve_ex(basis[order[:rank]], basis[order[rank:]], left=False).result
+    _exchange_rows_(order, coefficients, group)
     rows, others = order[:rank], order[rank:].sort().values
     # Once more from the matrix itself: exchanges accumulate rounding.
-    coefficients = torch.linalg.solve(basis[rows], basis[others], left=False)
+    coefficients = torch.linalg.solve_ex(basis[rows], basis[others], left=False).result
     return InterpolativeBasis(torch.cat([rows, others]), coefficients)
 
 
@@ -173,19 +206,30 @@ def _permutation(pivots: Tensor, dim: int) -> Tensor:
     return torch.tensor(order, device=pivots.device)
 
 
-def _exchange_rows_(order: Tensor, coefficients: Tensor, rank: int) -> None:
-    """Exchange chosen rows for others in place, while a coefficient is larger than the tolerance."""
+def _exchange_rows_(order: Tensor, coefficients: Tensor, group: int) -> None:
+    """Exchange ``group`` chosen rows for others in place, while that volume is larger than the tolerance."""
+    rank = coefficients.shape[1]
+    identity = torch.eye(group, dtype=coefficients.dtype, device=coefficients.device)
     for _ in range(2 * rank if coefficients.numel() else 0):  # a bound; a few dozen are usual
-        other, chosen = _largest_entry(coefficients)
-        pivot = coefficients[other, chosen].clone()
-        if abs(float(pivot)) <= _MAXVOL_TOLERANCE:
+        volumes = _volumes(coefficients, group)
+        other, chosen = _largest_entry(volumes)
+        if not abs(float(volumes[other, chosen])) > _MAXVOL_TOLERANCE:
             return
-        order[chosen], order[rank + other] = order[rank + other].clone(), order[chosen].clone()
-        column = coefficients[:, chosen].clone()
-        row = coefficients[other].clone()
-        row[chosen] -= 1
-        column[other] += 1  # the row that leaves becomes an "other": e_chosen in the old rows
-        coefficients.addr_(column, row, alpha=-1 / float(pivot))
+        leave, enter = slice(group * chosen, group * (chosen + 1)), slice(group * other, group * (other + 1))
+        order[:rank][leave], order[rank:][enter] = order[rank:][enter].clone(), order[:rank][leave].clone()
+        columns, rows = coefficients[:, leave].clone(), coefficients[enter].clone()
+        exchanged = rows[:, leave].clone()
+        rows[:, leave] -= identity
+        columns[enter] += identity  # rows that leave become others: those of the identity, in the old rows
+        coefficients.addmm_(columns, torch.linalg.solve(exchanged, rows), alpha=-1)
+
+
+def _volumes(coefficients: Tensor, group: int) -> Tensor:
+    """Return by how much an exchange multiplies the volume: the determinant of each block ``(group, group)``."""
+    if group == 1:
+        return coefficients
+    upper, lower = coefficients[::2], coefficients[1::2]
+    return upper[:, ::2] * lower[:, 1::2] - upper[:, 1::2] * lower[:, ::2]
 
 
 def _largest_entry(matrix: Tensor) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """The deployed layers against dense products in float64, and what tools for PyTorch models make of them."""
 
+import copy
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +19,7 @@ from peft_jactus.deployment.layers import (
     arrange_parts_,
 )
 from peft_jactus.numerics.allocation import stays_dense, stored_parameters, uniform_rank
+from peft_jactus.numerics.interpolation import take_columns
 from peft_jactus.numerics.linalg import balanced_factors
 from tests.support.strategies import dims, orthonormal, randn, random_orthonormal, seeds, spectra, weights
 
@@ -323,6 +327,84 @@ def test_exports_with_a_dynamic_batch(kind, dtype):
     )
     x = randn(1, 11, 7).to(dtype)
     torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=0)
+
+
+PIVOTED = [RowPivotedLinear, ColumnPivotedLinear]
+
+
+def pivoted_layer(kind, dtype, *, seed=0):
+    """Return a layer whose rows are chosen in pairs: all sizes are even."""
+    left, core, right, _ = factors_for(12, 16, 6, seed=seed)
+    return kind.from_factors(left, core, right, None, dtype=dtype)
+
+
+def with_one_by_one(layer):
+    """Return a function that computes what the layer does from an order that is never taken in pairs."""
+    name = "row_index" if isinstance(layer, RowPivotedLinear) else "column_index"
+    index = getattr(layer, name).long()
+
+    def compute(x):
+        if name == "row_index":
+            chosen = layer.rows(x)
+            return torch.cat([chosen, layer.others(chosen)], dim=1)[:, index]
+        ordered = x[:, index]
+        return layer.columns(layer.others(ordered[:, layer.rank :]) + ordered[:, : layer.rank])
+
+    return compute
+
+
+@pytest.mark.parametrize("kind", PIVOTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_taking_pairs_changes_no_bit(kind, dtype, num_rows):
+    layer = pivoted_layer(kind, dtype)
+    x = randn(1, num_rows, 16).to(dtype)
+    with mock.patch("peft_jactus.deployment.layers.take_columns", wraps=take_columns) as one_by_one, torch.no_grad():
+        output = layer(x)
+    assert one_by_one.called is (dtype == torch.float32)
+    assert torch.equal(output, with_one_by_one(layer)(x))
+
+
+@pytest.mark.parametrize("kind", PIVOTED)
+def test_inputs_that_are_views_are_taken_right(kind):
+    layer = pivoted_layer(kind, torch.bfloat16)
+    memory = randn(1, 40, 18).bfloat16()
+    views = [memory[:, 1:17], memory[::2, :16], memory.flatten()[1 : 1 + 160].view(10, 16), memory[:16, :16].mT]
+    with torch.no_grad():
+        for x in views:
+            assert torch.equal(layer(x), with_one_by_one(layer)(x))
+
+
+@pytest.mark.parametrize("kind", PIVOTED)
+@pytest.mark.parametrize("assign", [False, True])
+def test_values_that_are_loaded_later_bring_their_order(kind, assign):
+    layer, other = pivoted_layer(kind, torch.bfloat16), pivoted_layer(kind, torch.bfloat16, seed=7)
+    x = randn(1, 5, 16).bfloat16()
+    with torch.no_grad():
+        assert not torch.equal(layer(x), other(x))
+        layer.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(layer(x), other(x))
+        assert torch.equal(copy.deepcopy(layer)(x), other(x))
+
+
+@pytest.mark.parametrize("kind", PIVOTED)
+def test_an_order_without_pairs_is_taken_one_by_one(kind):
+    left, core, right, _ = factors_for(12, 16, 5)
+    layer = kind.from_factors(left, core, right, None, dtype=torch.bfloat16)
+    x = randn(1, 5, 16).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x), with_one_by_one(layer)(x))
+
+
+@pytest.mark.parametrize("kind", PIVOTED)
+def test_gradients_pass_through_an_order_in_pairs(kind):
+    layer = pivoted_layer(kind, torch.bfloat16)
+    x = randn(1, 5, 16).bfloat16().requires_grad_()
+    layer(x).float().square().sum().backward()
+    with torch.no_grad():
+        expected = 2 * layer(x).float() @ layer.dense_weight()
+    assert relative_error(x.grad, expected.double()) < 0.03
+    assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
 def test_all_forms_are_tested():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_jactus.numerics.interpolation import interpolate_rows
+from peft_jactus.numerics.interpolation import interpolate_rows, pairs_of
 from tests.support.strategies import dims, randn, random_orthonormal, seeds
 
 LARGEST_COEFFICIENT = 1.05
@@ -87,6 +87,59 @@ def test_one_column_is_spanned_by_its_largest_entry():
     found = interpolate_rows(column)
     assert found.rows.tolist() == [1]
     assert found.coefficients.flatten().tolist() == [-0.25, 0.0, -0.5]
+
+
+# -- rows in pairs ----------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, rank=st.integers(1, 5), num_others=st.integers(1, 5))
+def test_no_exchange_of_two_pairs_spans_a_larger_volume_by_more_than_the_tolerance(seed, rank, num_others):
+    basis = random_orthonormal(seed, 2 * (rank + num_others), 2 * rank)
+    found = interpolate_rows(basis, in_pairs=True)
+    pairs = pairs_of(found.order)
+    assert sorted(pairs.tolist()) == list(range(rank + num_others))
+    assert found.others.tolist() == sorted(found.others.tolist())
+    torch.testing.assert_close(found.dense() @ basis[found.rows], basis, rtol=0, atol=FLOAT64)
+    volume = torch.linalg.det(basis[found.rows]).abs()
+    for position, other in itertools.product(range(rank), pairs[rank:]):
+        exchanged = found.rows.clone()
+        exchanged[2 * position : 2 * position + 2] = torch.stack([2 * other, 2 * other + 1])
+        assert torch.linalg.det(basis[exchanged]).abs() <= (LARGEST_COEFFICIENT + ROUNDING) * volume
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(576, 312), (576, 128), (192, 152)])
+def test_coefficients_of_pairs_stay_small(dim, rank):
+    basis = random_orthonormal(0, dim, rank)
+    one_by_one, in_pairs = (interpolate_rows(basis, in_pairs=choice).coefficients for choice in (False, True))
+    assert in_pairs.abs().max() < 4
+    assert in_pairs.norm() < 2 * one_by_one.norm()
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(9, 4), (8, 3)])
+def test_rows_of_which_there_are_no_pairs_are_chosen_one_by_one(dim, rank):
+    basis = random_orthonormal(0, dim, rank)
+    assert torch.equal(interpolate_rows(basis, in_pairs=True).order, interpolate_rows(basis).order)
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-9])
+def test_pairs_of_nearly_equal_rows_are_not_chosen(difference):
+    rows = random_orthonormal(0, 4, 4)
+    basis = torch.stack([rows, rows + difference * randn(1, 4, 4)], dim=1).flatten(0, 1)  # two of each
+    found = interpolate_rows(basis, in_pairs=True)
+    assert pairs_of(found.order) is None
+    assert found.coefficients.abs().max() <= LARGEST_COEFFICIENT + ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("index", "pairs"),
+    [([4, 5, 0, 1, 2, 3], [2, 0, 1]), ([5, 4, 0, 1], None), ([1, 2, 3, 4], None), ([0, 1, 2], None), ([0, 2], None)],
+)
+def test_an_index_is_counted_in_pairs_if_none_is_torn_apart(index, pairs):
+    found = pairs_of(torch.tensor(index, dtype=torch.int32))
+    assert (found if found is None else found.tolist()) == pairs
+
+
+# -- what is refused --------------------------------------------------------------------------------------
 
 
 def test_a_wide_basis_is_refused():
