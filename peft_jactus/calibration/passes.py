@@ -298,8 +298,8 @@ def _check_weights(targets: Mapping[str, nn.Module]) -> None:
     for name, module in targets.items():
         if getattr(module, "base_weights_freed", False):
             raise ValueError(
-                f"{name}: its dense weight was freed when the model was compressed, and there is nothing to calibrate "
-                "for. Calibrate the dense model, or compress it with `keep_base_weights=True`."
+                f"{name}: its dense weight was freed when the model was compressed, so it cannot be calibrated. "
+                "Calibrate the dense model, or compress it with `keep_base_weights=True`."
             )
         if getattr(module, "merged", False):
             raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
@@ -312,7 +312,7 @@ def _check_gradients(targets: Mapping[str, nn.Module]) -> None:
     lost = [name for name, layer in quantized.items() if not passes_gradients(layer)]
     if lost:
         raise TypeError(
-            f"{', '.join(lost)}: quantized so that the gradient of its output does not reach its input, as where "
-            "activations are quantized, too: there is nothing to calibrate on. Load the model with weights alone in "
-            "8 or 4 bits (of torchao's configs those named `WeightOnly`), or in bf16, fp16 or fp32."
+            f"{', '.join(lost)}: quantized so that gradients do not pass from its output to its input, for example "
+            "because activations are quantized too, so it cannot be calibrated. Load the model with only its weights "
+            "in 8 or 4 bits (torchao's configs named `WeightOnly`), or in bf16, fp16 or fp32."
         )

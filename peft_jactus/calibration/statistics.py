@@ -95,7 +95,8 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         """
         if set(self) != set(other):
             raise ValueError(
-                f"`other` must cover the same layers; these are in one only: {sorted(set(self) ^ set(other))}."
+                "`other` must cover the same layers; these are only in one of the two: "
+                f"{sorted(set(self) ^ set(other))}."
             )
         moments: dict[tuple[object, object], SecondMoment] = {}
 

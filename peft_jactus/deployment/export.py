@@ -205,8 +205,9 @@ def compressed_copy(
     adapted = find_adapted(model)
     if adapted.pipeline is not None:
         raise TypeError(
-            f"`compressed_copy` copies transformers models; give that in this {type(adapted.pipeline).__name__}, "
-            f"`model.get_submodule({adapted.path!r})`. `export_compressed` takes the whole."
+            "`compressed_copy` only copies transformers models; give it the one in this "
+            f"{type(adapted.pipeline).__name__}: `model.get_submodule({adapted.path!r})`. `export_compressed` accepts "
+            "the whole model."
         )
     rounding = Rounding.checked(bits, statistics, adapted)
     return _compress(adapted, rounding, storage=storage, dtype=dtype, progress_bar=progress_bar)
@@ -247,8 +248,8 @@ def _compress(
     kept = rank_summary(copied).retained_ratio
     if storage != config.storage and kept > planned:
         warnings.warn(
-            f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}; stored {storage}, the "
-            f"targeted layers keep {kept:.0%}, and those that would grow stay dense. Compress with "
+            f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}. Stored {storage}, the "
+            f"targeted layers keep {kept:.0%}, and layers that would grow stay dense. Compress with "
             f"`JactusConfig(storage={storage!r})` to meet the budget.",
             stacklevel=4,
         )
@@ -271,8 +272,8 @@ def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None
     adapting = [tensors[adapter_name] for tensors in held if adapter_name in tensors]
     if adapting and not any(bool(tensor.any()) for tensor in adapting):
         warnings.warn(
-            "No adaptation rank was trained. The export leaves them out, and a part of the budget goes unused. Train "
-            "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which gives all ranks to the "
+            "No adaptation rank was trained. The export leaves them out, so a part of the budget is not used. Train "
+            "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which uses all ranks for the "
             "weights.",
             NumericalWarning,
             stacklevel=5,

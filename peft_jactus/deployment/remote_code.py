@@ -127,8 +127,8 @@ def _low_rank_layers(source: Path, model: PreTrainedModel) -> dict[str, dict[str
             continue
         if not name.startswith(prefix):
             raise ValueError(
-                f"{name} is compressed and outside of the base model, where vLLM puts a layer of its own. Compress "
-                "the model again with this layer in `exclude_modules`, or load it under `loading_options(dense=True)`."
+                f"{name} is compressed and outside of the base model, where vLLM uses its own layer. Compress the "
+                "model again with this layer in `exclude_modules`, or load it under `loading_options(dense=True)`."
             )
         layers[name.removeprefix(prefix)] = {
             "form": type(layer).__name__,

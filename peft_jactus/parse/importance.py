@@ -38,8 +38,8 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
         )
     if logits.shape[-1] < 2:
         raise ValueError(
-            f"{type(model).__name__} returns one number, not one for each of several classes or tokens; a router is "
-            "trained on how likely they are, and cannot be for a regression."
+            f"{type(model).__name__} returns one number, not one for each of several classes or tokens. A router is "
+            "trained on the probabilities of classes or tokens, so a regression model cannot be routed."
         )
     return logits
 

@@ -287,8 +287,8 @@ class RankRouter(nn.Module):
         self._state.call = None
         if call.patterns is None and output is not None:
             warnings.warn(
-                f"{type(module).__name__} was called without computing its input embeddings, so that nothing was "
-                "routed and all ranks ran.",
+                f"{type(module).__name__} was called without computing its input embeddings, so nothing was routed "
+                "and all ranks ran.",
                 RoutingWarning,
                 stacklevel=2,
             )

@@ -88,7 +88,7 @@ class RouterTrainer(Trainer):
         if isinstance(train_dataset, Sized) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise ValueError("`model` uses gradient checkpointing, which routing does not survive; disable it.")
+            raise ValueError("`model` uses gradient checkpointing, which does not work with routing; disable it.")
         self.router: RankRouter = router
         self.active_ratios = _checked_range("active_ratios", active_ratios or (router.active_ratio,) * 2)
         for ratio in self.active_ratios:
@@ -213,7 +213,9 @@ def initialize_router_(
     inputs, worth = torch.cat(pooled), torch.cat(importance).double()
     average = worth.mean(0)
     if not average.any():
-        raise ValueError("No expert changes a prediction on `batches`, as if all were padding; give other ones.")
+        raise ValueError(
+            "No expert changes any prediction on `batches`, as if all tokens were padding; give other batches."
+        )
     average = average + _IMPORTANCE_FLOOR * average.mean()
     scores = (average / router.table.costs.to(average)).log()
     router.bias.copy_(scores - scores.mean())

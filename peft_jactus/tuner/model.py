@@ -134,7 +134,7 @@ class JactusModel(AtomicTuner):
             raise BaseWeightsFreedError("compute a further adapter")
         if any(layer.merged for layer in self._layers()) and not config.from_checkpoint:
             raise ValueError(
-                "An adapter is merged into the dense weights, which a further one would be computed from. Call "
+                "An adapter is merged into the dense weights, so no other adapter can be computed from them. Call "
                 "`unmerge_adapter` first."
             )
         if left_out := sorted(set(freed) - set(config.layer_ranks)):

@@ -135,9 +135,9 @@ def usable_statistics(
     if not config.needs_statistics:
         if config.frozen_bits == 4:
             warnings.warn(
-                f"`frozen_bits`=4 with `decomposition`={config.decomposition!r} rounds each number by itself, which "
-                "loses several times as much as by calibration statistics. Calibrate, and use another decomposition; "
-                "or set `frozen_bits=8`.",
+                f"`frozen_bits`=4 with `decomposition`={config.decomposition!r} rounds each number independently, "
+                "which loses several times as much as rounding with calibration statistics. Calibrate, and use "
+                "another decomposition; or set `frozen_bits=8`.",
                 NumericalWarning,
                 stacklevel=2,
             )
@@ -146,7 +146,7 @@ def usable_statistics(
         remedy = "Call `peft_jactus.calibrate(model, config, batches)` first, or set `config.statistics`"
         if config.layer_ranks:
             raise ValueError(
-                "This JactusConfig has made an adapter already, and its statistics were released then. Set "
+                "This JactusConfig has already made an adapter, which released its statistics. Set "
                 "`config.statistics` to what `calibrate` returned; or, for several models from one calibration, give "
                 "each `get_peft_model` a copy of the config: `dataclasses.replace(config, retained_ratio=...)`."
             )
