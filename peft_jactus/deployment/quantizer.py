@@ -55,16 +55,16 @@ _OPTIONS = ContextVar("peft_jactus_loading_options", default=_DEFAULT_OPTIONS)
 
 @contextmanager
 def loading_options(*, verify: bool = False, dense: bool = False, column_layout: bool = False) -> Iterator[None]:
-    """Set how compressed checkpoints are loaded in this block; ``from_pretrained`` has no argument for it.
+    """Set how compressed checkpoints are loaded in this block; ``from_pretrained`` has no arguments for this.
 
     Args:
-        verify: Read all tensors once more and compare them with the digests that the checkpoint carries.
-        dense: Multiply the factors out: gives plain layers, and saves a checkpoint that loads without this package, at
-            the size of the base model.
-        column_layout: On a CPU in float32, lay out weights with more rows than columns by columns, which makes it
-            faster to decode a single sequence; nothing changes elsewhere. Tools that flatten parameters
-            (`torch.optim.LBFGS`, `torch.nn.utils.parameters_to_vector`) refuse these weights, until ``train()`` or
-            ``state_dict()`` of the model lays them out by rows again.
+        verify: Read all tensors once more and compare them with the checkpoint's digests.
+        dense: Multiply the factors to get plain layers of the base model's size. A model that is saved like this loads
+            without this package.
+        column_layout: On a CPU in float32, store weights with more rows than columns by columns. This makes it faster
+            to decode a single sequence. It has no effect elsewhere. Tools that flatten parameters
+            (`torch.optim.LBFGS`, `torch.nn.utils.parameters_to_vector`) raise an error for these weights, until
+            ``train()`` or ``state_dict()`` of the model stores them by rows again.
 
     Example:
         >>> from transformers import AutoModelForCausalLM

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary:
-    """Return the ranks that the targeted layers got.
+    """Return the ranks of the targeted layers.
 
     Args:
         model: A `PeftModel` with a JACTUS adapter, a transformers model that loaded one, or a compressed model.

@@ -60,19 +60,19 @@ def expert_importance(
     num_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return the Fisher information of every expert's gate, for each row.
+    """Return the Fisher information of the gate of every expert, for each row.
 
     Args:
         model: A routed model.
         batch: Its keyword arguments.
-        positions: Predictions that count, bool, of the shape of the logits without their last dimension. Default: all
-            but padding.
-        num_samples: Labels drawn for each prediction; one costs a backward pass.
-        generator: Draws them.
+        positions: Which predictions are counted: bool, of the shape of the logits without their last dimension.
+            Default: all except padding.
+        num_samples: Number of labels drawn for each prediction; each costs a backward pass.
+        generator: Random generator for the labels.
 
     Returns:
-        ``(batch, experts)``, float32, >= 0: an estimate of the divergence, in nats summed over positions, from the
-        prediction of all experts that leaving out one brings, times two.
+        ``(batch, experts)``, float32, >= 0: twice the estimated divergence from the prediction with all experts if
+        this expert is left out, in nats summed over positions.
 
     Raises:
         ValueError: If the model has no router.

@@ -23,12 +23,12 @@ from peft_jactus.tuner.peft_type import jactus_peft_type
 @with_reference
 @dataclass
 class JactusConfig(PeftConfig):
-    """Fine-tune a model and come out with a smaller one.
+    """Fine-tune a model and get a smaller one.
 
-    Each targeted linear layer is replaced by a frozen approximation of low rank, chosen from the weight and from
-    calibration statistics (Ge et al., arXiv:2605.02829), and a few ranks that train. With ``adaptation_rank=0`` a core
-    between two frozen bases trains instead, as in the paper. Call `peft_jactus.calibrate` with this config before
-    `peft.get_peft_model`, unless ``decomposition="svd"``.
+    Each targeted linear layer is replaced by a frozen low-rank approximation and a few ranks that train. The
+    approximation is computed from the weight and from calibration statistics (Ge et al., arXiv:2605.02829). With
+    ``adaptation_rank=0``, a core between two frozen bases trains instead, as in the paper. Call
+    `peft_jactus.calibrate` with this config before `peft.get_peft_model`, unless ``decomposition="svd"``.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
