@@ -127,7 +127,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Compress transformers, and look at the result."""
+    """Compress transformers and inspect the result."""
     del traceback, version  # read by the group and by the callback
 
 
@@ -143,7 +143,7 @@ def inspect(
 ) -> None:
     """Show the ranks, the origin and the size of an adapter or a compressed checkpoint.
 
-    Reads only headers of the weights, unless --verify is given.
+    Reads only the headers of weight files, unless --verify is given.
     """
     from peft_jactus.cli.hub import local_folder
     from peft_jactus.cli.inspect import inspect_folder, verify_contents
@@ -189,7 +189,7 @@ def export(
 ) -> None:
     """Write a trained adapter as a compressed checkpoint, which loads without the base model.
 
-    The tokenizer or processor beside the adapter, or else that of the base model, goes with it.
+    The tokenizer or processor of the adapter, or else of the base model, is copied too.
     """
     from peft_jactus.cli.export import check_dense_options, export_adapter, export_dense
     from peft_jactus.cli.options import to_dtype
@@ -245,7 +245,7 @@ def compress(
 ) -> None:
     """Compress a model without training: calibrate on a few batches, factorise, write the checkpoint.
 
-    Training while compressing (`get_peft_model` and a Trainer) gives a better model at the same size.
+    Compressing and training together (`get_peft_model` and a Trainer) gives a better model at the same size.
     """
     from peft_jactus.cli.calibration import calibration_from
     from peft_jactus.cli.compress import compress_model
@@ -308,9 +308,9 @@ def plan(
     allocation: AllocationOption = "global",
     device: DeviceOption = None,
 ) -> None:
-    """Show what compression would give, before it is done: ranks, sizes, and the expected rise of the loss.
+    """Show what compression would give, before you do it: ranks, sizes, and the expected rise of the loss.
 
-    The table at the end has several ratios, to choose one by looking; --plot draws it.
+    The table at the end compares several ratios; --plot draws it.
     """
     from peft_jactus.cli.calibration import calibration_from
     from peft_jactus.cli.data import DataOptions
@@ -365,13 +365,13 @@ def bench(
     device: DeviceOption = None,
     threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.", min=1)] = 1,
     repeats: Annotated[
-        int, typer.Option(help="Measurements of each model; the fastest and the median are shown.", min=1)
+        int, typer.Option(help="Measurements of each model; the fastest and the median are used.", min=1)
     ] = 7,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write all figures to this file.", dir_okay=False)
     ] = None,
 ) -> None:
-    """Time a compressed model beside the dense one, in one process, taking turns.
+    """Compare the times of a compressed and a dense model, in one process, in turns.
 
     On a CPU with one thread, the thread's processor time is measured; with several, the wall clock; on a GPU, CUDA
     events.
