@@ -54,39 +54,39 @@ RatioOption = Annotated[float | None, typer.Option(help=_field("retained_ratio",
 ModelRatioOption = Annotated[float | None, typer.Option(help=_field("model_ratio"))]
 MaxSizeOption = Annotated[str | None, typer.Option(help=_field("max_model_size"))]
 DatasetOption = Annotated[str | None, typer.Option(help="Hub name of the data to calibrate on.")]
-DatasetConfigOption = Annotated[str | None, typer.Option(help="Its configuration, if it has several.")]
+DatasetConfigOption = Annotated[str | None, typer.Option(help="Configuration of the data set, if it has several.")]
 DataDirOption = Annotated[Path | None, typer.Option(help="Directory of parquet files to calibrate on.")]
 SplitOption = Annotated[str, typer.Option(help="Split of the data.")]
-DataFreeOption = Annotated[bool, typer.Option("--data-free", help="Truncated SVD without data: much less accurate.")]
+DataFreeOption = Annotated[bool, typer.Option("--data-free", help="Use no data: truncated SVD, much less accurate.")]
 TextColumnOption = Annotated[
     list[str] | None, typer.Option(help="Column of the texts; give it twice for pairs. Default: text.")
 ]
 ImageColumnOption = Annotated[str, typer.Option(help="Column of the images.")]
 LabelColumnOption = Annotated[str, typer.Option(help="Column of the classes. Causal LMs need none.")]
-TaskOption = Annotated[Task | None, typer.Option(help="Default: what the model's architecture says.")]
+TaskOption = Annotated[Task | None, typer.Option(help="Task of the model. Default: the task of its architecture.")]
 MaxBatchesOption = Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)]
 StatisticsMemoryOption = Annotated[
     str | None,
-    typer.Option(help="For instance 8GiB: calibrate a part of the layers at a time. Default: all at once."),
+    typer.Option(help="Memory limit, such as 8GiB: calibrate only some layers at a time. Default: all at once."),
 ]
 CheckpointingOption = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Calibrate in less memory, with another forward pass.")
+    bool, typer.Option("--gradient-checkpointing", help="Calibrate with less memory, for one more forward pass.")
 ]
-BatchSizeOption = Annotated[int, typer.Option(help="Rows, or blocks of tokens, of a batch.", min=1)]
+BatchSizeOption = Annotated[int, typer.Option(help="Rows, or blocks of tokens, per batch.", min=1)]
 MaxLengthOption = Annotated[
-    int | None, typer.Option(help="Tokens of a row. Default: 512, or what the model can take.", min=2)
+    int | None, typer.Option(help="Tokens per row. Default: 512, or the model's maximum if that is less.", min=2)
 ]
-TargetModulesOption = Annotated[str, typer.Option(help=_field("target_modules", "Here with commas between names."))]
+TargetModulesOption = Annotated[str, typer.Option(help=_field("target_modules", "Put commas between names."))]
 StorageOption = Annotated[
     Storage | None, typer.Option(help=_field("storage", "Default: the form that the budget is counted in."))
 ]
 AllocationOption = Annotated[Literal["global", "uniform"], typer.Option(help=_field("allocation"))]
-DtypeOption = Annotated[DtypeName | None, typer.Option(help="Of the checkpoint. Default: the model's.")]
+DtypeOption = Annotated[DtypeName | None, typer.Option(help="Dtype of the checkpoint. Default: the model's.")]
 BitsOption = Annotated[
-    int | None, typer.Option(help="8 or 4: store the compressed layers in so few bits a number. 4 need bitsandbytes.")
+    int | None, typer.Option(help="8 or 4: bits per number of the compressed layers. 4 bits need bitsandbytes.")
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to compute, e.g. cuda:1. Default: a GPU if there is one.")
+    str | None, typer.Option(help="Device to compute on, e.g. cuda:1. Default: a GPU if there is one.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUTPUT_DIR.")]
 
@@ -127,7 +127,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Compress transformers, and look at the result."""
+    """Compress transformers and inspect the result."""
     del traceback, version  # read by the group and by the callback
 
 
@@ -135,7 +135,7 @@ def main(
 def inspect(
     directory: Annotated[str, typer.Argument(help="An adapter or a compressed checkpoint: a directory or Hub name.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read all of a compressed checkpoint, and compare it with its digests.")
+        bool, typer.Option("--verify", help="Read a whole compressed checkpoint and compare it with its digests.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write the plot of the ranks to this file, e.g. ranks.png.", dir_okay=False)
@@ -143,7 +143,7 @@ def inspect(
 ) -> None:
     """Show the ranks, the origin and the size of an adapter or a compressed checkpoint.
 
-    Reads only headers of the weights, unless --verify is given.
+    Reads only the headers of weight files, unless --verify is given.
     """
     from peft_jactus.cli.hub import local_folder
     from peft_jactus.cli.inspect import inspect_folder, verify_contents
@@ -166,7 +166,8 @@ def export(
     ],
     output_dir: OutputArgument,
     base_model: Annotated[
-        str | None, typer.Option(help="Directory or Hub name. Default: what the adapter's config says.")
+        str | None,
+        typer.Option(help="Directory or Hub name of the base model. Default: the one in the adapter's config."),
     ] = None,
     dense: Annotated[
         bool,
@@ -181,14 +182,14 @@ def export(
         Path | None, typer.Option(help="The `statistics_file` of the calibration, for --bits.", dir_okay=False)
     ] = None,
     overwrite: OverwriteOption = False,
-    push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Upload the checkpoint, too.")] = False,
+    push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Also upload the checkpoint.")] = False,
     repo_id: Annotated[
-        str | None, typer.Option(help="Where to upload to, user/name. Default: the name of OUTPUT_DIR.")
+        str | None, typer.Option(help="Repository to upload to, user/name. Default: the name of OUTPUT_DIR.")
     ] = None,
 ) -> None:
     """Write a trained adapter as a compressed checkpoint, which loads without the base model.
 
-    The tokenizer or processor beside the adapter, or else that of the base model, goes with it.
+    The tokenizer or processor of the adapter, or else of the base model, is copied too.
     """
     from peft_jactus.cli.export import check_dense_options, export_adapter, export_dense
     from peft_jactus.cli.options import to_dtype
@@ -244,7 +245,7 @@ def compress(
 ) -> None:
     """Compress a model without training: calibrate on a few batches, factorise, write the checkpoint.
 
-    Training while compressing (`get_peft_model` and a Trainer) gives a better model at the same size.
+    Compressing and training together (`get_peft_model` and a Trainer) gives a better model at the same size.
     """
     from peft_jactus.cli.calibration import calibration_from
     from peft_jactus.cli.compress import compress_model
@@ -307,9 +308,9 @@ def plan(
     allocation: AllocationOption = "global",
     device: DeviceOption = None,
 ) -> None:
-    """Show what compression would give, before it is done: ranks, sizes, and the expected rise of the loss.
+    """Show what compression would give, before you do it: ranks, sizes, and the expected rise of the loss.
 
-    The table at the end has several ratios, to choose one by looking; --plot draws it.
+    The table at the end compares several ratios; --plot draws it.
     """
     from peft_jactus.cli.calibration import calibration_from
     from peft_jactus.cli.data import DataOptions
@@ -354,22 +355,23 @@ def bench(
     directory: Annotated[str, typer.Argument(help="A compressed checkpoint: a directory or Hub name.")],
     dense: Annotated[
         str | None,
-        typer.Option(help="The dense model: a directory or Hub name. Default: the checkpoint, multiplied out."),
+        typer.Option(help="The dense model: a directory or Hub name. Default: the checkpoint's weights made dense."),
     ] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; can be given several times. Default: 1 and 32.", min=1)
+        list[int] | None,
+        typer.Option(help="Sequences per batch; can be given several times. Default: 1 and 32.", min=1),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
     device: DeviceOption = None,
-    threads: Annotated[int, typer.Option(help="Of torch, on a CPU.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.", min=1)] = 1,
     repeats: Annotated[
-        int, typer.Option(help="Measurements of each; the fastest and the middle one count.", min=1)
+        int, typer.Option(help="Measurements of each model; the fastest and the median are used.", min=1)
     ] = 7,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file, too.", dir_okay=False)
+        Path | None, typer.Option("--json", help="Also write all figures to this file.", dir_okay=False)
     ] = None,
 ) -> None:
-    """Time a compressed model beside the dense one, in one process, taking turns.
+    """Compare the times of a compressed and a dense model, in one process, in turns.
 
     On a CPU with one thread, the thread's processor time is measured; with several, the wall clock; on a GPU, CUDA
     events.

@@ -1,14 +1,14 @@
-"""Fine-tune a pretrained transformer with PEFT and come out with a smaller model.
+"""Fine-tune a pretrained transformer with PEFT and get a smaller model.
 
 Importing this package registers the tuner type ``JACTUS`` with PEFT, and compressed checkpoints with transformers.
 
-The rooms, each of which imports only those above it:
+The rooms (subpackages); each imports only those above it:
 
-- `numerics`: the method's mathematics; tensors in, tensors out.
-- `tuner`: what PEFT sees: config, layer, model; and the plan of the ranks.
-- `calibration`: from a model and a few batches to statistics.
-- `deployment`: compressed checkpoints: how they are written, loaded and looked at.
-- `parse`: ranks chosen for each prompt. Imported by those who use it only.
+- `numerics`: the mathematics of the method, on tensors only.
+- `tuner`: what PEFT uses: config, layer and model; and the plan of the ranks.
+- `calibration`: computes statistics from a model and a few batches.
+- `deployment`: writes, loads and inspects compressed checkpoints.
+- `parse`: ranks chosen for each prompt. It is only imported if you use it.
 - `cli`: the command ``peft-jactus``.
 """
 

@@ -54,8 +54,8 @@ def _register_quantizer() -> None:
         return
     if registered is not None:
         raise ImportError(
-            f"transformers has a quantisation method {QUANT_METHOD} already, from {registered.__module__}. Import "
-            "either that or peft_jactus."
+            f"transformers already has a quantisation method {QUANT_METHOD}, from {registered.__module__}. Import "
+            "either that package or peft_jactus."
         )
     register_quantization_config(QUANT_METHOD)(CompressionConfig)
     register_quantizer(QUANT_METHOD)(JactusQuantizer)
@@ -67,7 +67,8 @@ def _register_tuner() -> None:
         return
     if registered is not None:
         raise ImportError(
-            f"PEFT has a method {NAME} already, from {registered.__module__}. Import either that or peft_jactus."
+            f"PEFT already has a method {NAME}, from {registered.__module__}. Import either that package or "
+            "peft_jactus."
         )
     register_peft_method(name=NAME.lower(), config_cls=JactusConfig, model_cls=JactusModel)
     for changed in (

@@ -2,22 +2,22 @@
 
 
 class NumericalWarning(UserWarning):
-    """A result is valid, but less accurate or smaller than what was asked for; the text says by how much."""
+    """A result is valid, but less accurate or smaller than requested; the message says by how much."""
 
 
 class RoutingWarning(UserWarning):
-    """A routed model ran all ranks of its layers, because nothing chose among them."""
+    """A routed model ran all ranks of its layers, because its router chose none."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of a checkpoint is not what was saved."""
+    """A file of a checkpoint is not the one that was saved."""
 
 
 class BaseWeightsFreedError(ValueError):
-    """Something needs the dense weights, which were freed when the model was compressed.
+    """An operation needs the dense weights, which were freed when the model was compressed.
 
     Args:
-        action: What was tried, as in "cannot <action>".
+        action: What was attempted, as in "cannot <action>".
     """
 
     def __init__(self, action: str) -> None:

@@ -61,49 +61,48 @@ def calibrate(
 ) -> CalibrationStatistics:
     """Collect the statistics that `peft.get_peft_model` needs to compress ``model``, and attach them to ``config``.
 
-    In several processes (``accelerate launch``, ``torchrun``), give each its share of the batches; all get the
-    statistics of all batches. On several machines ``statistics_file`` has to be on storage that they share.
+    In several processes (``accelerate launch``, ``torchrun``), give each process its share of the batches; all
+    processes get the statistics of all batches. On several machines, ``statistics_file`` must be on shared storage.
 
-    The model comes back as it was: no hook, no gradient, the same training mode, ``requires_grad`` and random
-    state; only a head warm-up, if asked for, changes weights. A backward pass costs about one
-    forward pass, since no weight needs a gradient. A model that checkpoints its activations
-    (`model.activation_checkpointing_enable()`, formerly ``gradient_checkpointing_enable``) does so here as well.
+    Afterwards the model is as it was: no hooks, no gradients, the same training mode, ``requires_grad`` and random
+    state. Only a head warm-up changes weights. A backward pass costs about one forward pass, since no weight needs a
+    gradient. A model that checkpoints its activations (`model.activation_checkpointing_enable()`, formerly
+    ``gradient_checkpointing_enable``) also does so here.
 
     Args:
-        model: Any module; a transformers model returns its own loss when ``batches`` hold labels.
-        config: Says which modules to look at. ``config.statistics`` is set to the result.
+        model: Any module. A transformers model returns its own loss if ``batches`` have labels.
+        config: Defines the targeted modules. ``config.statistics`` is set to the result.
         batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions
-            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted. For a
-            model that is fine-tuned already, take rows that it was not trained on: its gradients on the others say
-            less.
-        max_batches: Stop after so many. Default: all.
+            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted. If the
+            model is already fine-tuned, use rows that it was not trained on: gradients on training rows say less.
+        max_batches: Stop after this number of batches. Default: all.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar tensor, for models that don't return one.
-        loss_reduction: Whether the loss is the mean over examples (over tokens that have a label, if labels are
-            sequences), as transformers' models return it, or their sum. Statistics are those of the sum, so that
-            they do not depend on how examples are batched.
-        head_warmup_steps: Train a freshly initialised head for so many steps first (AdamW on the head alone), so that
-            gradients mean something. The head is ``config.modules_to_save``, or the classifier that PEFT trains for
+        loss_reduction: Whether the loss is the mean or the sum over examples (over tokens with a label, if labels are
+            sequences). Models of transformers return the mean. Statistics are those of the sum, so they do not depend
+            on how examples are batched.
+        head_warmup_steps: First train a newly initialised head alone for this number of steps (with AdamW), so that
+            gradients are meaningful. The head is ``config.modules_to_save``, or the classifier that PEFT trains for
             the task type. It keeps what it learns.
         head_warmup_lr: Learning rate of the warm-up.
         train_mode: Keep dropout on. Default: evaluation mode.
-        statistics_file: Save statistics here every ``save_every`` batches and at the end. If the file is there
-            already, for the same layers and weights: a complete one is used as it is, an interrupted one is
-            continued, skipping the batches it has seen (which must come in the same order). A memory limit may be
-            set, or changed, in between.
-        save_every: Batches between two saves.
-        max_statistics_memory: Bytes, or a size such as ``"8GiB"``: hold the statistics of no more layers than fit, and
-            pass over the batches (which are kept) once for each group of layers. Each group goes to a file beside
-            ``statistics_file``, by default in a temporary folder, from which `get_peft_model` reads a layer at a
-            time. So the memory for statistics does not grow with the depth of the model; that for activations, of
-            the backward pass, hardly does if the model checkpoints (above). Default: no limit, one pass.
+        statistics_file: Save statistics here every ``save_every`` batches and at the end. If the file already exists,
+            for the same layers and weights, a complete file is used as it is. An interrupted one is continued, and the
+            batches it has seen are skipped (they must come in the same order). You may set or change the memory limit
+            in between.
+        save_every: Number of batches between two saves.
+        max_statistics_memory: Bytes, or a size such as ``"8GiB"``. Keep the statistics of only as many layers as fit,
+            and pass over the batches (which are kept) once for each group of layers. Each group is written to a file
+            beside ``statistics_file``, by default in a temporary folder; `get_peft_model` reads one layer at a time
+            from it. So the memory for statistics does not grow with the depth of the model. The memory for activations
+            hardly grows if the model checkpoints them (see above). Default: no limit, one pass.
         leave_unusable_dense: Add targeted layers that calibration says nothing about to ``config.exclude_modules``,
-            with a warning, instead of raising: those that no token reached, as in a vision tower that is calibrated
-            on text; whose inputs or gradients are zero everywhere; whose weight the model uses without calling the
-            layer.
+            with a warning, instead of raising. These are layers that no token reached, as in a vision tower that is
+            calibrated on text; layers whose inputs or gradients are zero everywhere; and layers whose weight the model
+            uses without calling the layer.
         progress_bar: Show a bar over the batches.
 
     Returns:
-        The statistics by full module name; also in ``config.statistics``. `get_peft_model` releases that reference.
+        The statistics by full module name, also in ``config.statistics``. `get_peft_model` releases that reference.
 
         A `ValueError` is raised for an empty iterable, a model that returns no loss, a value that is not finite,
         targeted modules that calibration says nothing about (see ``leave_unusable_dense``; all are named at once), a
@@ -298,8 +297,8 @@ def _check_weights(targets: Mapping[str, nn.Module]) -> None:
     for name, module in targets.items():
         if getattr(module, "base_weights_freed", False):
             raise ValueError(
-                f"{name}: its dense weight was freed when the model was compressed, and there is nothing to calibrate "
-                "for. Calibrate the dense model, or compress it with `keep_base_weights=True`."
+                f"{name}: its dense weight was freed when the model was compressed, so it cannot be calibrated. "
+                "Calibrate the dense model, or compress it with `keep_base_weights=True`."
             )
         if getattr(module, "merged", False):
             raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
@@ -312,7 +311,7 @@ def _check_gradients(targets: Mapping[str, nn.Module]) -> None:
     lost = [name for name, layer in quantized.items() if not passes_gradients(layer)]
     if lost:
         raise TypeError(
-            f"{', '.join(lost)}: quantized so that the gradient of its output does not reach its input, as where "
-            "activations are quantized, too: there is nothing to calibrate on. Load the model with weights alone in "
-            "8 or 4 bits (of torchao's configs those named `WeightOnly`), or in bf16, fp16 or fp32."
+            f"{', '.join(lost)}: quantized so that gradients do not pass from its output to its input, for example "
+            "because activations are quantized too, so it cannot be calibrated. Load the model with only its weights "
+            "in 8 or 4 bits (torchao's configs named `WeightOnly`), or in bf16, fp16 or fp32."
         )

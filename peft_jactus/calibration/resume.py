@@ -134,8 +134,8 @@ class StatisticsStore:
         for name, digest in self._digests.items():
             if digests.get(name, digest) != digest:
                 raise ValueError(
-                    f"{source} has statistics of {name} with other weights, or in another dtype. Delete it, or name "
-                    "another file; to use it all the same, set `config.statistics = CalibrationStatistics.load(...)` "
+                    f"{source} has statistics of {name} with other weights, or in another dtype. Delete it, or give "
+                    "another file; to use it anyway, set `config.statistics = CalibrationStatistics.load(...)` "
                     "instead of calling `calibrate`."
                 )
 

@@ -1,4 +1,4 @@
-"""Calibration statistics of all targeted layers, which add up."""
+"""Calibration statistics of all targeted layers, which can be added."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 class CalibrationStatistics(Mapping[str, LayerStatistics]):
     """Statistics by full module name, as `calibrate` returns them.
 
-    Statistics of disjoint parts of the data add up (`merge`), and safetensors files hold them
-    (`save`, `load`), so that several runs, or several machines, can share the work.
+    Statistics of disjoint parts of the data can be added (`merge`) and stored as safetensors files (`save`, `load`).
+    So several runs or several machines can share the work.
 
-    They can take gigabytes, so nothing copies them. Copies of a `JactusConfig` share them (`copy`, `deepcopy`,
-    `dataclasses.replace`). Pickled for another process they stay behind, and say so when they are used there; those
-    that are read from a file are opened again.
+    They can take gigabytes, so they are never copied. Copies of a `JactusConfig` share them (`copy`, `deepcopy`,
+    `dataclasses.replace`). If they are pickled for another process, they are not sent, and using them there raises an
+    error. Statistics that are read from a file are opened again there.
 
     Args:
-        layers: Statistics by full module name, without PEFT's ``base_model.model.`` prefix. Not copied: it may read
-            them from a file as they are asked for.
+        layers: Statistics by full module name, without PEFT's ``base_model.model.`` prefix. Not copied: the mapping
+            may read each layer from a file when it is needed.
         num_batches: How many batches were seen.
-        num_loss_terms: How many terms the losses of all batches have together: examples, or tokens that have a label.
+        num_loss_terms: Number of terms in the losses of all batches: examples, or tokens that have a label.
             `RankPlan.loss_rise` is that of one term. Default: not known.
-        memory_limit: What may be held at a time, in bytes. It limits what `get_peft_model` keeps between the choice of
-            ranks and the factors, too. Default: no limit.
+        memory_limit: How much may be in memory at a time, in bytes. It also limits what `get_peft_model` keeps between
+            the choice of ranks and the factorization. Default: no limit.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         """
         if set(self) != set(other):
             raise ValueError(
-                f"`other` must cover the same layers; these are in one only: {sorted(set(self) ^ set(other))}."
+                "`other` must cover the same layers; these are only in one of the two: "
+                f"{sorted(set(self) ^ set(other))}."
             )
         moments: dict[tuple[object, object], SecondMoment] = {}
 
@@ -125,8 +126,8 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
         """Write one safetensors file, whole or not at all.
 
         Args:
-            path: The file to write; its folder is made if need be. It takes the place of an index that was there.
-            metadata: Further strings to store in the file's header.
+            path: The file to write; its folder is created if needed. It replaces an index that was there.
+            metadata: More strings to store in the file's header.
         """
         counts = {"num_batches": self.num_batches, "num_loss_terms": self.num_loss_terms}
         save_statistics_file(
@@ -135,11 +136,11 @@ class CalibrationStatistics(Mapping[str, LayerStatistics]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStatistics:
-        """Read what `save` wrote, or what `calibrate` did under a memory limit.
+        """Read what `save` wrote, or what `calibrate` wrote with a memory limit.
 
         Args:
-            path: The safetensors file. If it has an index of several files (``path`` and ``.index.json``), these stay
-                where they are, and each layer is read when it is asked for.
+            path: The safetensors file. If there is an index of several files (``path`` and ``.index.json``), the files
+                stay where they are, and each layer is read when it is needed.
 
         Returns:
             Equal statistics, on the CPU. A `ValueError` says if a file is damaged, or not a statistics file of this

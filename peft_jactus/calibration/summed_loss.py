@@ -34,8 +34,8 @@ class SummedLoss:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             source = "The model's output has no loss" if self._loss_fn is None else "`loss_fn` returned no scalar"
             raise ValueError(
-                f"{source}. The batch has {sorted(batch)}. Put `labels`, under this name, into the batches, or pass "
-                "`loss_fn(model, batch)` that returns a scalar tensor."
+                f"{source}. The batch has {sorted(batch)}. Put labels under the name `labels` into the batches, or "
+                "pass `loss_fn(model, batch)` that returns a scalar tensor."
             )
         loss = loss.reshape(())
         return loss if self._reduction == "sum" else loss * self.count(model, batch)

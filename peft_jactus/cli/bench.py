@@ -97,7 +97,7 @@ def load_pair(checkpoint: str, dense: str | None, device: torch.device) -> dict[
     config = load_model_config(checkpoint)
     if not is_compression(getattr(config, "quantization_config", None)):
         raise ValueError(
-            f"{checkpoint} is no compressed checkpoint; make one with `peft-jactus export` or `compress`."
+            f"{checkpoint} is not a compressed checkpoint; make one with `peft-jactus export` or `compress`."
         )
     cls = model_class(config)
     compressed = cls.from_pretrained(checkpoint, dtype="auto")
@@ -116,7 +116,7 @@ def make_cases(model: PreTrainedModel, batch_sizes: list[int], sequence_length: 
         return [_image_case(model, batch_size) for batch_size in batch_sizes]
     if model.main_input_name != "input_ids":
         raise ValueError(
-            f"{type(model).__name__} takes {model.main_input_name}; this command makes tokens and images."
+            f"{type(model).__name__} takes {model.main_input_name}; this command can only make tokens and images."
         )
     is_causal = model.can_generate() and not model.config.is_encoder_decoder
     needed = sequence_length + (_DECODED_TOKENS if is_causal else 0)

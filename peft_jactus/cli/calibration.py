@@ -91,7 +91,7 @@ class Calibration:
         parse_memory_limit(self.max_statistics_memory)
         model_config = load_model_config(self.model)
         if getattr(model_config, "quantization_config", None):
-            raise ValueError(f"{self.model} is quantised or compressed already; give the model that it was made from.")
+            raise ValueError(f"{self.model} is already quantised or compressed; give the model that it was made from.")
         processor = find_processor(self.model)
         batches = None if self.data is None else self._batches(self.data, model_config, processor)
         model = load_pretrained(self.model, model_config, self.task).to(self.device)  # type: ignore[arg-type]  # mypy: `to` is wrapped
@@ -137,7 +137,7 @@ def find_task(config: PreTrainedConfig) -> Task:
                 return task
     raise ValueError(
         f"{config.name_or_path} is a {config.architectures}; this command compresses {sorted(_CLASS_BY_TASK)}. Give "
-        "--task if it is one of these, or use `peft_jactus.calibrate` with batches and a loss of your own."
+        "--task if it is one of these, or use `peft_jactus.calibrate` with your own batches and loss."
     )
 
 

@@ -49,7 +49,7 @@ class DataOptions:
             ValueError: Saying which option to change.
         """
         if (self.dataset is None) == (self.data_dir is None):
-            raise ValueError("Give calibration data: one of --dataset, --data-dir, or else --data-free.")
+            raise ValueError("Give calibration data: either --dataset or --data-dir; or set --data-free.")
         if self.data_dir is not None and not any(self.data_dir.rglob("*.parquet")):
             raise ValueError(f"--data-dir {self.data_dir} has no *.parquet file in it.")
         if not 1 <= len(self.text_columns) <= (2 if task == "sequence-classification" else 1):

@@ -66,11 +66,11 @@ def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusCo
         ValueError: If this is no JACTUS adapter, or the base model is not known.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is no adapter: it has no adapter_config.json.")
+        raise ValueError(f"{folder} is not an adapter: it has no adapter_config.json.")
     if (folder / _PIPELINE_FILE).is_file():  # its other modules would be lost
         raise ValueError(
-            f"{folder} is a model of sentence-transformers. Load it, by `SentenceTransformer({str(folder)!r})`, and "
-            "give that to `export_compressed`."
+            f"{folder} is a model of sentence-transformers. Load it with `SentenceTransformer({str(folder)!r})`, and "
+            "give the model to `export_compressed`."
         )
     config = load_adapter_config(folder)
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
@@ -90,7 +90,7 @@ def _base_class(config: JactusConfig) -> Any:
 def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:
     """Raise `ValueError` for a repository to which nothing would be uploaded."""
     if repo_id is not None and not push_to_hub:
-        raise ValueError("--repo-id says where to upload to; give --push-to-hub, too.")
+        raise ValueError("--repo-id is only for uploads; also give --push-to-hub.")
 
 
 def export_adapter(
@@ -111,7 +111,7 @@ def export_adapter(
     _check_upload(push_to_hub, repo_id)
     check_bits(bits)
     if statistics is not None and bits is None:
-        raise ValueError("--statistics is for --bits; leave it out, or give these, too.")
+        raise ValueError("--statistics is only for --bits; leave it out, or also give --bits.")
     loaded = None if statistics is None else CalibrationStatistics.load(statistics)
     folder = local_folder(adapter_dir)
     config = read_adapter_config(folder, base_model)

@@ -81,9 +81,9 @@ def _num_labels(model_class: Any, name: str, whole: _Shapes) -> int:
             return number
     key, (found, expected) = next(iter(misfits.items()))
     raise ValueError(
-        f"The adapter holds {key} of shape {list(found)}; in {name} it is {list(expected)}, and no number of labels "
-        "makes it fit. Load the model as it was for the training (its head, resized embeddings), then the adapter "
-        "(`PeftModel.from_pretrained`), and use `peft_jactus.export_compressed`."
+        f"The adapter holds {key} of shape {list(found)}; in {name} it is {list(expected)}, and another number of "
+        "labels does not help. Load the model as it was in training (its head, resized embeddings), then the adapter "
+        "(`PeftModel.from_pretrained`), and call `peft_jactus.export_compressed`."
     )
 
 

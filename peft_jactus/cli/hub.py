@@ -111,8 +111,8 @@ def model_class(config: PreTrainedConfig, name: str | None = None) -> type[PreTr
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise ValueError(
-        f"The model class of {config.name_or_path} is given as {names}; transformers {transformers.__version__} has "
-        "no such model."
+        f"{config.name_or_path} names {names} as its model class; transformers {transformers.__version__} has no such "
+        "class."
     )
 
 

@@ -54,7 +54,7 @@ def find_adapted(model: nn.Module) -> Adapted:
     if not _has_jactus_layers(root):
         raise ValueError(
             "`model` has no JACTUS layers. Give the model that `get_peft_model` or `PeftModel.from_pretrained` "
-            "returned; a model that is compressed already is saved with `save_pretrained`."
+            "returned. If the model is already compressed, save it with `save_pretrained`."
         )
     if isinstance(root, PreTrainedModel):
         return _adapted(root, model)
@@ -102,7 +102,7 @@ def _only_part(pipeline: nn.Module) -> tuple[str, nn.Module]:
     if len(found) != 1:
         raise ValueError(
             f"One transformers model in the {type(pipeline).__name__} must have JACTUS layers; these have: "
-            f"{list(found)}. Export each by itself, `export_compressed(model.get_submodule(name), ...)`."
+            f"{list(found)}. Export each one separately: `export_compressed(model.get_submodule(name), ...)`."
         )
     return next(iter(found.items()))
 

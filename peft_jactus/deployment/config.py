@@ -124,7 +124,7 @@ class CompressionConfig(QuantizationConfigMixin):
             )
         unknown = [field for field in extensions if find_extension(field) is None]
         if quant_method != QUANT_METHOD or unknown:
-            raise ValueError(f"config.json: `quantization_config` has fields that it cannot have: {sorted(unknown)}.")
+            raise ValueError(f"config.json: `quantization_config` has unknown fields: {sorted(unknown)}.")
         if not isinstance(layers, dict) or not layers:
             raise ValueError("config.json: `quantization_config.layers` must say how each layer is stored.")
         _check_field("original_format", original_format, isinstance(original_format, bool), "be true or false")

@@ -72,9 +72,9 @@ def untie_(model: PreTrainedModel, names: Collection[str]) -> None:
     if own and others:
         key, source = next(iter(own.items()))
         raise ValueError(
-            f"{key} is tied to {source}, but has become a weight of its own; others in this model stay tied, "
-            f"{others}, which a checkpoint cannot tell apart. Leave the layer out (`exclude_modules`, "
-            "`modules_to_save`), or load the model with `tie_word_embeddings=False`."
+            f"{key} was tied to {source}, but now has its own weight, while other weights stay tied: {others}. A "
+            "checkpoint cannot store both. Leave the layer out (`exclude_modules`, `modules_to_save`), or load the "
+            "model with `tie_word_embeddings=False`."
         )
     if not own:
         return

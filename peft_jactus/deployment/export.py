@@ -1,4 +1,4 @@
-"""Write what was trained as a compressed checkpoint: a normal Hub repository with no dense targeted weight in it."""
+"""Write a trained model as a compressed checkpoint: a normal Hub repository without dense targeted weights."""
 
 from __future__ import annotations
 
@@ -74,32 +74,32 @@ def export_compressed(
     progress_bar: bool = True,
     **hub_kwargs: Any,
 ) -> Path:
-    """Fold the trained cores and write a checkpoint that holds the factors, and no dense targeted weight.
+    """Merge what was trained into the factors, and write them as a checkpoint without dense targeted weights.
 
-    ``import peft_jactus; AutoModel*.from_pretrained(save_directory)`` gives the model back, and so does
-    ``SentenceTransformer(save_directory)`` for one of those. The directory appears whole or not at all; ``model``
-    stays as it is.
+    ``import peft_jactus; AutoModel*.from_pretrained(save_directory)`` loads the model; a SentenceTransformer is loaded
+    by ``SentenceTransformer(save_directory)``. The directory is written whole or not at all. ``model`` does not
+    change.
 
     Args:
-        model: A `PeftModel` with a JACTUS adapter, trained or not, or a transformers model that loaded one; or a
-            `SentenceTransformer`, `CrossEncoder` or the like around such a model, which is written with all its
-            modules.
-        save_directory: Where to. Must not exist, or be empty, unless ``overwrite``.
-        storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers a layer, ``"factored"`` stores
-            ``rank * (out + in)``. Default: the form that the config's budget was counted in.
-        dtype: Of the checkpoint. Default: the model's.
-        bits: 8 or 4: store the weights of the targeted layers in so few bits a number, in groups of 64 with a scale
-            each; ``dtype`` is what they are computed in. They do not train any more. 4 bits need bitsandbytes, also
-            where the checkpoint is loaded.
-        statistics: What `calibrate` returned (or `CalibrationStatistics.load`), for rounding to ``bits`` by what the
-            layers see. Without, 8 bits lose a little more, and 4 bits several times as much, with a warning.
-        processor: Tokenizer, image processor or processor to write beside the model.
+        model: A `PeftModel` with a JACTUS adapter, trained or not, or a transformers model that loaded one. It can
+            also be a `SentenceTransformer`, `CrossEncoder` or similar that contains such a model; it is written with
+            all its modules.
+        save_directory: Directory to write; it must be new or empty, unless ``overwrite``.
+        storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers per layer, ``"factored"`` stores ``rank *
+            (out + in)``. Default: the form in which the config's budget was counted.
+        dtype: Dtype of the checkpoint. Default: the model's.
+        bits: 8 or 4: store the weights of the targeted layers in 8 or 4 bits per number, in groups of 64 with one
+            scale each, and compute in ``dtype``. These weights can no longer be trained. 4 bits need bitsandbytes,
+            also where the checkpoint is loaded.
+        statistics: What `calibrate` returned (or `CalibrationStatistics.load`), to round to ``bits`` by the inputs of
+            the layers. Without them, 8 bits lose a little more, and 4 bits several times as much, with a warning.
+        processor: Tokenizer, image processor or processor to write with the model.
         max_shard_size: Largest file, as for `save_pretrained`.
-        metrics: Figures for the model card, for instance ``trainer.evaluate()``.
+        metrics: Results for the model card, for example ``trainer.evaluate()``.
         datasets: Hub names of the training data, for the model card.
         overwrite: Replace what is in ``save_directory``.
-        push_to_hub: Upload the directory, too.
-        repo_id: Where to upload to, ``user/name``. Default: the name of ``save_directory``.
+        push_to_hub: Also upload the directory.
+        repo_id: Repository to upload to, ``user/name``. Default: the name of ``save_directory``.
         progress_bar: Show a bar over the layers.
         **hub_kwargs: For `huggingface_hub.HfApi`: ``token``, ``private``, ``commit_message``, ``revision``,
             ``create_pr``.
@@ -109,9 +109,9 @@ def export_compressed(
 
     Raises:
         TypeError: If the base model is neither a transformers model nor one of sentence-transformers, a part of it is
-            quantized and can't be read, or ``hub_kwargs`` has an unknown name. A `ValueError` says if no single JACTUS
-            adapter is active, a weight is not finite, an adapted layer is tied in a way that a checkpoint cannot hold,
-            or ``save_directory`` holds something.
+            quantized and can't be read, or ``hub_kwargs`` has an unknown name. A `ValueError` is raised if no JACTUS
+            adapter or more than one is active, a weight is not finite, an adapted layer is tied in a way that a
+            checkpoint cannot store, or ``save_directory`` is not empty.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
@@ -195,18 +195,19 @@ def compressed_copy(
 ) -> PreTrainedModel:
     """Return the model with deployed layers in place of adapted ones; arguments as for `export_compressed`.
 
-    Tensors outside of the adapted layers are shared with ``model``, unless ``dtype`` changes them; ``model`` stays as
-    it is.
+    Tensors outside of the adapted layers are shared with ``model``, unless ``dtype`` changes them. ``model`` does not
+    change.
 
     Raises:
-        TypeError: If ``model`` is not a transformers model. A `ValueError` says if ``storage`` is unknown, or what
-            else `export_compressed` says.
+        TypeError: If ``model`` is not a transformers model. A `ValueError` is raised if ``storage`` is unknown, and
+            for the same reasons as in `export_compressed`.
     """
     adapted = find_adapted(model)
     if adapted.pipeline is not None:
         raise TypeError(
-            f"`compressed_copy` copies transformers models; give that in this {type(adapted.pipeline).__name__}, "
-            f"`model.get_submodule({adapted.path!r})`. `export_compressed` takes the whole."
+            "`compressed_copy` only copies transformers models; give it the one in this "
+            f"{type(adapted.pipeline).__name__}: `model.get_submodule({adapted.path!r})`. `export_compressed` accepts "
+            "the whole model."
         )
     rounding = Rounding.checked(bits, statistics, adapted)
     return _compress(adapted, rounding, storage=storage, dtype=dtype, progress_bar=progress_bar)
@@ -247,8 +248,8 @@ def _compress(
     kept = rank_summary(copied).retained_ratio
     if storage != config.storage and kept > planned:
         warnings.warn(
-            f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}; stored {storage}, the "
-            f"targeted layers keep {kept:.0%}, and those that would grow stay dense. Compress with "
+            f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}. Stored {storage}, the "
+            f"targeted layers keep {kept:.0%}, and layers that would grow stay dense. Compress with "
             f"`JactusConfig(storage={storage!r})` to meet the budget.",
             stacklevel=4,
         )
@@ -271,8 +272,8 @@ def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None
     adapting = [tensors[adapter_name] for tensors in held if adapter_name in tensors]
     if adapting and not any(bool(tensor.any()) for tensor in adapting):
         warnings.warn(
-            "No adaptation rank was trained. The export leaves them out, and a part of the budget goes unused. Train "
-            "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which gives all ranks to the "
+            "No adaptation rank was trained. The export leaves them out, so a part of the budget is not used. Train "
+            "the model first; or compress with `JactusConfig(adaptation_rank=0)`, which uses all ranks for the "
             "weights.",
             NumericalWarning,
             stacklevel=5,

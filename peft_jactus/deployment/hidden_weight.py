@@ -27,8 +27,8 @@ class HiddenWeight(nn.Module):
     out_features: int
     # What is said where its numbers are read or changed.
     weight_is_hidden = (
-        "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, and "
-        "name the layer in `exclude_modules`."
+        "has no dense weight, but the model uses one without calling the layer. Compress the dense model again, with "
+        "the layer in `exclude_modules`."
     )
 
     def __getattr__(self, name: str) -> Any:

@@ -86,7 +86,7 @@ class CheckpointFiles:
                     entries[name] = _Entry(file, tuple(part.get_shape()), part.get_dtype())
         if len(digests) != 1:
             raise DamagedCheckpointError(
-                f"The files in {files[0].parent} are of different checkpoints: their digests differ. {_REMEDY}"
+                f"The files in {files[0].parent} are from different checkpoints: their digests differ. {_REMEDY}"
             )
         _check_index(files, entries)
         checked = cls(entries, _parse_digests(digests.pop(), files[0]))
@@ -264,6 +264,6 @@ def _parse_digests(text: str | None, file: Path) -> dict[str, tuple[str, str]] |
         return {str(name): (str(edges), str(whole)) for name, (edges, whole) in digests.items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(
-            f"{file} carries no digests of its tensors in its header (`{METADATA_KEY}`), as each compressed "
-            f"checkpoint does. {_REMEDY}"
+            f"{file} carries no digests of its tensors in its header (`{METADATA_KEY}`), unlike every compressed "
+            f"checkpoint. {_REMEDY}"
         ) from error

@@ -168,13 +168,13 @@ class LowRankLinear(FactorizedLinear):
 
 
 class PivotedLinear(FactorizedLinear):
-    """A weight of rank r as r of its rows or columns, and the coefficients that make the others from them.
+    """A weight of rank r, stored as r of its rows or columns, and coefficients that give the other ones.
 
-    `RowPivotedLinear` where there are fewer rows, `ColumnPivotedLinear` otherwise: that side is put in order at each
-    call, so the shorter one costs less.
+    `RowPivotedLinear` if there are fewer rows, `ColumnPivotedLinear` otherwise: each call reorders this side, so the
+    shorter one costs less.
 
-    The coefficients combine rows that are nearly dependent, which magnifies rounding two- to sixfold. In bfloat16
-    that is still far less than what the higher rank gains (``benchmarks.compression.sixteen_bits``).
+    The coefficients combine rows that are nearly dependent, which magnifies rounding errors two- to sixfold. In
+    bfloat16, this is still far less than the gain from the higher rank (``benchmarks.compression.sixteen_bits``).
     """
 
     storage = "pivoted"

@@ -20,14 +20,14 @@ _TAG = "peft-jactus"
 _IMPORT = "import peft_jactus  # pip install peft-jactus"
 _PLACE = "path/or/name/of/this/repository"
 _WITHOUT_IMPORT = (
-    "Without the import transformers warns of an `Unknown quantization type` and stops at the sizes of the weights; "
-    "told to go on, by `ignore_mismatched_sizes=True`, it gives these layers random weights. Tools that cannot import "
-    f"a package (`lm_eval`, `vllm serve`) take what `peft-jactus export {_PLACE} dense --dense` writes: plain layers, "
-    "at the size of the base model."
+    "Without the import, transformers warns of an `Unknown quantization type` and stops at the sizes of the weights; "
+    "with `ignore_mismatched_sizes=True`, it gives these layers random weights. For tools that cannot import a "
+    f"package (`lm_eval`, `vllm serve`), `peft-jactus export {_PLACE} dense --dense` writes plain layers, at the size "
+    "of the base model."
 )
 _FEW_BITS = (
-    "Their weights take {bits} bits a number, and a 64th of a scale: groups of 64 numbers, row after row, share one. "
-    "Shapes need not divide: a group may go from one row to the next. They do not train; LoRA on top does."
+    "Their weights take {bits} bits per number, plus one scale for each group of 64 consecutive numbers; a group may "
+    "continue in the next row. These weights cannot be trained; LoRA on top of them can."
 )
 _ADAPTER_LOADING = f"""
 ## Load it

@@ -54,14 +54,14 @@ def light_and_dark() -> Iterator[None]:
 
 @light_and_dark()
 def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") -> Figure:
-    """Plot rank by depth, a line for each projection, as Figure 3 of arXiv:2605.02829; needs matplotlib.
+    """Plot rank by depth, one line per projection, as in Figure 3 of arXiv:2605.02829; needs matplotlib.
 
     Args:
         model: A model as for `rank_summary`, or its result.
         adapter_name: Which adapter.
 
     Returns:
-        A matplotlib figure; ``figure.savefig("ranks.png")`` writes it. Rings are layers that stay dense.
+        A matplotlib figure; ``figure.savefig("ranks.png")`` writes it. Rings mark layers that stay dense.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -99,14 +99,14 @@ def _depth_and_projection(name: str) -> tuple[int, str]:
 
 @light_and_dark()
 def plot_plan(plan: RankPlan) -> Figure:
-    """Plot what is kept and what it costs, for all budgets: a picture to choose a ratio by; needs matplotlib.
+    """Plot the expected loss and the size for all budgets, to choose a ratio; needs matplotlib.
 
     Args:
         plan: From `plan_ranks`.
 
     Returns:
-        A matplotlib figure. Left: the expected rise of the loss; the share of the weights' energy that is lost, where
-        that is not known. Right: the size of the checkpoint. The ring is the plan itself.
+        A matplotlib figure. Left: the expected rise of the loss or, if it is not known, the lost share of the weights'
+        energy. Right: the size of the checkpoint. The ring marks the plan itself.
     """
     from matplotlib.figure import Figure
 

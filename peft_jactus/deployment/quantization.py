@@ -56,7 +56,7 @@ class Rounding:
             return cls(8, None)
         if statistics is None:
             warnings.warn(
-                "4 bits without `statistics` round each number by itself, which loses several times as much. Give "
+                "4 bits without `statistics` round each number independently, which loses several times as much. Give "
                 "what `calibrate` returned, or `CalibrationStatistics.load(file)`.",
                 NumericalWarning,
                 stacklevel=3,

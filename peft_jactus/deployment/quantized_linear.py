@@ -28,8 +28,8 @@ class QuantizedLinear(HiddenWeight, nn.Linear):
     scale: Tensor
     weight: Tensor
     weight_is_hidden = (
-        "has its weight in 8 or 4 bits, which cannot be read past the layer, and nothing can be merged into. Keep the "
-        "adapter beside it, or load the model under `loading_options(dense=True)`."
+        "has its weight in 8 or 4 bits: nothing outside of the layer can read it, and nothing can be merged into it. "
+        "Keep the adapter unmerged, or load the model under `loading_options(dense=True)`."
     )
 
     def __init__(

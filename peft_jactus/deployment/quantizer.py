@@ -55,16 +55,16 @@ _OPTIONS = ContextVar("peft_jactus_loading_options", default=_DEFAULT_OPTIONS)
 
 @contextmanager
 def loading_options(*, verify: bool = False, dense: bool = False, column_layout: bool = False) -> Iterator[None]:
-    """Set how compressed checkpoints are loaded in this block; ``from_pretrained`` has no argument for it.
+    """Set how compressed checkpoints are loaded in this block; ``from_pretrained`` has no arguments for this.
 
     Args:
-        verify: Read all tensors once more and compare them with the digests that the checkpoint carries.
-        dense: Multiply the factors out: gives plain layers, and saves a checkpoint that loads without this package, at
-            the size of the base model.
-        column_layout: On a CPU in float32, lay out weights with more rows than columns by columns, which makes it
-            faster to decode a single sequence; nothing changes elsewhere. Tools that flatten parameters
-            (`torch.optim.LBFGS`, `torch.nn.utils.parameters_to_vector`) refuse these weights, until ``train()`` or
-            ``state_dict()`` of the model lays them out by rows again.
+        verify: Read all tensors once more and compare them with the checkpoint's digests.
+        dense: Multiply the factors to get plain layers of the base model's size. A model that is saved like this loads
+            without this package.
+        column_layout: On a CPU in float32, store weights with more rows than columns by columns. This makes it faster
+            to decode a single sequence. It has no effect elsewhere. Tools that flatten parameters
+            (`torch.optim.LBFGS`, `torch.nn.utils.parameters_to_vector`) raise an error for these weights, until
+            ``train()`` or ``state_dict()`` of the model stores them by rows again.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -160,8 +160,8 @@ class JactusQuantizer(HfQuantizer):
             raise ValueError(
                 f"{type(model).__name__} has no layers {unknown[:5]}, which the checkpoint holds, or has layers that "
                 f"the checkpoint does not hold: {without_tensors[:5]}. Load it with the class it was made for "
-                "(`architectures` in config.json), at its depth, with the version of transformers that it was "
-                f"written with: {self.quantization_config.transformers_version}."
+                "(`architectures` in config.json), with the same number of blocks, and with the version of "
+                f"transformers that wrote it: {self.quantization_config.transformers_version}."
             )
 
     def _empty_layer(self, dense: nn.Module, module_name: str, form: LayerForm) -> nn.Module:
@@ -235,7 +235,9 @@ class JactusQuantizer(HfQuantizer):
         check_readable(model, layers, would_lose_it="dense layers")
         offloaded = [name for name, layer in layers.items() if layer.weight.device.type == "meta"]
         if offloaded:
-            raise ValueError(f"{offloaded[:5]} are offloaded to disk; load the model without, to make it dense.")
+            raise ValueError(
+                f"{offloaded[:5]} are offloaded to disk; load the model without offloading to make it dense."
+            )
         for name, layer in layers.items():
             own = layer.weight.dtype  # of a part, with its bias, it may be another
             bias = None if layer.bias is None else layer.bias.to(own)
@@ -344,14 +346,14 @@ def check_readable(model: nn.Module, layers: Mapping[str, nn.Module], *, would_l
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
-            f"`model` has an adapter, which {would_lose_it} would lose, on {adapted[:5]}. Merge it first "
+            f"`model` has an adapter, which {would_lose_it} would lose. It is on {adapted[:5]}. Merge it first "
             "(`merge_and_unload`)."
         )
     unreadable = [f"{name}.{part}" for name, layer in layers.items() for part in unreadable_parts(layer)]
     if unreadable:
         raise ValueError(
-            f"`model` has layers whose weights are not numbers to compute with, as of a quantised one: "
-            f"{unreadable[:5]}. Load it anew, and do this before you quantise it or put other modules into it."
+            f"`model` has layers whose weights cannot be read as numbers, as in a quantised model: {unreadable[:5]}. "
+            "Load it again, and do this before you quantise it or replace modules in it."
         )
 
 

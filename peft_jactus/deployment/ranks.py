@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary:
-    """Return the ranks that the targeted layers got.
+    """Return the ranks of the targeted layers.
 
     Args:
         model: A `PeftModel` with a JACTUS adapter, a transformers model that loaded one, or a compressed model.
@@ -44,8 +44,8 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
     }
     if adapter_name not in configs:
         raise ValueError(
-            f"`model` has no JACTUS adapter named {adapter_name!r}, and is no compressed model. Its JACTUS adapters "
-            f"are {list(configs)}; pass the name of one as `adapter_name`."
+            f"`model` has no JACTUS adapter named {adapter_name!r}, and is not a compressed model. Its JACTUS "
+            f"adapters are {list(configs)}; pass the name of one as `adapter_name`."
         )
     config = configs[adapter_name]
     rows = []

@@ -62,12 +62,12 @@ def export_remote_code(
 ) -> Path:
     """Write a compressed causal language model in a form that loads without peft_jactus.
 
-    ``AutoModelForCausalLM.from_pretrained(output_dir, trust_remote_code=True)`` gives the same model. vLLM takes it as
-    ``vllm serve output_dir --trust-remote-code``, on one device a replica (``tensor_parallel_size=1``).
+    ``AutoModelForCausalLM.from_pretrained(output_dir, trust_remote_code=True)`` gives the same model. vLLM serves it
+    with ``vllm serve output_dir --trust-remote-code``, on one device per replica (``tensor_parallel_size=1``).
 
     Args:
         checkpoint_dir: What `export_compressed` wrote.
-        output_dir: Where to. Must not exist, or be empty, unless ``overwrite``.
+        output_dir: Directory to write; it must be new or empty, unless ``overwrite``.
         max_shard_size: Largest file, as for `save_pretrained`.
         overwrite: Replace what is in ``output_dir``.
 
@@ -76,7 +76,7 @@ def export_remote_code(
 
     Raises:
         ValueError: If ``checkpoint_dir`` is not a compressed causal language model of a family that transformers
-            implements, or ``output_dir`` holds something.
+            implements, or ``output_dir`` is not empty.
     """
     source, target = Path(checkpoint_dir), Path(output_dir)
     check_target(target, overwrite=overwrite, argument="`output_dir`")
@@ -127,8 +127,8 @@ def _low_rank_layers(source: Path, model: PreTrainedModel) -> dict[str, dict[str
             continue
         if not name.startswith(prefix):
             raise ValueError(
-                f"{name} is compressed and outside of the base model, where vLLM puts a layer of its own. Compress "
-                "the model again with this layer in `exclude_modules`, or load it under `loading_options(dense=True)`."
+                f"{name} is compressed and outside of the base model, where vLLM uses its own layer. Compress the "
+                "model again with this layer in `exclude_modules`, or load it under `loading_options(dense=True)`."
             )
         layers[name.removeprefix(prefix)] = {
             "form": type(layer).__name__,

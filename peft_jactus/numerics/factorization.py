@@ -165,8 +165,8 @@ def choose_ranks(
         share = allocation.num_stored / sum(layer.num_parameters for layer in gains.values())
         asked = asked_budget or f"`retained_ratio`={options.retained_ratio:g}"
         warnings.warn(
-            f"{asked} is out of reach: {share:.3g} are kept of the targeted layers' parameters, "
-            "since each layer keeps a rank of one.",
+            f"{asked} cannot be reached: {share:.3g} of the targeted layers' parameters are kept, because each layer "
+            "keeps at least rank 1.",
             NumericalWarning,
             stacklevel=2,
         )

@@ -16,25 +16,25 @@ class RouterConfig:
     """Rank experts, their router and its cache (PARSE: Zhu et al., arXiv:2605.08568).
 
     Attributes:
-        active_ratio: Parameters that run for one prompt, as a share of the dense weights of the routed layers, in (0,
-            1]. Can be changed at any time: one router serves all budgets.
-        expert_size: Consecutive rank-one terms that are chosen together. Smaller ones choose finer, and make the
-            router larger, which has a weight for each expert and each of the model's hidden features: 16 suits a width
-            of 1,000, 64 one of 4,000. A multiple of 8 keeps the products fast.
+        active_ratio: Number of parameters that run for one prompt, as a share of the dense weights of the routed
+            layers, in (0, 1]. It can be changed at any time: one router serves all budgets.
+        expert_size: Number of consecutive rank-one terms that are chosen together. A smaller size gives a finer choice
+            and a larger router: it has a weight for each expert and each of the model's hidden features. 16 suits a
+            width of 1,000, and 64 a width of 4,000. A multiple of 8 keeps the products fast.
         allocation: ``"global"``: one budget for all layers; ``"uniform"``: every layer runs the same share.
-        router_kind: From the mean of the prompt's token embeddings to a score of each expert: ``"linear"``, or
+        router_kind: How the router computes scores from the mean of the prompt's token embeddings: ``"linear"``, or
             ``"mlp"`` with one hidden layer.
         hidden_features: Width of that hidden layer.
-        cache_entries: Prompts whose choice is remembered, at most; 0 remembers none.
-        cache_bytes: Memory that the gathered factors of remembered choices may take. Default: as much as the dense
-            weights of the routed layers; one choice takes about ``active_ratio`` of that.
-        cache_similarity: A prompt takes the choice of a remembered one if the cosine between their (standardised)
-            router inputs is at least this, in (0, 1]. At 1 the inputs must be equal, so that no result depends on
-            earlier prompts; less saves choices, and makes results depend on them.
-        reroute_continuations: Whether more than one token on top of a filled key-value cache (what follows a cached
-            system prompt, the next chunk of a long prompt, a further turn) is routed anew, by all such parts so far.
-            If not, the first part decides for all that follows; assisted generation, which checks several tokens at a
-            time, needs that to give what plain generation gives.
+        cache_entries: Largest number of prompts whose choice is cached; 0 caches none.
+        cache_bytes: Largest memory for the gathered factors of cached choices. Default: as much as the dense weights
+            of the routed layers; one choice takes about ``active_ratio`` of this.
+        cache_similarity: A prompt reuses a cached choice if the cosine between their (standardised) router inputs is
+            at least this, in (0, 1]. At 1 the inputs must be equal, so no result depends on earlier prompts. A smaller
+            value reuses more choices, but results then depend on earlier prompts.
+        reroute_continuations: Whether more than one new token on a filled key-value cache (text after a cached system
+            prompt, the next chunk of a long prompt, another turn) is routed again, by all parts so far. If not, the
+            first part decides for all that follows. Assisted generation checks several tokens at a time, and needs
+            this to be off to give the same result as plain generation.
     """
 
     active_ratio: float = 0.6

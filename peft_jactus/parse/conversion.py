@@ -1,4 +1,4 @@
-"""From a compressed model to a routed one: rank-one terms in order, and a router that knows nothing yet."""
+"""From a compressed model to a routed one: sorted rank-one terms, and an untrained router."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def routed_copy(
     decomposition: Decomposition | None = None,
     progress_bar: bool = True,
 ) -> PreTrainedModel:
-    """Return a model whose factorised layers are made of rank experts, with an untrained router to choose them.
+    """Return a model whose factorised layers consist of rank experts, with an untrained router to choose them.
 
-    The weight of each factorised layer is written as a sum of rank-one terms in the order of their worth, whatever
-    form it was stored in; with all experts at work it is the same weight. Train the router next: `RouterTrainer`.
+    The weight of each factorised layer, in any storage form, is written as a sum of rank-one terms, the most important
+    ones first. With all experts running, it is the same weight. Train the router next: `RouterTrainer`.
 
     Args:
-        model: A compressed model: what `from_pretrained` loaded from what `export_compressed` wrote. It stays as it
-            is; tensors outside of its factorised layers are shared.
+        model: A compressed model that `export_compressed` wrote and `from_pretrained` loaded. It does not change;
+            tensors outside of its factorised layers are shared.
         config: Budget, size of the experts, and so on.
-        statistics: Of the layers, from `calibrate`, under the names of the model. They put the terms in the order of
-            what they do to the loss; without, they are in the order of the singular values.
-        decomposition: In whose metric the terms are put in order, as in `JactusConfig`; ``"jactus"`` is ``"kfac"``
-            here, since the union was decided when the model was compressed. Default: ``"kfac"`` with ``statistics``,
-            ``"svd"`` without.
+        statistics: Statistics of the layers from `calibrate`, under the names of the model. With them, terms are
+            sorted by their effect on the loss; without, by singular value.
+        decomposition: The metric by which terms are sorted, as in `JactusConfig`. ``"jactus"`` is the same as
+            ``"kfac"`` here, since the union was chosen when the model was compressed. Default: ``"kfac"`` with
+            ``statistics``, ``"svd"`` without.
         progress_bar: Show a bar over the layers.
 
     Returns:
         The routed model; its router is ``model.rank_router``.
 
     Raises:
-        ValueError: If ``model`` has no factorised layers, has a router or an adapter on it already, or is
-            offloaded; if the budget is less than one expert in each layer; or if ``decomposition`` is none, or
-            ``statistics`` miss a layer or are needed and missing. A `TypeError` says if it is an encoder-decoder.
+        ValueError: If ``model`` has no factorised layers, already has a router or an adapter, or is offloaded; if the
+            budget is less than one expert in each layer; or if ``decomposition`` is unknown, or it needs
+            ``statistics`` that are missing for a layer. A `TypeError` is raised for an encoder-decoder model.
     """
     layers = _factorized_layers(model)
     check_routable(model)

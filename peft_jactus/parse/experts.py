@@ -121,7 +121,7 @@ class ExpertTable:
         if bool((budgets < least).any()):
             needed = math.ceil(1000 * float((least.double() / dense).max()) - 1e-6) / 1000
             raise ValueError(
-                f"`active_ratio`={active_ratio} is less than one expert in each layer takes ({needed:.3f}). Raise it, "
+                f"`active_ratio`={active_ratio} is too small: one expert in each layer takes {needed:.3f}. Raise it, "
                 f"or lower `expert_size` ({self.expert_size})."
             )
         return budgets

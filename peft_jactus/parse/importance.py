@@ -38,8 +38,8 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
         )
     if logits.shape[-1] < 2:
         raise ValueError(
-            f"{type(model).__name__} returns one number, not one for each of several classes or tokens; a router is "
-            "trained on how likely they are, and cannot be for a regression."
+            f"{type(model).__name__} returns one number, not one for each of several classes or tokens. A router is "
+            "trained on the probabilities of classes or tokens, so a regression model cannot be routed."
         )
     return logits
 
@@ -60,19 +60,19 @@ def expert_importance(
     num_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return the Fisher information of every expert's gate, for each row.
+    """Return the Fisher information of the gate of every expert, for each row.
 
     Args:
         model: A routed model.
         batch: Its keyword arguments.
-        positions: Predictions that count, bool, of the shape of the logits without their last dimension. Default: all
-            but padding.
-        num_samples: Labels drawn for each prediction; one costs a backward pass.
-        generator: Draws them.
+        positions: Which predictions are counted: bool, of the shape of the logits without their last dimension.
+            Default: all except padding.
+        num_samples: Number of labels drawn for each prediction; each costs a backward pass.
+        generator: Random generator for the labels.
 
     Returns:
-        ``(batch, experts)``, float32, >= 0: an estimate of the divergence, in nats summed over positions, from the
-        prediction of all experts that leaving out one brings, times two.
+        ``(batch, experts)``, float32, >= 0: twice the estimated divergence from the prediction with all experts if
+        this expert is left out, in nats summed over positions.
 
     Raises:
         ValueError: If the model has no router.

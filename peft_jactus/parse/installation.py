@@ -62,7 +62,7 @@ class RouterExtension(CheckpointExtension):
         """Give ``model`` a router of its two-factor layers; a `DamagedCheckpointError` says if it has none."""
         names = [name for name in layers if isinstance(model.get_submodule(name), LowRankLinear)]
         if not names:
-            raise DamagedCheckpointError("config.json describes a router, but no layer that it could steer.")
+            raise DamagedCheckpointError("config.json describes a router, but no layer that it could route.")
         return install_router(model, names, config)
 
     def config_of(self, module: nn.Module) -> RouterConfig:
@@ -91,8 +91,8 @@ def check_routable(model: PreTrainedModel) -> None:
     """Raise `TypeError` if a model is not one that can be routed."""
     if model.config.is_encoder_decoder or model.get_input_embeddings() is None:
         raise TypeError(
-            f"{type(model).__name__} cannot be routed: only encoders and decoders can, by the embeddings they start "
-            "with; not the two together."
+            f"{type(model).__name__} cannot be routed: only encoder models and decoder-only models can, not "
+            "encoder-decoder models."
         )
 
 

@@ -142,7 +142,7 @@ def by_row(x: Tensor, num_rows: int) -> Tensor:
         return x
     if x.dim() != 2 or len(x) % num_rows:
         raise ValueError(
-            f"a routed layer got an input {tuple(x.shape)}, which does not show the {num_rows} rows of the batch. "
-            "Leave the layer out when the model is compressed (`exclude_modules`)."
+            f"a routed layer got an input {tuple(x.shape)}, which is not split into the {num_rows} rows of the batch. "
+            "Compress the model with this layer in `exclude_modules`."
         )
     return x.reshape(num_rows, -1, x.shape[-1])

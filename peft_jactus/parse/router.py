@@ -41,11 +41,11 @@ FEATURE_LENGTH = 0.1
 
 
 class RankRouter(nn.Module):
-    """Scores every rank expert for a prompt, from the mean of its token embeddings, and makes the model run the best.
+    """Scores every rank expert for a prompt, from the mean of its token embeddings, and runs the best experts.
 
     Args:
         config: Budget, kind and cache.
-        layers: The layers to steer, in the order of the experts.
+        layers: The layers to route, in the order of the experts.
         in_features: Width of the embeddings.
         device: Of the parameters.
 
@@ -287,8 +287,8 @@ class RankRouter(nn.Module):
         self._state.call = None
         if call.patterns is None and output is not None:
             warnings.warn(
-                f"{type(module).__name__} was called without computing its input embeddings, so that nothing was "
-                "routed and all ranks ran.",
+                f"{type(module).__name__} was called without computing its input embeddings, so nothing was routed "
+                "and all ranks ran.",
                 RoutingWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The best ranks for all prompts alike: from a routed model to a plain compressed one that needs no router."""
+"""The best single choice of ranks for all prompts: from a routed model to a compressed one without a router."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _BISECTIONS = 24
 def static_copy(model: PreTrainedModel, retained_ratio: float | None = None) -> PreTrainedModel:
     """Return a plain compressed model with the ranks that the router chooses for the average prompt.
 
-    That is the best static choice: scores weigh the ranks of all layers together, by what they do to the output of
-    the whole model, where `JactusConfig(allocation="global")` weighs them layer by layer. `initialize_router_` gives
-    such scores from a few batches, `RouterTrainer` better ones. The rest of the ranks is not stored.
+    This is the best static choice: it scores the ranks of all layers by their effect on the output of the whole model,
+    while `JactusConfig(allocation="global")` scores them by the error of their own layer. `initialize_router_`
+    computes such scores from a few batches, and `RouterTrainer` improves them. The other ranks are not stored.
 
     Args:
-        model: A routed model, of `routed_copy` or loaded; it stays as it is, and tensors outside of its routed layers
+        model: A routed model, from `routed_copy` or loaded. It does not change; tensors outside of its routed layers
             are shared.
-        retained_ratio: Parameters that are stored, as a share of the dense weights of the routed layers, in (0, 1].
-            Default: ``model.rank_router.active_ratio``. Layers are stored pivoted, so this is more ranks than an
-            equal ``active_ratio`` runs.
+        retained_ratio: Number of parameters that are stored, as a share of the dense weights of the routed layers, in
+            (0, 1]. Default: ``model.rank_router.active_ratio``. Layers are stored pivoted, so they keep more ranks
+            than run at an equal ``active_ratio``.
 
     Returns:
         The model, without a router: what `from_pretrained` loads after ``save_pretrained``.
 
     Raises:
-        ValueError: If ``model`` has no router, parts of its layers are not plain (an adapter is on them, or they are
-            quantised), or the ratio is not in (0, 1] or less than one expert in each layer takes.
+        ValueError: If ``model`` has no router, its layers have an adapter or are quantised, or the ratio is not in (0,
+            1] or too small for one expert in each layer.
     """
     router = router_of(model)
     if router is None:

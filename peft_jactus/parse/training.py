@@ -1,4 +1,4 @@
-"""Train a router offline, on a broad corpus, to make the routed model predict what the dense one does."""
+"""Train a router offline, on a broad corpus, so that the routed model predicts what the dense model predicts."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def embeddings_of(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 class RouterTrainer(Trainer):
-    """A `transformers.Trainer` of the router alone; the model and its teacher stay as they are.
+    """A `transformers.Trainer` for the router only; the model and its teacher do not change.
 
-    The loss is the divergence ``KL(teacher || routed model)`` of their predictions. The forward pass takes the hard
-    choice of experts, the backward pass a soft one (`relaxed_gates`). Checkpoints hold the router; resuming, logging,
-    learning rate schedules and the rest are those of the Trainer.
+    The loss is the divergence ``KL(teacher || routed model)`` of their predictions. The forward pass uses the hard
+    choice of experts, the backward pass a soft one (`relaxed_gates`). Checkpoints hold the router. Resuming, logging,
+    learning rate schedules and everything else work as in the Trainer.
 
     Args:
-        model: What `routed_copy` returned, or loaded from its checkpoint.
+        model: What `routed_copy` returned, or a model loaded from its checkpoint.
         teacher: The dense model, with the same vocabulary or classes. Frozen and in evaluation mode.
         args: As for the Trainer. Default: those of `default_arguments`.
-        train_dataset: Broad text, or other inputs of the model; not just what the model was calibrated on.
-        active_ratios: Each step draws its budget from this range, so that the router serves all of it.
-        prompt_tokens: Each row's router sees so many tokens from its start, drawn from this range, as it does when it
-            is asked to go on with a prompt. Default: all tokens.
-        temperature: Of the soft choice, in units of the scores; see `relaxed_gates`.
-        initial_batches: Before the first step, as many batches give the router its standardisation and the average
-            worth of each expert (`initialize_router_`); 0 leaves the router as it is.
+        train_dataset: Broad text, or other inputs of the model; not only the calibration data.
+        active_ratios: Each step draws its budget from this range, so that the router works for the whole range.
+        prompt_tokens: For each row, the router sees only the first tokens, as when it continues a prompt. Their number
+            is drawn from this range. Default: all tokens.
+        temperature: Temperature of the soft choice, in units of the scores; see `relaxed_gates`.
+        initial_batches: Number of batches that set the router's standardisation and the average worth of each expert
+            before the first step (`initialize_router_`). 0 leaves the router as it is.
         **trainer_options: ``eval_dataset``, ``data_collator``, ``callbacks`` and other arguments of the Trainer.
 
     Raises:
-        ValueError: If the model has no router or checkpoints its activations, the corpus is empty, or a range is
-            not one of such values.
+        ValueError: If the model has no router or checkpoints its activations, the corpus is empty, or a range has
+            invalid values.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RouterTrainer(Trainer):
         if isinstance(train_dataset, Sized) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise ValueError("`model` uses gradient checkpointing, which routing does not survive; disable it.")
+            raise ValueError("`model` uses gradient checkpointing, which does not work with routing; disable it.")
         self.router: RankRouter = router
         self.active_ratios = _checked_range("active_ratios", active_ratios or (router.active_ratio,) * 2)
         for ratio in self.active_ratios:
@@ -185,17 +185,17 @@ def divergence(expected: Tensor, logits: Tensor) -> Tensor:
 def initialize_router_(
     model: PreTrainedModel, batches: Iterable[Batch], *, seed: int = 0, progress_bar: bool = True
 ) -> None:
-    """Give an untrained router what can be had without training.
+    """Set an untrained router as well as is possible without training.
 
-    Its input is standardised over the prompts of ``batches``. Its scores become the log of the average worth of
-    each expert's parameters, the best static choice to second order, and for a linear router a ridge regression of
-    how each prompt's worth differs from the average.
+    Its input is standardised over the prompts of ``batches``. Its scores become the log of the average worth of each
+    expert's parameters: the best static choice to second order. A linear router also gets a ridge regression of how
+    each prompt's worth differs from the average.
 
     Args:
         model: A routed model.
         batches: On the model's device.
-        seed: Of the labels that are drawn.
-        progress_bar: Show one.
+        seed: Seed for the drawn labels.
+        progress_bar: Show a bar over the batches.
 
     Raises:
         ValueError: If there are no batches, or the model has no router.
@@ -213,7 +213,9 @@ def initialize_router_(
     inputs, worth = torch.cat(pooled), torch.cat(importance).double()
     average = worth.mean(0)
     if not average.any():
-        raise ValueError("No expert changes a prediction on `batches`, as if all were padding; give other ones.")
+        raise ValueError(
+            "No expert changes any prediction on `batches`, as if all tokens were padding; give other batches."
+        )
     average = average + _IMPORTANCE_FLOOR * average.mean()
     scores = (average / router.table.costs.to(average)).log()
     router.bias.copy_(scores - scores.mean())

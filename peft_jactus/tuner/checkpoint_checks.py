@@ -56,9 +56,9 @@ def check_complete(config: JactusConfig, adapter_name: str, state_dict: Mapping[
     missing = sorted(set(config.layer_ranks) - set(_tensors_by_layer(state_dict)))
     if missing:
         raise RuntimeError(
-            f"Adapter {adapter_name!r} cannot be saved: {len(missing)} of its {len(config.layer_ranks)} layers are "
-            f"not in the model any more ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). After "
-            "`merge_and_unload` or `unload` save the model that they return; save adapters before that."
+            f"Adapter {adapter_name!r} cannot be saved: {len(missing)} of its {len(config.layer_ranks)} layers are no "
+            f"longer in the model ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Save adapters "
+            "before `merge_and_unload` or `unload`; afterwards, save the model that these return."
         )
 
 

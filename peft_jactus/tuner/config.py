@@ -23,34 +23,34 @@ from peft_jactus.tuner.peft_type import jactus_peft_type
 @with_reference
 @dataclass
 class JactusConfig(PeftConfig):
-    """Fine-tune a model and come out with a smaller one.
+    """Fine-tune a model and get a smaller one.
 
-    Each targeted linear layer is replaced by a frozen approximation of low rank, chosen from the weight and from
-    calibration statistics (Ge et al., arXiv:2605.02829), and a few ranks that train. With ``adaptation_rank=0`` a core
-    between two frozen bases trains instead, as in the paper. Call `peft_jactus.calibrate` with this config before
-    `peft.get_peft_model`, unless ``decomposition="svd"``.
+    Each targeted linear layer is replaced by a frozen low-rank approximation and a few ranks that train. The
+    approximation is computed from the weight and from calibration statistics (Ge et al., arXiv:2605.02829). With
+    ``adaptation_rank=0``, a core between two frozen bases trains instead, as in the paper. Call
+    `peft_jactus.calibrate` with this config before `peft.get_peft_model`, unless ``decomposition="svd"``.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": (
-                "Names of the linear layers to compress: suffixes, a regular expression, or 'all-linear' for all but "
-                "the output layer of a language model, `modules_to_save`, and the head that PEFT trains whole for "
-                "`task_type` (recommended: only targeted layers get smaller). Default: PEFT's choice for the "
-                "architecture, usually two attention projections."
+                "Names of the linear layers to compress: suffixes, a regular expression, or 'all-linear'. "
+                "'all-linear' (recommended, as only targeted layers get smaller) means all except the output layer of "
+                "a language model, `modules_to_save`, and the head that PEFT trains whole for `task_type`. Default: "
+                "PEFT's choice for the architecture, usually two attention projections."
             )
         },
     )
     exclude_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names (suffixes or a regular expression) of modules that are left alone. Default: none."},
+        metadata={
+            "help": "Names (suffixes or a regular expression) of modules that are not compressed. Default: none."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Modules that are trained and saved whole, beside the adapter; for a freshly initialised head."
-        },
+        metadata={"help": "Modules that are trained and saved whole, with the adapter; for a newly initialised head."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
@@ -64,8 +64,8 @@ class JactusConfig(PeftConfig):
         default_factory=dict,
         metadata={
             "help": (
-                "Ranks that you decide, by full module name or regular expression. They are paid from the budget; "
-                "the other layers share the rest. A rank above min(out, in) means full rank."
+                "Ranks that you set, by full module name or regular expression. They count towards the budget; the "
+                "other layers share the rest. A rank above min(out, in) means full rank."
             )
         },
     )
@@ -73,8 +73,8 @@ class JactusConfig(PeftConfig):
         default=0.8,
         metadata={
             "help": (
-                "Fraction of the targeted weights' parameters that is kept, in (0, 1]. Higher keeps more accuracy and "
-                "more memory; 0.8 is the paper's headline setting."
+                "Fraction of the targeted layers' parameters that is kept, in (0, 1]. A higher value keeps more "
+                "accuracy and takes more memory; 0.8 is the paper's main setting."
             )
         },
     )
@@ -82,9 +82,9 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "In place of `retained_ratio`: fraction of the whole model's parameters that is kept, in (0, 1]. "
-                "Higher keeps more accuracy and more memory. What is not targeted (embeddings, norms, heads) is kept "
-                "whole and counts. Default: `retained_ratio` is the budget."
+                "In place of `retained_ratio`: fraction of the whole model's parameters that is kept, in (0, 1]. A "
+                "higher value keeps more accuracy and takes more memory. Embeddings, norms and heads are kept whole "
+                "and are counted. Default: `retained_ratio` is the budget."
             )
         },
     )
@@ -92,9 +92,9 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "In place of `retained_ratio`: how large the weights of the compressed checkpoint may be, in bytes or "
-                "as in '60MB' or '1.5GB', in the dtype that the model has when it is compressed. Larger keeps more "
-                "accuracy. Default: `retained_ratio` is the budget."
+                "In place of `retained_ratio`: largest size of the compressed checkpoint's weights, in bytes or as "
+                "'60MB' or '1.5GB'. It is counted in the dtype that the model has when it is compressed. A larger "
+                "size keeps more accuracy. Default: `retained_ratio` is the budget."
             )
         },
     )
@@ -111,9 +111,9 @@ class JactusConfig(PeftConfig):
         default="pivoted",
         metadata={
             "help": (
-                "Deployed form whose parameter count the budget is counted in. 'factored': two factors, rank * "
-                "(out + in). 'pivoted': rows of the weight and coefficients, rank * (out + in - rank), which pays for "
-                "higher ranks at the same budget; training then needs more memory and time."
+                "Form in which the layers are shipped; the budget is counted in it. 'factored': two factors, rank * "
+                "(out + in) numbers. 'pivoted': rows of the weight and coefficients, rank * (out + in - rank) "
+                "numbers. 'pivoted' allows higher ranks at the same budget, but training needs more memory and time."
             )
         },
     )
@@ -121,10 +121,10 @@ class JactusConfig(PeftConfig):
         default="jactus",
         metadata={
             "help": (
-                "'jactus' weighs both sides of each layer with calibration statistics, inside a union of subspaces "
-                "(`weight_energy`); 'kfac' always does so in the whole space. 'svd-llm' and 'asvd' weigh the inputs "
-                "only, 'fwsvd' the rows of the weight. 'svd' truncates its singular value decomposition: a start "
-                "without data, and much less accurate."
+                "How weights are approximated. 'jactus' weighs inputs and output gradients by calibration statistics, "
+                "in a union of subspaces (`weight_energy`). 'kfac' does the same, always in the whole space. "
+                "'svd-llm' and 'asvd' weigh only the inputs, 'fwsvd' the rows of the weight. 'svd' truncates the "
+                "weight's singular value decomposition: it needs no data and is much less accurate."
             )
         },
     )
@@ -134,7 +134,7 @@ class JactusConfig(PeftConfig):
             "help": (
                 "Share of the weight's squared singular values that its directions in the union hold (the paper's "
                 "alpha), in (0, 1]. With 1 the union restricts nothing: input and gradient directions add nothing. "
-                "Less is the paper's way; it was no more accurate where it was measured, and takes longer."
+                "The paper uses less; this was not more accurate where it was measured, and takes longer."
             )
         },
     )
@@ -160,8 +160,8 @@ class JactusConfig(PeftConfig):
         default="ledoit-wolf",
         metadata={
             "help": (
-                "How far covariances are moved towards a scaled identity: 'ledoit-wolf' estimates it from the data, a "
-                "number in [0, 1] fixes it. More trusts the calibration data less."
+                "How far covariances are shrunk towards a scaled identity: 'ledoit-wolf' estimates it from the data, "
+                "a number in [0, 1] sets it. A larger value trusts the calibration data less."
             )
         },
     )
@@ -169,8 +169,9 @@ class JactusConfig(PeftConfig):
         default=1e-6,
         metadata={
             "help": (
-                "Least variance of any direction, as a share of the mean variance, > 0. Keeps the matrix roots well "
-                "conditioned where calibration data never went. More trusts the calibration data less there."
+                "Smallest variance of any direction, as a share of the mean variance, > 0. It keeps matrix roots well "
+                "conditioned in directions that the calibration data does not use. A larger value trusts the "
+                "calibration data less there."
             )
         },
     )
@@ -178,8 +179,8 @@ class JactusConfig(PeftConfig):
         default=0.5,
         metadata={
             "help": (
-                "Least rank of a layer under allocation='global', as a share of its uniform rank, in [0, 1]. 1 is the "
-                "uniform allocation; 0 trusts local losses alone, which measures worse."
+                "Smallest rank of a layer with allocation='global', as a share of its uniform rank, in [0, 1]. 1 is "
+                "the uniform allocation; 0 uses only local losses, which was worse in measurements."
             )
         },
     )
@@ -187,10 +188,10 @@ class JactusConfig(PeftConfig):
         default=32,
         metadata={
             "help": (
-                "Ranks of each layer's budget that are left to the task, >= 0, but half of its ranks at most: a "
-                "trainable product of two thin matrices beside the compressed weight, free on both sides, as LoRA's. "
-                "More learn more, and leave less to the compressed weight. A layer that stays dense has them on top. "
-                "0: the core alone trains, as in the paper."
+                "Ranks of each layer's budget that are reserved for the task, >= 0, but at most half of its ranks. "
+                "They are a trainable product of two thin matrices, as in LoRA, added to the compressed weight. More "
+                "of them learn more, and leave less for the compressed weight. In a layer that stays dense, they are "
+                "extra. 0: only the core trains, as in the paper."
             )
         },
     )
@@ -198,10 +199,10 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "Directions in which the adaptation ranks read their inputs at the start: the leading ones of the "
-                "weight's mean gradient over the calibration batches ('gradient'), or of the inputs ('inputs'); "
-                "'random' is LoRA's start, without data. Default: 'random' for decomposition='svd', which needs no "
-                "data; 'gradient' for all others."
+                "Input directions in which the adaptation ranks start: the leading ones of the weight's mean gradient "
+                "over the calibration batches ('gradient'), or of the inputs ('inputs'). 'random' is LoRA's start, "
+                "without data. Default: 'random' for decomposition='svd', which needs no data; 'gradient' for all "
+                "others."
             )
         },
     )
@@ -209,8 +210,8 @@ class JactusConfig(PeftConfig):
         default=False,
         metadata={
             "help": (
-                "Train the core between the two bases beside the adaptation ranks. Without adaptation ranks it always "
-                "trains. A core takes more memory than adaptation ranks do: rank^2 numbers a layer, in float32."
+                "Also train the core between the two bases. Without adaptation ranks, it always trains. A core takes "
+                "more memory than adaptation ranks: rank^2 numbers per layer, in float32."
             )
         },
     )
@@ -218,10 +219,10 @@ class JactusConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "8 or 4: hold what does not train of each layer in so few bits a number, in groups of 64 with a scale "
-                "each, and compute with it in the model's dtype, as QLoRA does. Takes half or a quarter of the memory "
-                "of 16 bits; a step takes longer. 4 bits need bitsandbytes, and are rounded by the calibration "
-                "statistics if the decomposition needs those. Not with cores that train. Default: the model's dtype."
+                "8 or 4: store the frozen part of each layer in 8 or 4 bits per number, in groups of 64 with one "
+                "scale each, and compute in the model's dtype, as QLoRA does. It takes half or a quarter of the "
+                "memory of 16 bits; a step takes longer. 4 bits need bitsandbytes, and are rounded by the calibration "
+                "statistics if the decomposition uses them. Not for cores that train. Default: the model's dtype."
             )
         },
     )
@@ -229,9 +230,9 @@ class JactusConfig(PeftConfig):
         default=8,
         metadata={
             "help": (
-                "What ranks are multiples of, at least 1, in layers whose smaller side is 32 times as large or more: "
-                "matrix products of other sizes are slower. More leaves a coarser choice. `rank_pattern` is taken as "
-                "it is."
+                "Ranks are multiples of this number, >= 1, in layers whose smaller side is at least 32 times as "
+                "large: matrix products of other sizes are slower. A larger value gives a coarser choice. Ranks of "
+                "`rank_pattern` are used as they are."
             )
         },
     )
@@ -239,8 +240,8 @@ class JactusConfig(PeftConfig):
         default=True,
         metadata={
             "help": (
-                "Let the bias of a layer that has one take up the mean error of its approximation, and let JACTUS "
-                "approximate around the mean. Costs nothing."
+                "If a layer has a bias, correct it by the mean error of the approximation, and approximate around the "
+                "mean of the inputs. This costs nothing."
             )
         },
     )
@@ -248,8 +249,8 @@ class JactusConfig(PeftConfig):
         default=False,
         metadata={
             "help": (
-                "Keep the dense weights beside the factors. Costs their memory; needed for `disable_adapter` (DPO "
-                "without a reference model), `unload`, and several adapters computed on one model."
+                "Keep the dense weights, too. This costs their memory. It is needed for `disable_adapter` (DPO "
+                "without a reference model), `unload`, and to compute several adapters on one model."
             )
         },
     )
@@ -257,8 +258,8 @@ class JactusConfig(PeftConfig):
         default=True,
         metadata={
             "help": (
-                "True: start as the approximation of the weight. False: a random core on a data-free basis, "
-                "for tests. Saved configs say 'empty': values come from the checkpoint."
+                "True: start from the approximation of the weight. False: a random core on a data-free basis, for "
+                "tests. Saved configs have 'empty': values come from the checkpoint."
             )
         },
     )
@@ -267,7 +268,7 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "Written by `get_peft_model`: the rank of each targeted module. Full rank, min(out, in), means that "
-                "factors do not pay and the layer is deployed dense. To set ranks, use `rank_pattern`."
+                "factors would not be smaller, so the layer is shipped dense. To set ranks, use `rank_pattern`."
             )
         },
     )
@@ -276,13 +277,14 @@ class JactusConfig(PeftConfig):
         metadata={"help": "Written by `get_peft_model`: share of each layer's weighted energy that is kept."},
     )
     id2label: dict[int, str] | None = field(
-        default=None, metadata={"help": "Written on saving with a head: the model's names of its classes."}
+        default=None,
+        metadata={"help": "Written when an adapter with a head is saved: the names of the model's classes."},
     )
     peft_jactus_version: str | None = field(
-        default=None, metadata={"help": "Written on saving: the version to `pip install peft-jactus` for."}
+        default=None, metadata={"help": "Written when an adapter is saved: the version of peft-jactus to install."}
     )
     adapter_format: int | None = field(
-        default=None, metadata={"help": "Written on saving: what the adapter's tensors mean, so as not to be misread."}
+        default=None, metadata={"help": "Written when an adapter is saved: the format of its tensors."}
     )
     statistics: Mapping[str, LayerStatistics] | None = field(
         default=None,
@@ -290,9 +292,9 @@ class JactusConfig(PeftConfig):
         compare=False,
         metadata={
             "help": (
-                "What `calibrate` returned, which sets this field. Copies of the config share it; it is never saved. "
-                "`get_peft_model` takes it from the config that it is given, so that its memory can be used for "
-                "training: give it a copy (`dataclasses.replace`) to keep it."
+                "What `calibrate` returned; `calibrate` sets this field. Copies of the config share it; it is never "
+                "saved. `get_peft_model` removes it from the config that it is given, to free memory for training. To "
+                "keep it, give `get_peft_model` a copy (`dataclasses.replace`)."
             )
         },
     )

@@ -64,7 +64,7 @@ def check_not_calibrated(config: JactusConfig) -> None:
     """Raise `ValueError` if statistics, from which nothing would be computed, are in a saved adapter's config."""
     if config.from_checkpoint and config.statistics is not None:
         raise ValueError(
-            "This config is a saved adapter's, so that values come from its file, but it has calibration "
+            "This config is from a saved adapter, so values come from the adapter's file, but it has calibration "
             "statistics. Set `config.init_weights = True` to compute new values from them."
         )
 
@@ -125,8 +125,8 @@ def _check_budget(config: JactusConfig) -> None:
     other = [name for name in ("model_ratio", "max_model_size") if getattr(config, name) is not None]
     if len(other) > 1 or (other and config.retained_ratio != type(config).retained_ratio):
         raise ValueError(
-            f"Give one budget: `{other[0]}` takes the place of `retained_ratio`={config.retained_ratio:g} and of "
-            "any other. Leave the others at their defaults."
+            f"Give only one budget: `{other[0]}` replaces `retained_ratio`={config.retained_ratio:g} and any other "
+            "budget. Leave the others at their defaults."
         )
 
 
@@ -149,8 +149,8 @@ def _check_frozen_bits(config: JactusConfig) -> None:
     if bits is not None and config.core_trains:
         cause = "`train_core`=True" if config.train_core else "`adaptation_rank`=0"
         raise ValueError(
-            f"`frozen_bits`={bits} cannot be used with {cause}: cores train then, and little is frozen beside them. "
-            "Let adaptation ranks train alone: `adaptation_rank` of at least 1, and `train_core=False`."
+            f"`frozen_bits`={bits} cannot be used with {cause}: then cores train, and little is frozen. Train only "
+            "adaptation ranks: `adaptation_rank` of at least 1, and `train_core=False`."
         )
 
 

@@ -51,8 +51,8 @@ def unreadable_weight(name: str, dtype: torch.dtype, device: torch.device, shape
     return WeightPlaceholder.of(
         torch.empty(0, dtype=dtype, device=device),
         shape,
-        f"{name}: the model uses its weight without calling the layer. What the adapter learned is not in it, and "
-        "what is written into it is lost. Add the name to `exclude_modules`, and compress the dense model again.",
+        f"{name}: the model uses its weight without calling the layer. This weight lacks what the adapter learned, "
+        "and anything written into it is lost. Add the name to `exclude_modules`, and compress the dense model again.",
     )
 
 

@@ -321,7 +321,7 @@ class JactusLayer(BaseTunerLayer):
             if is_unfilled(tensor):
                 raise RuntimeError(
                     f"{self.module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
-                    "checkpoint lacks it or is damaged; save it again, or compress the model anew."
+                    "checkpoint lacks it or is damaged; save it again, or compress the model again."
                 )
         self._unfilled.discard(adapter_name)
 

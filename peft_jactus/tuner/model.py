@@ -70,7 +70,7 @@ class _Prepared:
 
 
 class JactusModel(AtomicTuner):
-    """Replaces targeted linear layers by low-rank ones with a trainable core.
+    """Replaces targeted linear layers by low-rank ones with trainable adaptation ranks, a trainable core, or both.
 
     Args:
         model: The model to tune.
@@ -134,7 +134,7 @@ class JactusModel(AtomicTuner):
             raise BaseWeightsFreedError("compute a further adapter")
         if any(layer.merged for layer in self._layers()) and not config.from_checkpoint:
             raise ValueError(
-                "An adapter is merged into the dense weights, which a further one would be computed from. Call "
+                "An adapter is merged into the dense weights, so no other adapter can be computed from them. Call "
                 "`unmerge_adapter` first."
             )
         if left_out := sorted(set(freed) - set(config.layer_ranks)):
@@ -294,11 +294,11 @@ class JactusModel(AtomicTuner):
     # -- training in several processes -----------------------------------------------------------------------
 
     def make_shardable(self) -> None:
-        """Let FSDP2 and DeepSpeed ZeRO-3 shard the frozen bases, too; call it before training is prepared.
+        """Let FSDP2 and DeepSpeed ZeRO-3 also shard the frozen bases; call this before you prepare the training.
 
-        They shard parameters, and keep buffers whole in every process. The bases are buffers, because PEFT takes
-        parameters of an adapter for what it trains; here they become parameters that do not train. Outputs,
-        checkpoints, what trains and what is counted stay the same. With `frozen_bits` they stay whole.
+        They shard parameters, but keep buffers whole in every process. The bases are buffers, because PEFT expects all
+        parameters of an adapter to train. This function makes them parameters that do not train. Outputs, checkpoints,
+        and trained and counted parameters stay the same. With `frozen_bits`, the bases stay whole.
         """
         for layer in self.modules():
             if isinstance(layer, JactusLayer):

@@ -49,7 +49,7 @@ def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
         largest = ", ".join(f"{name} {count / total:.0%}" for name, count in groups.most_common(_MOST_NAMED))
         log_once(
             f"The targeted layers have {1 - groups.total() / total:.0%} of the model's {total:,} parameters. The "
-            f"others stay as they are, the most of them in: {largest}."
+            f"others stay as they are; most of them are in: {largest}."
         )
 
 
@@ -130,8 +130,8 @@ def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
         return config.retained_ratio
     if allowed <= 0:
         raise ValueError(
-            f"{config.asked_budget} is out of reach: what is not targeted (embeddings, heads, norms) takes {least} by "
-            "itself. Raise the budget, or target more layers."
+            f"{config.asked_budget} cannot be reached: what is not targeted (embeddings, heads, norms) already takes "
+            f"{least}. Raise the budget, or target more layers."
         )
     return min(1.0, allowed / size.targeted_parameters)
 

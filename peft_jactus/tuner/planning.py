@@ -135,9 +135,9 @@ def usable_statistics(
     if not config.needs_statistics:
         if config.frozen_bits == 4:
             warnings.warn(
-                f"`frozen_bits`=4 with `decomposition`={config.decomposition!r} rounds each number by itself, which "
-                "loses several times as much as by calibration statistics. Calibrate, and use another decomposition; "
-                "or set `frozen_bits=8`.",
+                f"`frozen_bits`=4 with `decomposition`={config.decomposition!r} rounds each number independently, "
+                "which loses several times as much as rounding with calibration statistics. Calibrate, and use "
+                "another decomposition; or set `frozen_bits=8`.",
                 NumericalWarning,
                 stacklevel=2,
             )
@@ -146,7 +146,7 @@ def usable_statistics(
         remedy = "Call `peft_jactus.calibrate(model, config, batches)` first, or set `config.statistics`"
         if config.layer_ranks:
             raise ValueError(
-                "This JactusConfig has made an adapter already, and its statistics were released then. Set "
+                "This JactusConfig has already made an adapter, which released its statistics. Set "
                 "`config.statistics` to what `calibrate` returned; or, for several models from one calibration, give "
                 "each `get_peft_model` a copy of the config: `dataclasses.replace(config, retained_ratio=...)`."
             )
@@ -223,9 +223,9 @@ class _Layers:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Which rank each layer would get, what is kept, and what it is expected to cost; prints as a table.
+    """The rank that each layer would get, what is kept, and the expected rise of the loss; prints as a table.
 
-    `plan_ranks` makes one. `at` gives that of another budget from the same measurement, in milliseconds.
+    `plan_ranks` makes a plan. `at` gives the plan for another budget from the same measurement, in milliseconds.
     """
 
     _layers: _Layers
@@ -252,7 +252,7 @@ class RankPlan:
 
     @property
     def retained_ratio(self) -> float:
-        """Parameters that are kept, as a share of the targeted layers'."""
+        """Share of the targeted layers' parameters that is kept."""
         return self.summary.retained_ratio
 
     @property
@@ -262,12 +262,12 @@ class RankPlan:
 
     @property
     def model_ratio(self) -> float:
-        """Parameters that are kept, as a share of the whole model's."""
+        """Share of the whole model's parameters that is kept."""
         return self.num_parameters / self._layers.size.num_parameters
 
     @property
     def num_bytes(self) -> int:
-        """Size of the compressed checkpoint's weights, in the model's dtype; right to a percent or so."""
+        """Size of the compressed checkpoint's weights, in the model's dtype; correct to about a percent."""
         return self._layers.size.compressed_bytes(self.summary)
 
     @property
@@ -279,11 +279,11 @@ class RankPlan:
     def loss_rise(self) -> float | None:
         """Expected rise of the model's loss right after compression, before any training; in nats (for one label).
 
-        Half of the K-FAC-weighted squared error, summed over the layers: an estimate to second order that leaves out
-        what layers do to each other. It is as good as the calibration data: on rows that a model was trained on, its
-        gradients are small, and so is this; docs/results.md has it beside measurements. ``None`` where the
-        decomposition does not weigh both sides of a layer (``"jactus"`` and ``"kfac"`` do), or the statistics do not
-        say how many labels they saw.
+        Half of the K-FAC-weighted squared error, summed over the layers: a second-order estimate that ignores effects
+        between layers. It is only as good as the calibration data: on rows that the model was trained on, gradients
+        are small, and so is this estimate. docs/results.md compares it with measurements. It is ``None`` if the
+        decomposition does not weigh both sides of a layer (``"jactus"`` and ``"kfac"`` do), or if the statistics do
+        not say how many labels they saw.
         """
         rises = [self._layers.loss_rise(name, rank) for name, rank in self._allocation.ranks.items()]
         return None if None in rises else sum(rise for rise in rises if rise is not None)
@@ -302,7 +302,7 @@ class RankPlan:
         return self._layers.plan(retained_ratio, retained_ratio)
 
     def curve(self, retained_ratios: Iterable[float] = CURVE_RATIOS) -> list[RankPlan]:
-        """Return the plans for several budgets; see `plot_plan` for the picture of them."""
+        """Return the plans for several budgets; `plot_plan` plots them."""
         return [self.at(ratio) for ratio in retained_ratios]
 
     def __str__(self) -> str:
@@ -323,9 +323,9 @@ def plan_ranks(
     *,
     progress_bar: bool = True,
 ) -> RankPlan:
-    """Look before you compress: the ranks, the size and the expected loss that `peft.get_peft_model` would give.
+    """Return the ranks, the size and the expected loss that `peft.get_peft_model` would give, before you compress.
 
-    Neither the model nor the config changes, and the statistics stay.
+    The model, the config and the statistics do not change.
 
     Args:
         model: The dense model.
@@ -334,8 +334,8 @@ def plan_ranks(
         progress_bar: Show a bar over the layers.
 
     Returns:
-        The plan for the config's budget; `RankPlan.at` and `RankPlan.curve` give those of others. A `ValueError` says
-        if statistics are missing or do not fit, or the budget cannot be met.
+        The plan for the config's budget; `RankPlan.at` and `RankPlan.curve` give plans for other budgets. A
+        `ValueError` is raised if statistics are missing or do not fit, or the budget cannot be met.
 
     Example:
         >>> import torch

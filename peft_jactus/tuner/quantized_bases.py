@@ -69,8 +69,8 @@ def check_readable(model: nn.Module) -> None:
     ]
     if unreadable:
         raise TypeError(
-            f"A checkpoint holds floating-point numbers, and these weights are quantized in a way that they can't be "
-            f"read back: {unreadable[:5]}. Load the model without that, and load the adapter onto it."
+            "A checkpoint holds floating-point numbers, but these weights are quantized and can't be read back: "
+            f"{unreadable[:5]}. Load the model without quantization, and load the adapter onto it."
         )
 
 

@@ -45,7 +45,7 @@ class LayerRank:
 
     @property
     def stays_dense(self) -> bool:
-        """Whether factors don't pay, so that the layer is deployed as one weight."""
+        """Whether factors would not be smaller, so that the layer is deployed as one weight."""
         return self.storage == DENSE
 
 
@@ -56,8 +56,8 @@ class RankSummary:
     Attributes:
         rows: One for each targeted layer, in the model's order.
         asked_ratio: ``retained_ratio`` of the config; ``None`` if it is not known.
-        other_parameters: Of the rest of the model, which stays as it is (embeddings, norms, heads, experts); ``None``
-            if it is not known.
+        other_parameters: Parameters of the rest of the model, which stays as it is (embeddings, norms, heads,
+            experts); ``None`` if it is not known.
     """
 
     rows: list[LayerRank]
@@ -72,12 +72,12 @@ class RankSummary:
 
     @property
     def retained_ratio(self) -> float:
-        """Parameters that are kept, as a share of all targeted ones."""
+        """Share of the targeted layers' parameters that is kept."""
         return sum(row.num_stored for row in self.rows) / sum(row.num_dense for row in self.rows)
 
     @property
     def model_ratio(self) -> float | None:
-        """Parameters that are kept, as a share of the whole model's; ``None`` if these are not known."""
+        """Share of the whole model's parameters that is kept; ``None`` if it is not known."""
         if self.other_parameters is None:
             return None
         stored = sum(row.num_stored for row in self.rows)

@@ -57,9 +57,8 @@ def _sharing_a_weight(model: nn.Module) -> dict[str, Refusal]:
             places.setdefault(here, []).append(name.removesuffix(".base_layer"))
     return {
         name: Refusal(
-            f"has one weight with {', '.join(other for other in names if other != name)}: factors for each place "
-            "would take more memory, not less, and what one of them learns the others would not have. Add all of them "
-            "to `exclude_modules`."
+            f"shares its weight with {', '.join(other for other in names if other != name)}: factors for each layer "
+            "would take more memory, not less, and each would learn separately. Add all of them to `exclude_modules`."
         )
         for names in places.values()
         if len(names) > 1
@@ -77,8 +76,8 @@ def _held_aside(model: nn.Module) -> dict[str, Refusal]:
             for name in (names[id(module)] for module in held if id(module) in names):
                 found[name] = Refusal(
                     f"is also held by `{attribute}` of {holder_name or 'the model'}, a {type(holder).__name__}, "
-                    "outside of its registered modules: the model may call it from there, past what takes its place. "
-                    "Add the name to `exclude_modules`; in a class of your own, use nn.ModuleList."
+                    "outside of its registered modules: the model may call it from there instead of its replacement. "
+                    "Add the name to `exclude_modules`; in your own class, use nn.ModuleList."
                 )
     return found
 
@@ -147,15 +146,14 @@ def _refusal_of_linear(module: nn.Linear | Conv1D) -> Refusal | None:
     library = quantization_of(module)
     if library not in {None, *READABLE}:
         return Refusal(
-            f"is quantized ({type(module).__name__}) in a way that its weight can't be read back. Load the model in "
-            "bf16, fp16 or fp32, or in 8 or 4 bits with bitsandbytes or torchao; or add the name to "
-            "`exclude_modules`.",
+            f"is quantized ({type(module).__name__}), and its weight can't be read back. Load the model in bf16, fp16 "
+            "or fp32, or in 8 or 4 bits with bitsandbytes or torchao; or add the name to `exclude_modules`.",
             always=True,
         )
     if library is None and not _is_plain_product(module):
         return Refusal(
             f"is a {type(module).__name__}, which computes more than the product with its weight: factors would lose "
-            "that. Add the name to `exclude_modules`."
+            "the rest. Add the name to `exclude_modules`."
         )
     if module.weight.is_meta and not has_offloaded_params(module):
         return Refusal(
@@ -198,8 +196,8 @@ def refusal_of_head(module: nn.Module) -> Refusal | None:
     if (library := quantization_of(module)) is None:
         return None
     return Refusal(
-        "would be trained whole beside the adapter (`modules_to_save`, and the head of `task_type`), and can't be: "
-        f"{library} has quantized it. Load the model with this module left as it is: `llm_int8_skip_modules` of "
+        "would be trained whole together with the adapter (`modules_to_save`, and the head of `task_type`), but "
+        f"{library} has quantized it. Load the model without quantizing this module: `llm_int8_skip_modules` of "
         "BitsAndBytesConfig, `modules_to_not_convert` of TorchAoConfig."
     )
 

@@ -78,8 +78,8 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
         refusal = find_refusal(name, module, modules[name.rpartition(".")[0]], elsewhere)
         if refusal is None and is_trained_whole(name, heads):
             refusal = Refusal(
-                f"is targeted, and PEFT would train it whole beside the adapter, for its name ends with one of "
-                f"{sorted(heads)} (`modules_to_save`, and the head of `task_type`). Add it to `exclude_modules`."
+                f"is targeted, but PEFT would train it whole, because its name ends with one of {sorted(heads)} "
+                "(`modules_to_save`, and the head of `task_type`). Add it to `exclude_modules`."
             )
         if refusal is not None:
             refusals[name] = refusal
@@ -87,8 +87,8 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
         raise_refusals(refusals)
     if not targets and targets_all_linear(asked):
         raise ValueError(
-            f"{type(model).__name__} has no linear layer that factors could replace, outside of heads, "
-            "`exclude_modules` and what was left dense: there is nothing to compress."
+            f"{type(model).__name__} has nothing to compress: apart from heads, `exclude_modules` and layers that "
+            "stay dense, there is no linear layer that factors could replace."
         )
     if not targets:
         raise ValueError(
@@ -112,8 +112,8 @@ def _warn_of_ties(model: nn.Module, changed: set[str]) -> None:
     if broken and kept:
         log_once(
             f"`export_compressed` will not write this adapter: it unties {broken}, while {kept} stay tied, and "
-            "config.json has one switch for all. For a compressed checkpoint leave these layers out "
-            "(`exclude_modules`, `modules_to_save`), or load the model with `tie_word_embeddings=False`."
+            "config.json has one switch for all ties. To export it, leave these layers out (`exclude_modules`, "
+            "`modules_to_save`), or load the model with `tie_word_embeddings=False`."
         )
 
 
@@ -169,7 +169,10 @@ def resolve_all_linear_(config: JactusConfig, model: nn.Module) -> None:
             left_dense[name] = refusal
     config.target_modules = targets
     if left_dense:
-        log_once(f"'all-linear' leaves dense what has no factors:\n{describe(dict(sorted(left_dense.items())))}")
+        log_once(
+            "'all-linear' leaves these layers dense, as they cannot be factorized:\n"
+            f"{describe(dict(sorted(left_dense.items())))}"
+        )
 
 
 @functools.lru_cache(maxsize=128)

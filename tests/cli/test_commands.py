@@ -325,7 +325,7 @@ def test_export_refuses_bits_that_there_are_not(home, tmp_path):
     adapter, out = home / "llama-adapter", tmp_path / "out"
     (tmp_path / "statistics").touch()
     assert "`bits` must be one of (8, 4)" in refusal("export", adapter, out, "--bits", 3)
-    assert "--statistics is for --bits; leave it out" in refusal(
+    assert "--statistics is only for --bits; leave it out" in refusal(
         "export", adapter, out, "--statistics", tmp_path / "statistics"
     )
     assert "leave out --storage, --bits" in refusal("export", adapter, out, "--dense", "--bits", 8)
@@ -444,8 +444,8 @@ def test_export_checks_before_it_loads(home, tmp_path):
     assert re.search(
         r"OUTPUT_DIR \S+ is not empty\. .*--overwrite", refusal("export", home / "llama-adapter", tmp_path / "full")
     )
-    assert "is no adapter" in refusal("export", home / "llama", tmp_path / "out")
-    assert "give --push-to-hub, too" in refusal("export", home / "llama-adapter", tmp_path / "out", "--repo-id", "a/b")
+    assert "is not an adapter" in refusal("export", home / "llama", tmp_path / "out")
+    assert "also give --push-to-hub" in refusal("export", home / "llama-adapter", tmp_path / "out", "--repo-id", "a/b")
     assert not (tmp_path / "out").exists()
 
 
@@ -691,8 +691,8 @@ def test_compress_refuses_a_model_whose_head_was_never_trained(home, tmp_path):
 
 
 REFUSED = {
-    "no data": ((), "one of --dataset, --data-dir, or else --data-free"),
-    "two kinds of data": (("--data-dir", "{home}/rows", "--dataset", "a/b"), "one of --dataset"),
+    "no data": ((), "either --dataset or --data-dir; or set --data-free"),
+    "two kinds of data": (("--data-dir", "{home}/rows", "--dataset", "a/b"), "either --dataset or --data-dir"),
     "data and data-free": (("--data-dir", "{home}/rows", "--data-free"), "--data-free excludes"),
     "directory without parquet": (("--data-dir", "{home}/bert"), r"has no \*\.parquet file"),
     "unknown text column": (("--data-dir", "{home}/rows", "--text-column", "body"), r"no columns \['body'\]"),
@@ -718,7 +718,7 @@ def test_compress_refuses_models_and_directories_before_it_loads(home, tmp_path)
     rows = ("--data-dir", home / "rows")
     message = refusal("compress", home / "bert", home / "rows", *rows)
     assert re.search(r"OUTPUT_DIR \S+ is not empty\. .*--overwrite", message)
-    assert "compressed already" in refusal("compress", home / "bert-pivoted", tmp_path / "out", *rows)
+    assert "already quantised or compressed" in refusal("compress", home / "bert-pivoted", tmp_path / "out", *rows)
     shutil.copytree(home / "bert", tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
     (tmp_path / "bare" / "tokenizer_config.json").unlink()
@@ -786,7 +786,7 @@ def test_bench_takes_a_dense_model(home, tmp_path):
 
 
 def test_bench_refuses_what_it_cannot_time(home):
-    assert "is no compressed checkpoint" in refusal("bench", home / "bert")
+    assert "is not a compressed checkpoint" in refusal("bench", home / "bert")
     # 64 positions, 16 of which are for the tokens that are decoded.
     assert "--sequence-length must be at most 48" in refusal(
         "bench", home / "llama-pivoted", "--sequence-length", "49", "--device", "cpu"

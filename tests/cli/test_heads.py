@@ -190,7 +190,7 @@ def test_export_refuses_a_head_that_no_number_of_classes_explains(tmp_path):
     code, output = export(tmp_path / "adapter", tmp_path / "out")
     assert code == 1
     assert "bert.embeddings.word_embeddings.weight of shape [100, 32]; in" in output
-    assert "it is [96, 32], and no number of labels makes it fit" in output
+    assert "it is [96, 32], and another number of labels does not help" in output
     assert not (tmp_path / "out").exists()
 
 

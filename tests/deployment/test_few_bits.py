@@ -168,7 +168,7 @@ def test_what_layers_see_makes_few_bits_lose_less(tmp_path, bits):
     with contextlib.ExitStack() as stack:
         if bits == 4:
             stack.enter_context(
-                pytest.warns(NumericalWarning, match="4 bits without `statistics` round each number by itself")
+                pytest.warns(NumericalWarning, match="4 bits without `statistics` round each number independently")
             )
         without = export(model, tmp_path / "without", bits=bits)
     folders = (without, export(model, tmp_path / "with", bits=bits, statistics=statistics))
@@ -179,10 +179,10 @@ def test_what_layers_see_makes_few_bits_lose_less(tmp_path, bits):
 def test_the_card_says_it(tmp_path, llama):
     model, statistics = llama
     card = (export(model, tmp_path / "few", bits=4, statistics=statistics) / "README.md").read_text()
-    assert "4 bits a number" in card
+    assert "4 bits per number" in card
     assert "pip install peft-jactus bitsandbytes" in card
     plain = (export(model, tmp_path / "plain") / "README.md").read_text()
-    assert "bits a number" not in plain
+    assert "bits per number" not in plain
 
 
 # -- used -------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_lora_trains_on_top(tmp_path, llama, bits):
     assert losses[-1] < losses[0]
     with on_top.disable_adapter():
         assert torch.equal(logits_of(on_top), logits_of(load(tiny_llama, tmp_path / "few")))
-    with pytest.raises(RuntimeError, match=r"has its weight in 8 or 4 bits, .* Keep the adapter beside it"):
+    with pytest.raises(RuntimeError, match=r"has its weight in 8 or 4 bits: .* Keep the adapter unmerged"):
         on_top.merge_adapter()
     assert all(torch.equal(t, before[n]) for n, t in on_top.unload().state_dict().items())
 

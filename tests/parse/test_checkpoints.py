@@ -195,7 +195,7 @@ def test_what_add_router_cannot_use(monkeypatch):
         routed_copy(copy.deepcopy(model).to("meta"), config)
     with pytest.raises(ValueError, match=r"`decomposition` must be one of .*got 'svd_llm'"):
         routed_copy(model, config, decomposition="svd_llm")
-    with pytest.raises(ValueError, match="is less than one expert in each layer"):
+    with pytest.raises(ValueError, match="is too small: one expert in each layer"):
         routed_copy(model, RouterConfig(active_ratio=0.01), progress_bar=False)
     with pytest.raises(TypeError, match="T5ForConditionalGeneration cannot be routed"):
         routed_copy(static(tiny_t5()), config)

@@ -351,7 +351,7 @@ def test_all_linear_leaves_the_head_that_peft_trains_whole(model_class, task_typ
 
 
 def test_a_budget_that_is_out_of_reach_is_said():
-    with pytest.warns(NumericalWarning, match=r"`retained_ratio`=0.001 is out of reach: 0.0\d+ are kept"):
+    with pytest.warns(NumericalWarning, match=r"`retained_ratio`=0.001 cannot be reached: 0.0\d+ of the"):
         model = compressed(tiny_bert(), retained_ratio=0.001)
     assert {layer.r["default"] for layer in jactus_layers(model).values()} == {1}
 

@@ -304,9 +304,9 @@ def test_a_tied_head_counts_once():
     [
         (
             {"model_ratio": 0.1},
-            r"`model_ratio`=0.1 is out of reach: what is not targeted .* takes \d+\.\d% of the param",
+            r"`model_ratio`=0.1 cannot be reached: what is not targeted .* takes \d+\.\d% of the param",
         ),
-        ({"max_model_size": 2000}, r"`max_model_size`=2000 is out of reach: .* takes 0\.0 MB by itself"),
+        ({"max_model_size": 2000}, r"`max_model_size`=2000 cannot be reached: .* takes 0\.0 MB"),
     ],
 )
 def test_a_budget_that_the_rest_of_the_model_uses_up_is_refused_before_the_work(budget, message):
@@ -324,9 +324,7 @@ def test_a_budget_below_the_least_ranks_is_named_as_it_was_given():
     least = 1 - targeted / model.num_parameters()
     config = replace(calibrated(model), retained_ratio=0.8, model_ratio=least + 0.001)
     for make in (plan_ranks, get_peft_model):
-        with pytest.warns(
-            NumericalWarning, match=r"^`model_ratio`=0\.\d+ is out of reach: 0\.\d+ are kept of the target"
-        ):
+        with pytest.warns(NumericalWarning, match=r"^`model_ratio`=0\.\d+ cannot be reached: 0\.\d+ of the target"):
             make(model, config)
 
 
@@ -339,8 +337,8 @@ def test_a_budget_below_the_least_ranks_is_named_as_it_was_given():
             {"max_model_size": "small"},
             r"`max_model_size` must be a positive number of bytes, or a size .* got 'small'",
         ),
-        ({"max_model_size": "1MB", "model_ratio": 0.5}, r"Give one budget: `model_ratio` takes the place"),
-        ({"retained_ratio": 0.5, "model_ratio": 0.5}, r"Give one budget"),
+        ({"max_model_size": "1MB", "model_ratio": 0.5}, r"Give only one budget: `model_ratio` replaces"),
+        ({"retained_ratio": 0.5, "model_ratio": 0.5}, r"Give only one budget"),
     ],
 )
 def test_a_config_has_one_budget(fields, message):

@@ -398,7 +398,7 @@ def test_float8_weights_of_transformers(targets, folders):
     model = load(folders["llama"], "llama")
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(TypeError, match=r"layers\.0\.self_attn\.q_proj is quantized \(Linear\) in a way"):
+    with pytest.raises(TypeError, match=r"layers\.0\.self_attn\.q_proj is quantized \(Linear\), and its"):
         calibrate(model, config_for("llama", target_modules=targets), unread(), progress_bar=False)
 
 

@@ -68,7 +68,7 @@ def test_a_config_whose_statistics_are_gone_says_what_to_do():
     statistics = config.statistics
     get_peft_model(tiny_bert(), config)
     with pytest.raises(
-        ValueError, match=r"were released then.*`config.statistics` to what `calibrate` returned.*replace"
+        ValueError, match=r"released its statistics.*`config.statistics` to what `calibrate` returned.*replace"
     ):
         get_peft_model(tiny_bert(), dataclasses.replace(config, retained_ratio=0.4))
     config.statistics = statistics

@@ -60,10 +60,10 @@ def test_a_weight_in_several_places_is_refused(share, targets):
     model = linear_model("first", "second", "third")
     share(model)
     before = copy.deepcopy(model)
-    with pytest.raises(TypeError, match=r"^first has one weight with second: .*`exclude_modules`"):
+    with pytest.raises(TypeError, match=r"^first shares its weight with second: .*`exclude_modules`"):
         get_peft_model(model, config_for(targets))
     config = JactusConfig(target_modules=targets)
-    with pytest.raises(TypeError, match=r"^first has one weight with second: "):
+    with pytest.raises(TypeError, match=r"^first shares its weight with second: "):
         calibrate(model, config, [], loss_fn=lambda *_: pytest.fail("the model was run"))
     assert repr(model) == repr(before)
     assert torch.equal(model["first"].weight, before["first"].weight)
@@ -77,8 +77,8 @@ def test_all_linear_leaves_a_weight_in_several_places_dense_and_says_so_once(sha
     with caplog.at_level(logging.WARNING):
         assert compressed_names(model, config_for()) == {"base_model.model.third"}
         compressed_names(again, config_for())
-    (message,) = [text for record in caplog.records if "has no factors" in (text := record.getMessage())]
-    assert "'all-linear' leaves dense what has no factors:\n- first" in message
+    (message,) = [text for record in caplog.records if "be factorized:" in (text := record.getMessage())]
+    assert "'all-linear' leaves these layers dense, as they cannot be factorized:\n- first" in message
     assert "third" not in message
 
 
@@ -223,7 +223,7 @@ def test_all_linear_leaves_dense_what_it_would_refuse_by_name(caplog):
 
 def test_what_is_excluded_is_not_spoken_of(caplog):
     compressed_names(Nested(nn.Linear(DIM, DIM)), config_for(exclude_modules=["out_proj"]))
-    assert "leaves dense" not in caplog.text
+    assert "'all-linear' leaves" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_head_is_trained_whole_and_comes_back(build, heads, tmp_path):
 
 def test_a_target_that_peft_would_train_whole_is_refused_with_the_dense_weights_still_there():
     model = tiny_distilbert()
-    with pytest.raises(TypeError, match=r"^pre_classifier is targeted, and PEFT would train it whole.*'classifier'"):
+    with pytest.raises(TypeError, match=r"^pre_classifier is targeted, but PEFT would train it whole.*'classifier'"):
         get_peft_model(model, config_for(["q_lin", "pre_classifier"], task_type="SEQ_CLS"))
     assert not any(isinstance(module, JactusLayer) for module in model.modules())
     assert model.pre_classifier.weight.shape == (DIM, DIM)

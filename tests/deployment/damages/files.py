@@ -77,7 +77,7 @@ def exchanged_shards():
             yield Damage(f"{first} and {second} exchanged", "llama", exchange(first, second), f"/{INDEX} does not say")
     for shard, following in zip(SHARDS, [*SHARDS[1:], SHARDS[0]], strict=True):
         foreign = replace(shard, f"../other/{shard}")
-        yield Damage(f"{shard} of another model", "llama", foreign, "files in .*llama are of different checkpoints")
+        yield Damage(f"{shard} of another model", "llama", foreign, "files in .*llama are from different checkpoints")
         yield Damage(f"{shard} twice", "llama", replace(following, shard), f"/{following}.* both hold")
         yield Damage(f"no {shard}", "llama", remove(shard), f"/{shard} cannot be read")
         yield Damage(f"{shard} is a directory", "llama", make_directory(shard), f"/{shard} cannot be read")

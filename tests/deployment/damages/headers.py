@@ -183,7 +183,7 @@ def broken_digests():
     yield Damage("no metadata", "bert", edit_metadata(lambda header: header.pop("__metadata__")), no_digests)
     yield Damage("no digests", "bert", edit_metadata(drop_digests), no_digests)
     for shard in SHARDS:
-        message = "files in .*llama are of different checkpoints"
+        message = "files in .*llama are from different checkpoints"
         yield Damage(f"no digests in {shard}", "llama", edit_metadata(drop_digests, shard), message)
     yield Damage("no digests in any shard", "llama", edit_metadata(drop_digests, *SHARDS), "carries no digests")
 

@@ -126,7 +126,7 @@ def edited_fields():
             apply = set_fields(**{field: value})
             yield Damage(f"{field} {value!r:.20}", "bert", apply, rf"quantization_config.{field}` must be")
     for field in ("more", "dequantize", "modules_to_not_convert", "dtype", "__class__", "self"):
-        message = rf"fields that it cannot have: \['{field}'\]"
+        message = rf"unknown fields: \['{field}'\]"
         yield Damage(f"field {field} added", "bert", set_fields(**{field: True}), message)
 
 
@@ -160,7 +160,7 @@ def edited_models():
         yield Damage("vocab_size 95", checkpoint, set_model_fields(vocab_size=95), MISMATCH)
         for depth in (1, 3):
             apply = set_model_fields(num_hidden_layers=depth)
-            yield Damage(f"{depth} blocks", checkpoint, apply, "has no layers .* at its depth")
+            yield Damage(f"{depth} blocks", checkpoint, apply, "has no layers .* with the same number of blocks")
     yield Damage("4 labels", "bert", set_model_fields(id2label={i: str(i) for i in range(4)}), MISMATCH)
     yield Damage("model_type roberta", "bert", set_model_fields(model_type="roberta"), "RobertaFor.* has no layers")
     yield Damage("model_type null", "bert", set_model_fields(model_type=None), "model type `None`")
