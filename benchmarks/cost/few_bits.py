@@ -70,7 +70,7 @@ def random_layer(dense, storage, ratio, bits):
     rank = uniform_rank(ratio, dense.out_features, dense.in_features, storage)
     rank -= rank % JactusConfig().rank_multiple
     layer = FORMS[storage].empty(dense.in_features, dense.out_features, rank, bias=has_bias, dtype=dtype)
-    fill_index_(layer)
+    fill_index_(layer, pairs=bits == 16)
     return layer if bits == 16 else with_empty_codes(layer, bits)
 
 

@@ -121,12 +121,13 @@ def vectors(count, device, dtype):
     return {"inputs": {width: torch.randn(count, width, device=device, dtype=dtype) for width in (4096, 11008)}}
 
 
-def fill_index_(layer):
-    """Give a pivoted layer a random order, in pairs, as an export chooses it."""
+def fill_index_(layer, *, pairs=True):
+    """Give a pivoted layer a random order, as an export chooses it: in pairs, unless it is in 8 or 4 bits."""
     for name in {"row_index", "column_index"} & layer.state_dict().keys():
         index = getattr(layer, name)
-        pairs = torch.randperm(len(index) // 2)
-        index.copy_(torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten())
+        size = 2 if pairs else 1
+        groups = torch.randperm(len(index) // size)
+        index.copy_((size * groups[:, None] + torch.arange(size)).flatten())
 
 
 def share_kept(model):

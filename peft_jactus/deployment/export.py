@@ -229,7 +229,9 @@ def _compress(
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []
     for name, layer in progress(layers.items(), description="Folding", unit="layer", shown=progress_bar):
-        deployed = _deployed_layer(name, layer, adapted.adapter_name, storage, rounding.dtype_before(dtype))
+        pairs = rounding.bits is None  # their larger coefficients lose more in few bits
+        wide = rounding.dtype_before(dtype)
+        deployed = _deployed_layer(name, layer, adapted.adapter_name, storage, wide, pairs=pairs)
         deployed = rounding.of(adapted.prefix + name, deployed, dtype)
         copied.set_submodule(name, deployed)
         forms[name] = _form(layer, deployed, config.layer_energy.get(adapted.prefix + name))
@@ -288,7 +290,7 @@ def _model_name(name_or_path: str | None) -> str | None:
 
 
 def _deployed_layer(
-    name: str, layer: JactusLayer, adapter_name: str, storage: Storage, dtype: torch.dtype
+    name: str, layer: JactusLayer, adapter_name: str, storage: Storage, dtype: torch.dtype, *, pairs: bool
 ) -> nn.Module:
     tensors = layer.adapter_tensors(adapter_name)
     for tensor_name, tensor in tensors.items():
@@ -300,9 +302,10 @@ def _deployed_layer(
     bias = tensors.get("jactus_bias")
     device = next(iter(tensors.values())).device
     if not stays_dense(layer.r[adapter_name], layer.out_features, layer.in_features, storage):
-        deployed: FactorizedLinear | None = FORMS[storage].from_factors(left, core, right, bias, dtype=dtype)
+        factors = (left, core, right, bias)
+        deployed: FactorizedLinear | None = FORMS[storage].from_factors(*factors, dtype=dtype, pairs=pairs)
         if isinstance(deployed, PivotedLinear):
-            deployed = _pivoted_if_accurate(name, deployed, (left, core, right, bias), dtype)
+            deployed = _pivoted_if_accurate(name, deployed, factors, dtype)
         if deployed is not None:
             return deployed.to(device)
     weight = (left @ core @ right.mT).to(device, dtype)
@@ -312,7 +315,7 @@ def _deployed_layer(
 def _pivoted_if_accurate(
     name: str, pivoted: PivotedLinear, factors: tuple[Tensor, Tensor, Tensor, Tensor | None], dtype: torch.dtype
 ) -> FactorizedLinear | None:
-    """Return ``pivoted``, or factors if its rounding error is larger than it is for any sound weight.
+    """Return ``pivoted``, or with rows chosen one by one, or factors: what has a sound rounding error.
 
     ``None`` is for a layer whose factors would be larger than its dense weight.
     """
@@ -324,6 +327,9 @@ def _pivoted_if_accurate(
         return float(torch.linalg.norm(layer.dense_weight() - weight))
 
     pivoted_error = error(pivoted)
+    if pivoted_error > _MAX_PIVOTED_ERROR * norm:
+        pivoted = PivotedLinear.from_factors(*factors, dtype=dtype, pairs=False)
+        pivoted_error = error(pivoted)
     if pivoted_error <= _MAX_PIVOTED_ERROR * norm:
         return pivoted
     reason = f"{name}: stored pivoted in {dtype}, its weight would be off by {pivoted_error / norm:.1e}; it is stored"

@@ -73,7 +73,7 @@ class FactorizedLinear(HiddenWeight, ABC):
     @classmethod
     @abstractmethod
     def from_factors(
-        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype, pairs: bool = True
     ) -> FactorizedLinear:
         """Return the layer for ``left @ core @ right.T``.
 
@@ -83,6 +83,7 @@ class FactorizedLinear(HiddenWeight, ABC):
             right: ``(in, rank)``, full column rank.
             bias: ``(out,)`` or ``None``.
             dtype: Of the model that the layer belongs to.
+            pairs: Choose rows two by two; see `interpolate_rows`. Not used where no rows are chosen.
         """
 
     @abstractmethod
@@ -144,7 +145,7 @@ class LowRankLinear(FactorizedLinear):
 
     @classmethod
     def from_factors(
-        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype, pairs: bool = True
     ) -> LowRankLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
         up, down = balanced_factors(left, core, right)
@@ -211,11 +212,11 @@ class PivotedLinear(FactorizedLinear):
 
     @classmethod
     def from_factors(
-        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype, pairs: bool = True
     ) -> PivotedLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
         form = RowPivotedLinear if left.shape[0] < right.shape[0] else ColumnPivotedLinear
-        return form.from_factors(left, core, right, bias, dtype=dtype)
+        return form.from_factors(left, core, right, bias, dtype=dtype, pairs=pairs)
 
 
 class RowPivotedLinear(PivotedLinear):
@@ -251,10 +252,10 @@ class RowPivotedLinear(PivotedLinear):
 
     @classmethod
     def from_factors(
-        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype, pairs: bool = True
     ) -> RowPivotedLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
-        basis = interpolate_rows(left, in_pairs=True)
+        basis = interpolate_rows(left, pairs=pairs)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
         rows = (wide_left[basis.rows] @ wide_core) @ wide_right.mT  # (rank, in)
         return cls(
@@ -315,10 +316,10 @@ class ColumnPivotedLinear(PivotedLinear):
 
     @classmethod
     def from_factors(
-        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+        cls, left: Tensor, core: Tensor, right: Tensor, bias: Tensor | None, *, dtype: torch.dtype, pairs: bool = True
     ) -> ColumnPivotedLinear:
         """Return the layer for ``left @ core @ right.T``; see the base class."""
-        basis = interpolate_rows(right, in_pairs=True)
+        basis = interpolate_rows(right, pairs=pairs)
         wide_left, wide_core, wide_right = (to_decomposition_dtype(tensor) for tensor in (left, core, right))
         columns = wide_left @ (wide_core @ wide_right[basis.rows].mT)  # (out, rank)
         return cls(

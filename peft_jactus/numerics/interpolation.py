@@ -126,7 +126,7 @@ def pairs_of(index: Tensor) -> Tensor | None:
     return first // 2 if bool(is_paired.all()) else None
 
 
-def interpolate_rows(basis: Tensor, *, in_pairs: bool = False) -> InterpolativeBasis:
+def interpolate_rows(basis: Tensor, *, pairs: bool = False) -> InterpolativeBasis:
     """Choose rows of a tall matrix that span all rows well: ``basis = found.dense() @ basis[found.rows]``.
 
     LU with partial pivoting chooses rows, then rows are exchanged while that makes the determinant of the chosen ones
@@ -134,7 +134,7 @@ def interpolate_rows(basis: Tensor, *, in_pairs: bool = False) -> InterpolativeB
 
     Args:
         basis: ``(dim, rank)``, ``rank <= dim``, full column rank; best conditioned with orthonormal columns.
-        in_pairs: Choose rows ``2k`` and ``2k + 1`` together, if ``dim`` and ``rank`` are even, so that numbers
+        pairs: Choose rows ``2k`` and ``2k + 1`` together, if ``dim`` and ``rank`` are even, so that numbers
             of 16 bits can be put in their places two by two. Coefficients are then half as large again.
 
     Returns:
@@ -155,7 +155,7 @@ def interpolate_rows(basis: Tensor, *, in_pairs: bool = False) -> InterpolativeB
     if not bool(diagonal.min() > torch.finfo(torch.float64).eps * dim * diagonal.max()):
         raise ValueError(f"`basis` must have full column rank; got a singular one with {tuple(basis.shape)=}.")
     order = _permutation(pivots, dim)
-    if in_pairs and dim % 2 == 0 and rank % 2 == 0:
+    if pairs and dim % 2 == 0 and rank % 2 == 0:
         found = _exchanged(basis, _with_partners(order), group=2)
         if bool((found.coefficients.abs() <= _LARGEST_OF_PAIRS).all()):
             return found

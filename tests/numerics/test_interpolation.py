@@ -95,7 +95,7 @@ def test_one_column_is_spanned_by_its_largest_entry():
 @given(seed=seeds, rank=st.integers(1, 5), num_others=st.integers(1, 5))
 def test_no_exchange_of_two_pairs_spans_a_larger_volume_by_more_than_the_tolerance(seed, rank, num_others):
     basis = random_orthonormal(seed, 2 * (rank + num_others), 2 * rank)
-    found = interpolate_rows(basis, in_pairs=True)
+    found = interpolate_rows(basis, pairs=True)
     pairs = pairs_of(found.order)
     assert sorted(pairs.tolist()) == list(range(rank + num_others))
     assert found.others.tolist() == sorted(found.others.tolist())
@@ -110,22 +110,22 @@ def test_no_exchange_of_two_pairs_spans_a_larger_volume_by_more_than_the_toleran
 @pytest.mark.parametrize(("dim", "rank"), [(576, 312), (576, 128), (192, 152)])
 def test_coefficients_of_pairs_stay_small(dim, rank):
     basis = random_orthonormal(0, dim, rank)
-    one_by_one, in_pairs = (interpolate_rows(basis, in_pairs=choice).coefficients for choice in (False, True))
-    assert in_pairs.abs().max() < 4
-    assert in_pairs.norm() < 2 * one_by_one.norm()
+    one_by_one, pairs = (interpolate_rows(basis, pairs=choice).coefficients for choice in (False, True))
+    assert pairs.abs().max() < 4
+    assert pairs.norm() < 2 * one_by_one.norm()
 
 
 @pytest.mark.parametrize(("dim", "rank"), [(9, 4), (8, 3)])
 def test_rows_of_which_there_are_no_pairs_are_chosen_one_by_one(dim, rank):
     basis = random_orthonormal(0, dim, rank)
-    assert torch.equal(interpolate_rows(basis, in_pairs=True).order, interpolate_rows(basis).order)
+    assert torch.equal(interpolate_rows(basis, pairs=True).order, interpolate_rows(basis).order)
 
 
 @pytest.mark.parametrize("difference", [0.0, 1e-9])
 def test_pairs_of_nearly_equal_rows_are_not_chosen(difference):
     rows = random_orthonormal(0, 4, 4)
     basis = torch.stack([rows, rows + difference * randn(1, 4, 4)], dim=1).flatten(0, 1)  # two of each
-    found = interpolate_rows(basis, in_pairs=True)
+    found = interpolate_rows(basis, pairs=True)
     assert pairs_of(found.order) is None
     assert found.coefficients.abs().max() <= LARGEST_COEFFICIENT + ROUNDING
 
