@@ -4,6 +4,7 @@ Nothing is downloaded: mathematics becomes MathML, and other projects are linked
 """
 
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,12 +24,14 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",  # docstrings in Google's style
+    "sphinx_gallery.gen_gallery",
     "command_line",
     "config_reference",
     "mathml",
     "repository_files",
+    "tutorials",
 ]
-exclude_patterns = ["_ext"]
+exclude_patterns = ["_ext", "tutorials", "tutorials_built/index.rst"]
 smartquotes_action = "D"  # dashes between a parameter and its text; no curly quotes, since 'pivoted' is code
 default_role = "py:obj"  # `name` in a docstring is a link where the name is on the site, and code elsewhere
 
@@ -41,7 +44,24 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
+sphinx_gallery_conf = {  # runs docs/tutorials/*.py; one that raises stops the build
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "tutorials_built",
+    # A Llama takes minutes: it runs where somebody says where the model is.
+    "filename_pattern": r"\.py$" if "JACTUS_SMOLLM2" in os.environ else r"(?<!llama)\.py$",
+    "run_stale_examples": True,  # the package may have changed, if the tutorial has not
+    "image_scrapers": "tutorials.last_figure",
+    "capture_repr": (),
+    "download_all_examples": False,
+    "notebook_extensions": set(),
+    "min_reported_time": float("inf"),
+    "write_computation_times": False,
+    "show_signature": False,
+}
+
 html_theme = "furo"
 html_title = f"peft-jactus {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["tutorials.css"]

@@ -11,6 +11,7 @@ import peft_jactus
 from peft_jactus import parse
 
 DOCS = Path(__file__).parents[2] / "docs"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.py"))
 API = {path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md")}
 
 
@@ -49,7 +50,19 @@ def test_every_page_is_in_the_table_of_contents():
         for tree in re.findall(r"```\{toctree\}\n(.*?)```", index.read_text(encoding="utf-8"), flags=re.DOTALL):
             lines = [line for line in tree.splitlines() if line and not line.startswith(":")]
             listed |= {(index.parent / f"{line}.md").resolve() for line in lines}
-    assert listed == set(DOCS.resolve().rglob("*.md")) - {(DOCS / "index.md").resolve()}
+    pages = set(DOCS.resolve().rglob("*.md")) - {(DOCS / "index.md").resolve()}
+    assert listed == pages | {(DOCS / "tutorials_built" / f"{path.stem}.md").resolve() for path in TUTORIALS}
+
+
+def test_every_tutorial_but_the_llama_runs_when_the_site_is_built(monkeypatch):
+    def run_by_the_build():
+        pattern = script(DOCS / "conf.py").sphinx_gallery_conf["filename_pattern"]
+        return {path.stem for path in TUTORIALS if re.search(pattern, str(path))}
+
+    monkeypatch.delenv("JACTUS_SMOLLM2", raising=False)
+    assert run_by_the_build() == {path.stem for path in TUTORIALS} - {"llama"}
+    monkeypatch.setenv("JACTUS_SMOLLM2", "outputs/smollm2")
+    assert run_by_the_build() == {path.stem for path in TUTORIALS}
 
 
 @pytest.mark.parametrize(
