@@ -16,7 +16,7 @@ from peft_jactus.tuner.base_weights import READABLE, quantization_of
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 # Inputs of these sizes show whether a layer clips, rounds, or is linear only in part.
 _PROBE_SCALES = (1e-3, 1.0, 1e3)
@@ -82,11 +82,13 @@ def _held_aside(model: nn.Module) -> dict[str, Refusal]:
     return found
 
 
-def _modules_in(value: object) -> list[nn.Module]:
+def _modules_in(value: object, depth: int = 3) -> Iterator[nn.Module]:
+    """Yield the modules in lists, tuples, sets and dicts, which may be nested ``depth`` times."""
     if isinstance(value, nn.Module):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [module for module in values if isinstance(module, nn.Module)]
+        yield value
+    elif depth and isinstance(value, (dict, list, tuple, set)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth - 1)
 
 
 def ties_to_break(model: nn.Module, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -97,7 +97,13 @@ class CallsFromAList(nn.Module):
         return self.third(x)
 
 
-HOLDS = [list, tuple, lambda blocks: dict(enumerate(blocks))]
+HOLDS = [
+    list,
+    tuple,
+    set,
+    lambda blocks: dict(enumerate(blocks)),
+    lambda blocks: {"all": [[block] for block in blocks]},
+]
 
 
 @pytest.mark.parametrize("hold", HOLDS)
