@@ -6,12 +6,12 @@
         --adaptation-ranks 16 --frozen-bits 16 8 4 --full-size lora    # JACTUS in few bits; all train as much as LoRA
 
 A process of its own compresses the model and saves each adapter. Memory: each method trains for a few steps in fresh
-processes, on the same random batches. The process with the median peak counts, because the allocator's peak of the same
-steps varies. Two peaks of resident memory are reported: of the whole process, including loading, and of the training
-steps alone (the kernel's high-water mark is reset before them). The latter is compared with LoRA's twice: as it is, and
-without what the interpreter and its libraries held before the model came. Weights and states are counted as well: all
-tensors of the model, gradients, and what the optimizer holds. Time: all methods are in one process and take turns, step
-by step; the ratio to LoRA's step is the median over rounds.
+processes, on the same random batches. The process with the median peak counts, because the allocator's peak of the
+same steps varies. Two peaks of resident memory are reported: of the whole process, including loading, and of the
+training steps alone (the kernel's high-water mark is reset before them). The latter is compared with LoRA's twice: as
+it is, and without what the interpreter and its libraries held before the model came. Weights and states are counted as
+well: all tensors of the model, gradients, and what the optimizer holds. Time: all methods are in one process and take
+turns, step by step; the ratio to LoRA's step is the median over rounds.
 """
 
 import importlib
