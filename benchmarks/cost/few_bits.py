@@ -1,6 +1,6 @@
 """How long compressed models take in bfloat16, and in 8 and 4 bits, over the dense bfloat16 one, in the same run.
 
-    python -m benchmarks.cost.few_bits --llama outputs/smollm2        # a CPU: 5 minutes, alone on the machine
+    python -m benchmarks.cost.few_bits --llama outputs/smollm2        # a CPU: 2 minutes, alone on the machine
     python -m benchmarks.cost.few_bits --llama outputs/smollm2 --device cuda --threads 1     # a GPU: 3 minutes
 
 MiniLM, and a Llama if one is given. Every layer keeps the same ratio, in multiples of 8 ranks; values are random,
