@@ -1,6 +1,6 @@
 """Perplexity and size of causal language models: folders, compressed or not, or GGUF files.
 
-    peft-jactus compress SmolLM2-135M-Instruct.Q4_1.gguf outputs/smollm2-4bit --data-dir ../shared/data/wikitext2 \
+    peft-jactus compress SmolLM2-135M-Instruct.Q4_1.gguf outputs/smollm2-4bit --data-dir ../shared/data/wikitext2 \\
         --split validation --max-batches 4 --batch-size 8 --max-length 256 --bits 4 --dtype bfloat16
     python -m benchmarks.compression.perplexity SmolLM2-135M-Instruct.Q4_1.gguf outputs/smollm2-4bit
 """
