@@ -63,8 +63,8 @@ model = AutoModelForSequenceClassification.from_pretrained(
 # Configure and calibrate
 # -----------------------
 #
-# Calibration runs a few batches forward and backward, and notes what goes into each layer and which gradients come
-# back. A new head gives gradients that mean nothing, so it trains alone for 25 steps first.
+# Calibration runs a few batches forward and backward, and measures each layer's inputs and gradients. A new head is
+# random, so its gradients mean nothing: it first trains alone for 25 steps.
 
 config = JactusConfig(task_type="SEQ_CLS", target_modules="all-linear", retained_ratio=0.8)
 loader = DataLoader(tokens["train"], batch_size=16, collate_fn=collator)
