@@ -3,7 +3,7 @@
     python -m benchmarks.compression.bfloat16_training
     python -m benchmarks.compression.bfloat16_training --task novels --learning-rate 2e-5 1e-4
     JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.bfloat16_training --task wikitext2 \\
-        --learning-rate 2e-5 --batch-size 1 --storages pivoted    # three quarters of an hour
+        --learning-rate 2e-5 --batch-size 1 --models dense pivoted    # three quarters of an hour
 
 A Llama (JACTUS_LLAMA; by default the small one), compressed to 0.8 without training, and the dense one beside it; each
 is fine-tuned whole by the Trainer, in float32 and in bfloat16, on the same rows in the same order. What counts is the
@@ -28,7 +28,7 @@ from benchmarks.tasks.language import LLAMA
 from benchmarks.tasks.loading import load_workload
 from peft_jactus import JactusConfig, calibrate, export_compressed
 
-STORAGES = ("pivoted", "factored")
+MODELS = ("dense", "pivoted", "factored")
 
 
 def parse_arguments():
@@ -39,7 +39,7 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, nargs="+", default=[2e-5, 4e-4])
     parser.add_argument("--retained-ratio", type=float, default=0.8)
-    parser.add_argument("--storages", nargs="+", choices=STORAGES, default=STORAGES)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--out", type=Path, help="default: results/compression/bfloat16_training-TASK.json")
     args = parser.parse_args()
     args.out = args.out or RESULTS / "compression" / f"bfloat16_training-{args.task}.json"
@@ -54,7 +54,7 @@ def save_models(args, workload, folder):
     )
     found = calibrate(dense, config, workload.calibration_batches()[:4], progress_bar=False)
     dense.save_pretrained(folder / "dense")
-    for storage in args.storages:
+    for storage in (name for name in args.models if name != "dense"):
         config = JactusConfig(
             task_type="CAUSAL_LM",
             target_modules="all-linear",
@@ -64,7 +64,7 @@ def save_models(args, workload, folder):
         )
         config.statistics = found
         export_compressed(get_peft_model(copy.deepcopy(dense), config), folder / storage, progress_bar=False)
-    return {name: folder / name for name in ("dense", *args.storages)}
+    return {name: folder / name for name in args.models}
 
 
 def losses_of(model, workload, args, learning_rate):
