@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 
 from peft_jactus.deployment.hidden_weight import HiddenWeight
 from peft_jactus.deployment.parts import linear_part, wide_weight
@@ -187,7 +188,10 @@ class PivotedLinear(FactorizedLinear):
         Numbers of 16 bits are taken two by two, in a third of the time, where `interpolate_rows` chose pairs.
         """
         is_traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-        if not is_traced and x.element_size() == 2 and not x.requires_grad and not x.is_meta:
+        # No derivative passes through a view as another dtype, neither backward nor forward.
+        tangent = unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+        is_constant = not x.requires_grad and tangent is None
+        if not is_traced and is_constant and x.element_size() == 2 and not x.is_meta:
             pairs = self._pairs_of(index, sizes)
             if pairs is not None and x.is_contiguous() and x.storage_offset() % 2 == 0:
                 wide = x.view(torch.float32)

@@ -407,6 +407,16 @@ def test_gradients_pass_through_an_order_in_pairs(kind):
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
+# torch's own forward mode compiles its decompositions with the deprecated torch.jit.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", PIVOTED)
+def test_derivatives_in_forward_mode_pass_through_an_order_in_pairs(kind):
+    layer = pivoted_layer(kind, torch.bfloat16).requires_grad_(False)
+    x, direction = randn(1, 5, 16).bfloat16(), randn(2, 5, 16).bfloat16()
+    _, derivative = torch.func.jvp(layer, (x,), (direction,))
+    assert relative_error(derivative, direction.double() @ layer.dense_weight().double().mT) < 0.03
+
+
 def test_all_forms_are_tested():
     def leaves(kind):
         forms = [form for form in kind.__subclasses__() if form.__module__ == "peft_jactus.deployment.layers"]
