@@ -1,13 +1,14 @@
-"""Training all of a compressed checkpoint in bfloat16: is it finite, and does its loss follow that of float32?
+"""Training all of a compressed checkpoint with bfloat16: is it finite, and does its loss follow that of float32?
 
     python -m benchmarks.compression.bfloat16_training
     python -m benchmarks.compression.bfloat16_training --task novels --learning-rate 2e-5 1e-4
     JACTUS_LLAMA=outputs/smollm2 python -m benchmarks.compression.bfloat16_training --task wikitext2 \\
-        --learning-rate 2e-5 --batch-size 1 --models dense pivoted    # three quarters of an hour
+        --learning-rate 2e-5 --batch-size 1 --models dense pivoted    # an hour
 
 A Llama (JACTUS_LLAMA; by default the small one), compressed to 0.8 without training, and the dense one beside it; each
-is fine-tuned whole by the Trainer, in float32 and in bfloat16, on the same rows in the same order. What counts is the
-mean loss of every 20 steps.
+is fine-tuned whole by the Trainer, on the same rows in the same order: in float32; in mixed precision (`bf16=True`:
+weights in float32, products in bfloat16); and with its weights in bfloat16, too. What counts is the mean loss of every
+20 steps.
 """
 
 import copy
@@ -29,6 +30,8 @@ from benchmarks.tasks.loading import load_workload
 from peft_jactus import JactusConfig, calibrate, export_compressed
 
 MODELS = ("dense", "pivoted", "factored")
+# Of each way to train: the dtype of the weights, and whether products are in bfloat16 all the same.
+PRECISIONS = {"float32": ("float32", False), "mixed": ("float32", True), "bfloat16": ("bfloat16", False)}
 
 
 def parse_arguments():
@@ -67,8 +70,10 @@ def save_models(args, workload, folder):
     return {name: folder / name for name in args.models}
 
 
-def losses_of(model, workload, args, learning_rate):
+def losses_of(source, workload, args, learning_rate, precision):
     """Fine-tune all of a model; return the mean loss of every 20 steps, and whether all parameters are finite."""
+    dtype, is_mixed = PRECISIONS[precision]
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -76,6 +81,7 @@ def losses_of(model, workload, args, learning_rate):
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
             learning_rate=learning_rate,
+            bf16=is_mixed,
             logging_steps=20,
             save_strategy="no",
             report_to=[],
@@ -104,13 +110,13 @@ def main():
         for rate in args.learning_rate:
             for name, place in models.items():
                 row = {"model": name, "learning_rate": rate}
-                for dtype in ("float32", "bfloat16"):
-                    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
-                    row[dtype], row[f"{dtype}_is_finite"] = losses_of(model, workload, args, rate)
-                pairs = zip(row["float32"], row["bfloat16"], strict=True)
-                row["largest_difference"] = max(abs(narrow / wide - 1) for wide, narrow in pairs)
+                for precision in PRECISIONS:
+                    losses, row[f"{precision}_is_finite"] = losses_of(place, workload, args, rate, precision)
+                    row[precision] = losses
+                    pairs = zip(row["float32"], losses, strict=True)
+                    row[f"{precision}_largest_difference"] = max(abs(loss / wide - 1) for wide, loss in pairs)
+                    print(name, rate, precision, row[f"{precision}_largest_difference"], losses, flush=True)
                 rows.append(row)
-                print(row, flush=True)
     settings = {name: getattr(args, name) for name in ("task", "steps", "batch_size", "retained_ratio")}
     write_document(args.out, {"model": Path(LLAMA).name, **settings, "rows": rows, "environment": started_at})
 
