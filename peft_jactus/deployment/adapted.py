@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.quantized_bases import check_readable
+from peft_jactus.tuner.targeting import pipeline_class
 
 if TYPE_CHECKING:
     from torch import nn
-
-_SENTENCE_TRANSFORMERS = "sentence_transformers"
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,6 @@ def find_adapted(model: nn.Module) -> Adapted:
     if hasattr(part, "peft_config"):
         return _adapted(base, part, pipeline=root, path=path)
     return _adapted(base, model, prefix=f"{path}.", pipeline=root, path=path)  # the adapter was put on the whole
-
-
-def pipeline_class(model: nn.Module) -> type | None:
-    """Return the class of sentence-transformers that ``model`` is of, which is not imported for this."""
-    classes = (cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == _SENTENCE_TRANSFORMERS)
-    found = next(classes, None)
-    return found if hasattr(found, "save_pretrained") else None
 
 
 def _adapted(base: PreTrainedModel, holder: nn.Module, **where: Any) -> Adapted:

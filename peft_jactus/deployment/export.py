@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from peft_jactus._progress import progress
-from peft_jactus.deployment.adapted import find_adapted, pipeline_class
+from peft_jactus.deployment.adapted import find_adapted
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import (
@@ -38,6 +38,7 @@ from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.quantized_bases import dequantize_
+from peft_jactus.tuner.targeting import pipeline_class
 
 if TYPE_CHECKING:
     import os

@@ -10,6 +10,7 @@ tensor parallelism.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     _Device = torch.device | str | None
+
+_FLOAT16_TRAINS = (
+    "A compressed layer in float16 is in training mode, and its weights train. Adam's epsilon is zero in float16, so "
+    "weights become NaN, as in a dense model. Load the model with dtype=torch.float32 and train with `fp16=True`, or "
+    "with dtype=torch.bfloat16."
+)
 
 
 class FactorizedLinear(HiddenWeight, ABC):
@@ -97,6 +104,8 @@ class FactorizedLinear(HiddenWeight, ABC):
         """Set the mode; training takes back what `arrange_parts_` did."""
         if mode:
             self._lay_out_by_rows_()
+            if any(part.dtype == torch.float16 and part.requires_grad for part in self.parameters()):
+                warnings.warn(_FLOAT16_TRAINS, stacklevel=2)
         return super().train(mode)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.base_weights import dense_dtype, float_weight, layer_features
@@ -95,7 +96,7 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
             f"`target_modules`={config.target_modules!r} matches no module of {type(model).__name__}. Use "
             "'all-linear', or names from `model.named_modules()`."
         )
-    _warn_of_ties(model, {*targets, *(name for name in modules if is_trained_whole(name, heads))})
+    _warn_of_export(model, {*targets, *(name for name in modules if is_trained_whole(name, heads))})
     return targets
 
 
@@ -107,7 +108,20 @@ def check_heads(model: nn.Module, config: JactusConfig) -> None:
         raise_refusals(refusals)
 
 
-def _warn_of_ties(model: nn.Module, changed: set[str]) -> None:
+def pipeline_class(model: nn.Module) -> type | None:
+    """Return the class of sentence-transformers that ``model`` is of, which is not imported for this."""
+    classes = (cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == "sentence_transformers")
+    found = next(classes, None)
+    return found if hasattr(found, "save_pretrained") else None
+
+
+def _warn_of_export(model: nn.Module, changed: set[str]) -> None:
+    """Say now what `export_compressed` would say after the training."""
+    if not isinstance(model, PreTrainedModel) and pipeline_class(model) is None:
+        log_once(
+            f"`export_compressed` will not write a {type(model).__name__}: only models of transformers and "
+            "sentence-transformers have compressed checkpoints. It can be trained, saved as an adapter, and merged."
+        )
     broken, kept = ties_to_break(model, changed)
     if broken and kept:
         log_once(

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 import transformers
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -453,6 +453,23 @@ def test_a_bfloat16_model_is_exported_as_bfloat16(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_in_bfloat16_adapter_and_export_lose_little_more_than_the_dense_model(tmp_path, build):
+    """Over a float32 copy of the same adapter; the parts round once more than one product does."""
+    errors = {"dense": [], "adapter": [], "exported": []}
+    for seed in range(3):
+        dense = build(seed=seed).bfloat16()
+        model = trained(build(seed=seed).bfloat16(), seed=seed, adaptation_rank=4)
+        wide = logits_of(copy.deepcopy(model).float())
+        loaded = load(build, export(model, tmp_path / str(seed)))
+        errors["dense"].append(relative_error(logits_of(dense), logits_of(copy.deepcopy(dense).float())))
+        errors["adapter"].append(relative_error(logits_of(model), wide))
+        errors["exported"].append(relative_error(logits_of(loaded), wide))
+    dense, *others = (geometric_mean(found) for found in errors.values())
+    assert max(others) < 1.4 * dense
+
+
+@torch.no_grad()
 def test_of_as_many_bfloat16_numbers_the_pivoted_model_is_nearer_to_the_dense_one():
     ratios = []
     for build in BUILDERS:
@@ -492,6 +509,17 @@ def test_training_all_of_a_bfloat16_checkpoint_stays_finite_and_follows_float32(
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert losses[torch.float32][-1] < losses[torch.float32][0]
     torch.testing.assert_close(losses[torch.bfloat16], losses[torch.float32], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_in_float16_is_warned_of(tmp_path, storage):
+    model = load(tiny_llama, export(trained(tiny_llama, storage=storage), tmp_path, dtype=torch.float16))
+    with pytest.warns(UserWarning, match="in float16 is in training mode"):
+        model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.eval()
+        get_peft_model(model, LoraConfig(target_modules="all-linear", r=1)).train()
 
 
 def test_a_bfloat16_checkpoint_of_an_earlier_version_loads(tmp_path):

@@ -14,7 +14,7 @@ from peft_jactus import JactusConfig, calibrate, export_compressed, plan_ranks, 
 from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.targeting import log_once
-from tests.support.compressed_models import jactus_config, tiny_gpt2, tiny_t5
+from tests.support.compressed_models import jactus_config, tiny_gpt2, tiny_llama, tiny_t5
 
 DIM = 8
 
@@ -405,3 +405,23 @@ def test_ties_that_export_cannot_write_are_said_before_anything_is_done(build, f
     with pytest.raises(InterruptedError), caplog.at_level(logging.WARNING, "peft_jactus"):
         calibrate(model, jactus_config(model, **fields), batches(), progress_bar=False)
     assert any("`export_compressed` will not write" in message for message in caplog.messages) is is_warned
+
+
+class Plain(nn.Module):
+    """No transformers model."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize(("build", "is_warned"), [(Plain, True), (tiny_llama, False)])
+def test_that_export_writes_transformers_models_only_is_said_before_anything_is_done(build, is_warned, caplog):
+    model = build()
+    targets = ["first", "second"] if is_warned else "all-linear"
+    with caplog.at_level(logging.WARNING, "peft_jactus"):
+        get_peft_model(model, JactusConfig(target_modules=targets, retained_ratio=0.5, decomposition="svd"))
+    assert any("`export_compressed` will not write a Plain" in message for message in caplog.messages) is is_warned
