@@ -24,7 +24,7 @@ from peft_jactus.numerics.sketches import GradientSketch
 from peft_jactus.tuner.targeting import device_and_dtype, features_of, weight_loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ class _Reading:
     same. It is empty once the tensor has been added.
     """
 
-    find_mask: Callable[[], Tensor | None]
+    find_mask: Callable[[Iterable[str]], Tensor | None]
     version: int
     saved: dict[str, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
@@ -67,7 +67,7 @@ class _Reading:
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """Which positions count, or None if all do; known once the forward pass is over."""
-        return self.find_mask()
+        return self.find_mask(tuple(self.saved))
 
     def keep(self, vectors: Tensor) -> None:
         """Keep the counted vectors of the tensor until the gradients of all its readers have come."""

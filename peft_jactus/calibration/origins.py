@@ -26,6 +26,8 @@ _PRODUCTS = {
     functional.multi_head_attention_forward,
 }
 _CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+_TRANSPOSITIONS = {torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes}
+_PERMUTATIONS = {torch.permute, Tensor.permute}
 
 
 class Origin(NamedTuple):
@@ -34,10 +36,14 @@ class Origin(NamedTuple):
     Attributes:
         positions: Names of the inputs whose positions it has. Empty if it has those of none, as learned queries do.
         read: Names of all inputs that it depends on, masks too.
+        transposed: Whether its positions come before its rows, as models have them that run along the sequence.
+        parts: Of positions that were concatenated, how many are of which origin.
     """
 
     positions: frozenset[str]
     read: frozenset[str]
+    transposed: bool = False
+    parts: tuple[tuple[int, Origin], ...] = ()
 
 
 CONSTANT = Origin(frozenset(), frozenset())
@@ -89,17 +95,66 @@ class OriginWatch(TorchFunctionMode):
         tensors = list(_tensors_at_any_depth((*args, *kwargs.values())))
         seen = [(tensor, origin) for tensor in tensors if (origin := self.of(tensor)) is not None]
         read = frozenset[str]().union(*(origin.read for _, origin in seen))
-        having = [(tensor, origin.positions) for tensor, origin in seen if origin.positions]
+        having = [(tensor, origin) for tensor, origin in seen if origin.positions]
         if args and isinstance(args[0], (list, tuple)) and not _joins_features(func, args, kwargs, result):
-            return Origin(frozenset[str]().union(*(positions for _, positions in having)), read)
+            together = frozenset[str]().union(*(origin.positions for _, origin in having))
+            parts = _parts(func, args, kwargs, [self.of(tensor) for tensor in tensors])
+            return Origin(together, read, any(origin.transposed for _, origin in having), parts)
         if func in _PRODUCTS and tensors[0].dim() > 2 and not isinstance(tensors[0], nn.Parameter):
             first = self.of(tensors[0])
-            return None if first is None else Origin(first.positions, read)
+            return None if first is None else first._replace(read=read)
         if not having:
             return Origin(frozenset(), read) if len(seen) == len(tensors) else None
         # What is broadcast to the positions of another one does not have them.
-        fitting = [positions for tensor, positions in having if tensor.shape[:2] == result.shape[:2]]
-        return Origin(fitting[0] if fitting else having[0][1], read)
+        fitting = [entry for entry in having if entry[0].shape[:2] == result.shape[:2]]
+        tensor, origin = (fitting or having)[0]
+        if _is_one_of_each_row(tensor, result):
+            return Origin(frozenset(), read)
+        if func is Tensor.__getitem__ and tensor is args[0]:
+            origin = _part_at(args[1], tensor, origin)
+        return origin._replace(read=read, transposed=origin.transposed != _swaps_rows(func, args, kwargs))
+
+
+def _is_one_of_each_row(tensor: Tensor, result: Tensor) -> bool:
+    """Whether the positions are gone, as in the mean over them, or in the first one."""
+    return tensor.dim() == 3 and result.dim() == 2 and len(result) == len(tensor) and result.numel() < tensor.numel()
+
+
+def _parts(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], origins: Sequence[Origin | None]
+) -> tuple[tuple[int, Origin], ...]:
+    """Return which positions of ``(rows, positions, dim)`` come from where, if they are concatenated here."""
+    if func not in _CONCATENATIONS or kwargs.get("dim", args[1] if len(args) > 1 else 0) not in (1, -2):
+        return ()
+    if any(tensor.dim() != 3 for tensor in args[0]):
+        return ()
+    lengths = [tensor.shape[1] for tensor in args[0]]
+    return tuple((length, origin or CONSTANT) for length, origin in zip(lengths, origins, strict=False))
+
+
+def _part_at(index: Any, tensor: Tensor, origin: Origin) -> Origin:
+    """Return the origin of ``tensor[index]``: that of a part, if this takes just one out of several."""
+    if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None) or not isinstance(index[1], slice):
+        return origin
+    if tensor.dim() != 3 or sum(length for length, _ in origin.parts) != tensor.shape[1]:
+        return origin
+    start, stop, _ = index[1].indices(tensor.shape[1])
+    for length, part in origin.parts:
+        if (start, stop) == (0, length):
+            return part
+        start, stop = start - length, stop - length
+    return origin
+
+
+def _swaps_rows(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether this exchanges the first two dimensions."""
+    dims = [value for value in (*args[1:], *kwargs.values()) if not isinstance(value, Tensor)]
+    if dims and isinstance(dims[0], (list, tuple)):
+        dims = list(dims[0])
+    if func in _TRANSPOSITIONS:
+        num_dims = args[0].dim() if args else 0
+        return {dim % num_dims for dim in dims} == {0, 1} if num_dims else False
+    return func in _PERMUTATIONS and list(dims[:2]) == [1, 0]
 
 
 def _joins_features(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> bool:
