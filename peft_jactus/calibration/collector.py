@@ -24,7 +24,7 @@ from peft_jactus.numerics.sketches import GradientSketch
 from peft_jactus.tuner.targeting import device_and_dtype, features_of, weight_loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -57,12 +57,17 @@ class _Reading:
     same. It is empty once the tensor has been added.
     """
 
-    mask: Tensor | None
+    find_mask: Callable[[Iterable[str]], Tensor | None]
     version: int
     saved: dict[str, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
     vectors: Tensor | None = None
     waiting: set[str] = field(default_factory=set)
+
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """Which positions count, or None if all do; known once the forward pass is over."""
+        return self.find_mask(tuple(self.saved))
 
     def keep(self, vectors: Tensor) -> None:
         """Keep the counted vectors of the tensor until the gradients of all its readers have come."""
@@ -140,9 +145,15 @@ class StatisticsCollector:
     def collect(self, batch: Batch, compute_loss: SummedLoss) -> None:
         """Add the statistics of one batch."""
         batch = to_model_device(batch, self._model)
-        self._masks.start(batch)
-        with torch.enable_grad():
-            loss = compute_loss(self._model, batch)
+        with torch.enable_grad(), self._masks.reading(batch) as read:
+            loss = compute_loss(self._model, read)
+        self._add_gradients_of(loss)
+        self._masks.warn()
+        self._end_batch()
+        self._num_loss_terms += compute_loss.count(self._model, batch)
+        self.num_batches += 1
+
+    def _add_gradients_of(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss of calibration batch {self.num_batches} is {loss.item()}. Check the data (labels that are "
@@ -155,9 +166,6 @@ class StatisticsCollector:
                 "The loss does not depend on any targeted module. Check `target_modules`, and that `loss_fn` "
                 "neither detaches nor runs under torch.no_grad()."
             )
-        self._end_batch()
-        self._num_loss_terms += compute_loss.count(self._model, batch)
-        self.num_batches += 1
 
     def statistics(self) -> CalibrationStatistics:
         """Return the sums so far, of all targets; modules that always read the same tensors share theirs."""
@@ -196,17 +204,19 @@ class StatisticsCollector:
 
     def _end_batch(self) -> None:
         self._readings.clear()
+        self._masks.forget()
 
     def _on_forward(
         self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> Tensor | None:
         del module
+        tensor = args[0] if args else next(iter(kwargs.values()))
         if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
+            self._masks.note(name, tensor)
             return None
         starts_graph = not output.requires_grad  # all that comes before is frozen
         if starts_graph:
             output.requires_grad_(True)
-        tensor = args[0] if args else next(iter(kwargs.values()))
         reading = self._reading(name, tensor)
         reading.saved[name] = _saved(tensor)
         output.register_hook(  # type: ignore[no-untyped-call]  # torch has no annotation here

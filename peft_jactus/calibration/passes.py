@@ -73,8 +73,10 @@ def calibrate(
         model: Any module. A transformers model returns its own loss if ``batches`` have labels.
         config: Defines the targeted modules. ``config.statistics`` is set to the result.
         batches: Mappings of tensors, as ``model(**batch)`` takes them: a DataLoader, a list, a generator. Positions
-            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted. If the
-            model is already fine-tuned, use rows that it was not trained on: gradients on training rows say less.
+            that a two-dimensional ``attention_mask`` (or ``decoder_attention_mask``) excludes are not counted. It is
+            the mask of the text, or of the sound where there is no text; other inputs may have one that is named
+            after them, as ``visual_attention_mask``. If the model is already fine-tuned, use rows that it was not
+            trained on: gradients on training rows say less.
         max_batches: Stop after this number of batches. Default: all.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar tensor, for models that don't return one.
         loss_reduction: Whether the loss is the mean or the sum over examples (over tokens with a label, if labels are

@@ -1,19 +1,45 @@
-"""Which positions count where a model has several towers: a mask belongs to the one whose inputs it came with."""
+"""Which positions count: a mask belongs to the inputs that it came with, and to what has their positions."""
 
 import pytest
 import torch
 import transformers
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from peft_jactus import JactusConfig, calibrate
 
 DIM = 8
 COMMON = {"hidden_size": DIM, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 LENGTHS = [10, 4]  # of two texts, padded to 10
-MASK = torch.tensor([[1] * length + [0] * (10 - length) for length in LENGTHS])
+END = 39  # of a text
+
+
+def mask_of(lengths, longest):
+    return torch.tensor([[1] * length + [0] * (longest - length) for length in lengths])
+
+
+MASK = mask_of(LENGTHS, 10)
+REAL = sum(LENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def ids(*shape):
+    return torch.randint(3, 38, shape)
+
+
+def text_batch():
+    """Return two texts whose last token ends them: CLIP reads their meaning there."""
+    tokens = ids(*MASK.shape)
+    tokens[[0, 1], [length - 1 for length in LENGTHS]] = END
+    return {"input_ids": tokens, "attention_mask": MASK}
 
 
 def tiny_clip():
-    text = transformers.CLIPTextConfig(vocab_size=40, max_position_embeddings=12, eos_token_id=39, **COMMON)
+    text = transformers.CLIPTextConfig(vocab_size=40, max_position_embeddings=12, eos_token_id=END, **COMMON)
     vision = transformers.CLIPVisionConfig(image_size=6, patch_size=2, **COMMON)  # 9 patches and one for the class
     return transformers.CLIPModel(
         transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=DIM)
@@ -29,11 +55,27 @@ def tiny_siglip():
 
 
 def counted(model, features, **options):
-    torch.manual_seed(0)
-    config = JactusConfig(target_modules="all-linear", exclude_modules=options.pop("exclude", None))
-    batch = {"input_ids": torch.randint(3, 38, MASK.shape), "attention_mask": MASK, "return_loss": True, **features}
+    batch = text_batch() | {"return_loss": True} | features
+    return counts_of(model, batch, **options)
+
+
+def counts_of(model, batch, *, exclude=None, **options):
+    """Return how many positions each layer counts that counts any."""
+    config = JactusConfig(target_modules="all-linear", exclude_modules=exclude)
     statistics = calibrate(model.eval(), config, [batch], progress_bar=False, **options)
-    return {name: layer.num_tokens for name, layer in statistics.items()}
+    return {name: layer.num_tokens for name, layer in statistics.items() if layer.num_tokens}
+
+
+def from_states(model, batch):
+    """Return the loss of a model that has none."""
+    return model(**batch)[0].square().mean()
+
+
+STATES = {"loss_fn": from_states, "loss_reduction": "sum", "leave_unusable_dense": True}
+
+
+def having(counts, *parts):
+    return {count for name, count in counts.items() if all(part in name for part in parts)}
 
 
 def in_blocks(counts, tower):
@@ -73,14 +115,225 @@ def test_masks_of_a_language_model_with_images_are_those_of_its_text():
     batch = {
         "input_ids": ids, "attention_mask": mask, "labels": ids, "pixel_values": torch.randn(2, 3, 6, 6),
     }  # fmt: skip
-    statistics = calibrate(
-        model, JactusConfig(target_modules="all-linear"), [batch], leave_unusable_dense=True, progress_bar=False
-    )
-    counts = {name: layer.num_tokens for name, layer in statistics.items() if layer.num_tokens}
+    counts = counts_of(model, batch, leave_unusable_dense=True)
     language = {count for name, count in counts.items() if "language_model.layers" in name}
     assert language == {26}
     assert {count for name, count in counts.items() if "vision_tower" in name and "layers." in name} == {20}
     assert {count for name, count in counts.items() if "multi_modal_projector" in name} == {18}
+
+
+@pytest.mark.parametrize(("name", "vision"), [("Idefics3", Idefics3VisionConfig), ("SmolVLM", SmolVLMVisionConfig)])
+def test_images_that_are_reshaped_on_their_way_are_counted_in_full(name, vision):
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=vision(image_size=18, patch_size=6, **COMMON).to_dict(),
+        text_config=transformers.LlamaConfig(vocab_size=40, **COMMON).to_dict(),
+        image_token_id=END,
+        scale_factor=3,
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    tokens = ids(2, 9)  # as many as an image has patches
+    tokens[:, 0] = END
+    batch = {"input_ids": tokens, "attention_mask": mask_of([9, 4], 9), "pixel_values": torch.randn(2, 1, 3, 18, 18)}
+    counts = counts_of(model, batch | {"labels": tokens}, leave_unusable_dense=True)
+    assert having(counts, "vision_model.encoder") == {18}
+    assert having(counts, "text_model.layers") == {13}
+
+
+def test_images_in_several_tiles_are_counted_without_a_word(caplog):
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=6, patch_size=2, **COMMON),
+        text_config=transformers.LlamaConfig(vocab_size=40, **COMMON),
+        image_token_index=END,
+        image_grid_pinpoints=[[6, 6]],
+        vision_feature_layer=-1,
+    )
+    tokens = ids(2, 26)
+    tokens[:, :21] = END  # 9 patches of the whole, 9 of its one tile, and 3 ends of lines
+    batch = {
+        "input_ids": tokens, "attention_mask": mask_of([26, 23], 26), "labels": tokens,
+        "pixel_values": torch.randn(2, 2, 3, 6, 6), "image_sizes": torch.tensor([[6, 6]] * 2),
+    }  # fmt: skip
+    model = transformers.LlavaNextForConditionalGeneration(config)
+    counts = counts_of(model, batch, leave_unusable_dense=True)
+    assert having(counts, "vision_tower", "layers.") == {2 * 2 * 10}
+    assert having(counts, "multi_modal_projector") == {2 * 2 * 9}
+    assert having(counts, "language_model.layers") == {26 + 23}
+    assert not misfits(caplog)
+
+
+def misfits(caplog):
+    return [record for record in caplog.records if "position_masks" in record.name]
+
+
+def test_text_beside_learned_queries_keeps_its_mask(caplog):
+    """InstructBLIP: queries and text run together through attention, and apart through the rest."""
+    small = {"encoder_hidden_size": DIM, "vocab_size": 40, "cross_attention_frequency": 1}
+    config = transformers.InstructBlipConfig(
+        vision_config=transformers.InstructBlipVisionConfig(image_size=6, patch_size=2, **COMMON).to_dict(),
+        qformer_config=transformers.InstructBlipQFormerConfig(**small, **COMMON | {"num_hidden_layers": 2}).to_dict(),
+        text_config=transformers.LlamaConfig(vocab_size=40, **COMMON).to_dict(),
+        num_query_tokens=5,
+        image_token_index=END,
+    )
+    batch = text_batch()
+    batch["input_ids"] = ids(2, 10)
+    batch["input_ids"][:, :5] = END
+    batch["attention_mask"] = mask_of([10, 7], 10)
+    batch |= {"pixel_values": torch.randn(2, 3, 6, 6), "labels": batch["input_ids"]}
+    batch |= {"qformer_input_ids": ids(2, 6), "qformer_attention_mask": mask_of([6, 2], 6)}
+    model = transformers.InstructBlipForConditionalGeneration(config)
+    counts = counts_of(model, batch, leave_unusable_dense=True)
+    assert having(counts, "qformer", "attention.attention") - having(counts, "crossattention") == {10 + 8}
+    assert having(counts, "qformer", "_query") == {10}
+    assert having(counts, "qformer", "intermediate.") | having(counts, "qformer", "output.dense") >= {8}
+    assert having(counts, "qformer", "crossattention", "key") == {20}
+    assert having(counts, "language_model", "layers.") == {17}
+    assert not misfits(caplog)
+
+
+def test_positions_that_read_text_by_attention_are_not_its_own(caplog):
+    """LXMERT, with as many regions as tokens: whose they are cannot be told for sure, so all count."""
+    sizes = {"l_layers": 1, "x_layers": 2, "r_layers": 1, "visual_feat_dim": 12, "max_position_embeddings": 12}
+    shape = {name: value for name, value in COMMON.items() if name != "num_hidden_layers"}
+    model = transformers.LxmertModel(transformers.LxmertConfig(vocab_size=40, **sizes, **shape))
+    batch = text_batch() | {"visual_feats": torch.randn(2, 10, 12), "visual_pos": torch.rand(2, 10, 4)}
+    counts = counts_of(model, batch, loss_fn=both_states, loss_reduction="sum", leave_unusable_dense=True)
+    assert having(counts, "visn") == having(counts, "r_layers") == {20}
+    assert having(counts, "encoder.layer") == having(counts, "lang_") == {REAL}
+    assert any("visn_inter" in record.getMessage() for record in misfits(caplog))
+
+
+def both_states(model, batch):
+    output = model(**batch)
+    return output[0].square().mean() + output[1].square().mean()
+
+
+# -- sound ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative"])
+def test_the_mask_of_sound_is_that_of_its_frames(kind, caplog):
+    config = transformers.Wav2Vec2BertConfig(
+        feature_projection_input_dim=12,
+        conv_depthwise_kernel_size=3,
+        position_embeddings_type=kind,
+        **COMMON,
+    )
+    batch = {"input_features": torch.randn(2, 10, 12), "attention_mask": MASK}
+    counts = counts_of(transformers.Wav2Vec2BertModel(config), batch, **STATES)
+    positions = having(counts, "linear_pos")  # one for each distance, and no padding
+    assert positions == ({19} if kind == "relative" else set())
+    assert set(counts.values()) - positions == {REAL}
+    assert not misfits(caplog)
+
+
+CONVOLUTIONS = {
+    "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert", "UniSpeechSat", "Data2VecAudio"])
+def test_the_mask_of_sound_is_shortened_as_the_model_shortens_it(name, caplog):
+    config = getattr(transformers, f"{name}Config")(**CONVOLUTIONS, **COMMON)
+    batch = {"input_values": torch.randn(2, 200), "attention_mask": mask_of([200, 100], 200)}
+    counts = counts_of(getattr(transformers, f"{name}Model")(config), batch, **STATES)
+    # 200 samples: 39 frames of the first convolution, 19 of the second one; 100 samples: 19 and 9
+    assert set(counts.values()) == {19 + 9}
+    assert not misfits(caplog)
+
+
+def test_padding_of_a_shortened_input_is_counted_with_a_warning(caplog):
+    config = transformers.Wav2Vec2BertConfig(
+        feature_projection_input_dim=12, conv_depthwise_kernel_size=3, add_adapter=True, output_hidden_size=8, **COMMON
+    )
+    batch = {"input_features": torch.randn(2, 10, 12), "attention_mask": MASK}
+    counts = counts_of(transformers.Wav2Vec2BertModel(config), batch, **STATES)
+    assert having(counts, "encoder.layers") == {REAL}
+    shortened = {name for name in counts if name.startswith("adapter")}
+    assert {counts[name] for name in shortened} == {10}
+    said = " ".join(record.getMessage() for record in misfits(caplog))
+    assert all(name in said for name in shortened)
+    assert "encoder" not in said
+
+
+# -- other orders, and two masks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_positions_may_come_before_rows(rows, caplog):
+    """XLNet, also with as many texts as tokens."""
+    config = transformers.XLNetConfig(vocab_size=40, d_model=8, n_layer=2, n_head=2, d_inner=12)
+    mask = mask_of([2, 4, 3, 4][:rows], 4)
+    batch = {"input_ids": ids(rows, 4), "attention_mask": mask}
+    counts = counts_of(transformers.XLNetModel(config), batch, **STATES)
+    assert set(counts.values()) == {int(mask.sum())}
+    assert not misfits(caplog)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+def test_of_as_many_texts_as_tokens_the_right_ones_count(order):
+    """Two batches with the same texts in another order have the same sums."""
+    config = transformers.XLNetConfig(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=12)
+    torch.manual_seed(0)
+    model = transformers.XLNetModel(config).double()
+    tokens, mask = ids(4, 4)[order], mask_of([1, 4, 3, 4], 4)[order]
+    other = tokens.where(mask.bool(), torch.full_like(tokens, 38))
+    sums = []
+    for each in (tokens, other):
+        settings = JactusConfig(target_modules=["layer_1"])
+        batch = {"input_ids": each, "attention_mask": mask}
+        statistics = calibrate(
+            model.eval(), settings, [batch], progress_bar=False, loss_fn=real_states(mask), loss_reduction="sum"
+        )
+        sums.append(statistics["layer.0.ff.layer_1"].input.scatter)
+    torch.testing.assert_close(*sums)
+
+
+def real_states(mask):
+    return lambda model, batch: model(**batch)[0][mask.bool()].square().sum()
+
+
+def test_several_choices_for_each_example_have_a_mask():
+    model = transformers.BertForMultipleChoice(transformers.BertConfig(vocab_size=40, **COMMON))
+    mask = mask_of([5, 3, 4, 2], 5).reshape(2, 2, 5)
+    batch = {"input_ids": ids(2, 2, 5), "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    counts = counts_of(model, batch, leave_unusable_dense=True)
+    assert having(counts, "encoder") == {5 + 3 + 4 + 2}
+    assert having(counts, "pooler") == {4}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_source_and_target_of_one_length_have_their_own_masks(attention):
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
+             {"layers": 1, "ffn_dim": 12, "attention_heads": 2}.items()}  # fmt: skip
+    model = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=40, d_model=8, max_position_embeddings=12, attn_implementation=attention, **sizes
+        )
+    )
+    labels = ids(2, 10).where(mask_of([9, 7], 10).bool(), torch.tensor(-100))
+    counts = counts_of(model, text_batch() | {"labels": labels}, exclude=["lm_head"])
+    assert having(counts, "model.encoder") == {REAL}
+    assert having(counts, "encoder_attn", "k_proj") == having(counts, "encoder_attn", "v_proj") == {REAL}
+    assert having(counts, "decoder", "self_attn") == having(counts, "encoder_attn", "q_proj") == {16}
+
+
+def test_padding_among_the_tokens_of_an_expert_is_counted_with_a_warning(caplog):
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=40, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_decoder_layers=1, num_heads=2, num_experts=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=64, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.SwitchTransformersForConditionalGeneration(config)
+    labels = ids(2, 6)
+    counts = counts_of(
+        model, text_batch() | {"labels": labels}, exclude=["lm_head", "router"], leave_unusable_dense=True
+    )
+    assert having(counts, "encoder", "SelfAttention") >= {REAL}
+    experts = {name for name in counts if name.startswith("encoder") and "expert_" in name}
+    assert sum(counts[name] for name in experts if name.endswith(".wi")) == 20
+    said = " ".join(record.getMessage() for record in misfits(caplog))
+    assert all(name in said for name in experts)
 
 
 def test_no_hook_stays():
