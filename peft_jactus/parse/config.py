@@ -33,8 +33,9 @@ class RouterConfig:
             value reuses more choices, but results then depend on earlier prompts.
         reroute_continuations: Whether more than one new token on a filled key-value cache (text after a cached system
             prompt, the next chunk of a long prompt, another turn) is routed again, by all parts so far. If not, the
-            first part decides for all that follows. Assisted generation checks several tokens at a time, and needs
-            this to be off to give the same result as plain generation.
+            first part decides for all that follows, whatever is done to the cache. ``generate`` never takes the drafts
+            of assisted generation for a part of the prompt; other loops that check several tokens in one call need
+            this to be off.
     """
 
     active_ratio: float = 0.6

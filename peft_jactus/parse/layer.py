@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
 
-    from peft_jactus.parse.kept_patterns import PooledEmbeddings
+    from peft_jactus.parse.kept_patterns import PromptPart
     from peft_jactus.parse.patterns import PatternBatch
 
 
@@ -37,15 +37,34 @@ class RoutedCall:
         modules: The model and its base model, as far as they have been entered.
         mask: Its attention mask.
         cache: Its key-value cache.
+        past: Number of positions that are in this cache before the call.
+        length: Number of positions that it adds.
+        counted: How many of them the router reads, the first ones; the others are generated. ``None``: all.
+        parts: Of the prompt, as far as it has been routed.
         patterns: What was chosen.
-        pooled: The embeddings that chose it, of the prompt's earlier parts, too.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     mask: Tensor | None = None
     cache: Cache | None = None
+    past: int = 0
+    length: int = 0
+    counted: int | None = None
+    parts: tuple[PromptPart, ...] = ()
     patterns: PatternBatch | None = None
-    pooled: PooledEmbeddings | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is known of a running call of ``generate`` that is assisted, or assists another one.
+
+    Attributes:
+        prompt_end: Position in the cache after the prompt; what follows are drafts.
+        assists: Whether it only makes drafts, which the model that it assists will check.
+    """
+
+    prompt_end: int | None
+    assists: bool
 
 
 class RoutingState(threading.local):
@@ -54,10 +73,12 @@ class RoutingState(threading.local):
     Attributes:
         gates: What runs whatever the router would choose, if anything.
         call: The router's notes on the call of the model that is running.
+        generation: The call of ``generate`` around it, if routing must know of it.
     """
 
     gates: ActiveExperts | None = None
     call: RoutedCall | None = None
+    generation: Generation | None = None
 
     @property
     def active(self) -> ActiveExperts | None:

@@ -1,7 +1,8 @@
 """The router, and how it steers a model: through hooks, so that calls and ``generate`` stay as they are.
 
 A prompt is routed when its embeddings are computed, and keeps its experts while tokens are generated one by one: the
-choice travels on the key-value cache. A further part of a prompt is routed with all parts so far.
+choice travels on the key-value cache. A further part of a prompt is routed with all parts so far. What is routed with
+which earlier parts follows from the tokens in the cache; where these are not known, a call raises an error.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache, GenerationMixin
 
 from peft_jactus.errors import RoutingWarning
 from peft_jactus.parse.cache import CacheInfo, PatternCache
 from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
-from peft_jactus.parse.kept_patterns import KeptPatterns, PooledEmbeddings, keep_on, kept_on
+from peft_jactus.parse.generation import RoutedGenerate
+from peft_jactus.parse.kept_patterns import PooledEmbeddings, PromptPart, keep_on, kept_on, length_of
 from peft_jactus.parse.layer import RoutedCall
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
 
@@ -138,6 +140,15 @@ class RankRouter(nn.Module):
         self.router_config = config
         self._patterns.clear()
 
+    @property
+    def reroute_continuations(self) -> bool:
+        """Whether further parts of a prompt are routed again; see `RouterConfig`. Set it to serve in the other way."""
+        return self.router_config.reroute_continuations
+
+    @reroute_continuations.setter
+    def reroute_continuations(self, value: bool) -> None:
+        self.router_config = dataclasses.replace(self.router_config, reroute_continuations=value)
+
     def budgets(self, active_ratio: float) -> Tensor:
         """Return the budgets of another active ratio; see `ExpertTable.budgets`."""
         return self.table.budgets(active_ratio, self.router_config.allocation)
@@ -227,6 +238,8 @@ class RankRouter(nn.Module):
             module.register_forward_pre_hook(self._begin, with_kwargs=True)
             module.register_forward_hook(self._end, always_call=True)
         model.get_input_embeddings().register_forward_hook(self._route_embeddings)
+        if isinstance(model, GenerationMixin) and "generate" not in vars(model):  # a checkpoint may bring its own
+            model.generate = RoutedGenerate(model, self._state)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._state.gates is not None:
@@ -245,20 +258,54 @@ class RankRouter(nn.Module):
         if call.patterns is not None:
             return
         embeddings = arguments.get("inputs_embeds")
-        kept = kept_on(call.cache, self._state)
-        if kept is not None:
+        call.past = length_of(call.cache)
+        if call.cache is not None:
             inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
-            kept = kept.repeated(len(inputs))
-            call.pooled = kept.pooled
-            if not self._continues_prompt(call, inputs):
-                call.patterns = kept.batch
+            self._continue(call, *inputs.shape[:2])
         if embeddings is not None and call.patterns is None:
             self._route(call, embeddings)
 
-    def _continues_prompt(self, call: RoutedCall, inputs: Tensor) -> bool:
-        """Whether what comes on top of a filled cache is routed anew: not one token, as of generation."""
+    def _continue(self, call: RoutedCall, num_rows: int, length: int) -> None:
+        """Note what the cache of a call says of it: earlier parts of the prompt, and whether this is another one.
+
+        Raises:
+            ValueError: If it does not say which tokens are in it, and results may depend on them.
+        """
+        call.length = length
+        call.counted = self._prompt_positions(call, length)
+        if call.cache is None or not call.past:
+            return
+        kept = kept_on(call.cache, self._state)
+        if self._follows_tokens():
+            if kept is None:
+                raise ValueError(
+                    f"The key-value cache has {call.past} positions, but not from calls of this routed model, so the "
+                    "prompt in it is not known, by which ranks are chosen. Fill a new cache with this model; or set "
+                    "`model.rank_router.reroute_continuations = False`, to choose by what follows."
+                )
+            kept.check(call.cache, call.past)
+        if kept is None:
+            call.counted = length
+            return
+        kept = kept.repeated(num_rows)
+        call.parts = kept.parts
+        if not call.counted:
+            call.patterns = kept.batch
+
+    def _follows_tokens(self) -> bool:
+        """Whether the tokens in a filled cache choose what runs now, not just the part that was first."""
+        generation = self._state.generation
+        return self.router_config.reroute_continuations and not (generation is not None and generation.assists)
+
+    def _prompt_positions(self, call: RoutedCall, length: int) -> int:
+        """Return how many positions are text that the router reads: not one token on a filled cache, nor drafts."""
+        generation = self._state.generation
+        end = None if generation is None else generation.prompt_end
+        counted = length if end is None else min(max(end - call.past, 0), length)
+        if not call.past:
+            return counted
         whole = isinstance(call.cache, EncoderDecoderCache)  # the encoder has read all of the prompt
-        return self.router_config.reroute_continuations and inputs.shape[1] > 1 and not whole
+        return counted if self._follows_tokens() and counted > 1 and not whole else 0
 
     def _route_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         del module, args
@@ -267,9 +314,13 @@ class RankRouter(nn.Module):
             self._route(call, output)
 
     def _route(self, call: RoutedCall, embeddings: Tensor) -> None:
-        pooled = PooledEmbeddings.of(embeddings, call.mask)
-        call.pooled = pooled if call.pooled is None else call.pooled + pooled
-        call.patterns = self.choose(call.pooled.mean())
+        pooled = PooledEmbeddings.of(embeddings, call.mask, start=call.past, counted=call.counted)
+        if call.parts:
+            pooled = call.parts[-1].pooled + pooled
+        call.length = call.length or embeddings.shape[1]
+        end = call.past + (call.length if call.counted is None else call.counted)
+        call.patterns = self.choose(pooled.mean())
+        call.parts = (*call.parts, PromptPart(call.past, end, call.patterns, pooled))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del args
@@ -278,10 +329,11 @@ class RankRouter(nn.Module):
             return
         while call.modules.pop() is not module:  # an exception may have skipped some
             pass
-        if call.patterns is not None and call.pooled is not None and output is not None:
+        is_last = call.cache is None or not call.modules  # a cache that was given can wait for the end of the call
+        if call.patterns is not None and output is not None and is_last:
             cache = _cache_of(output) if call.cache is None else call.cache
             if cache is not None:
-                keep_on(cache, KeptPatterns(call.patterns, call.pooled, self._state))
+                keep_on(cache, call.parts, self._state, length=call.past + call.length)
         if call.modules:
             return
         self._state.call = None
@@ -300,6 +352,8 @@ class RankRouter(nn.Module):
                 for key, hook in list(hooks.items()):
                     if getattr(hook, "__self__", None) is self:
                         del hooks[key]  # what torch notes beside them (`with_kwargs`) has no effect without
+        if isinstance(vars(model).get("generate"), RoutedGenerate):
+            del model.generate
 
 
 def _cache_of(output: Any) -> Cache | None:
