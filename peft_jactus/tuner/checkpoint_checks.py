@@ -138,10 +138,13 @@ def _tensors_of_heads(modules: Mapping[str, nn.Module], config: JactusConfig, ad
             continue
         is_asked_for = any(name.endswith(head) for head in heads)
         trained: nn.Module | None = module if is_asked_for else None
-        if isinstance(module, ModulesToSaveWrapper | JactusLayer):
+        if isinstance(module, ModulesToSaveWrapper):
             inside += (f"{name}.",)
-            is_head = isinstance(module, ModulesToSaveWrapper) and (is_asked_for or adapter_name in module._adapters)
+            is_head = is_asked_for or adapter_name in module._adapters
             trained = module.original_module if is_head else None  # which has the same tensors
+        elif isinstance(module, JactusLayer):
+            inside += (f"{name}.",)
+            trained = None
         if trained is not None:
             yield from (f"{name}.modules_to_save.{adapter_name}.{key}" for key in _names_of_tensors(trained))
 
