@@ -6,9 +6,9 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+from peft.utils import load_peft_weights, register_peft_method
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -19,11 +19,14 @@ from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig
 from peft_jactus.deployment.extensions import register_extension
 from peft_jactus.deployment.model_card import add_adapter_loading
 from peft_jactus.deployment.quantizer import JactusQuantizer
+from peft_jactus.tuner.checkpoint_checks import check_heads_in_file
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.model import JactusModel
 from peft_jactus.tuner.peft_type import NAME, jactus_peft_type
+from peft_jactus.tuner.snapshot import all_or_no_switches, all_or_nothing
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable
 
     from peft_jactus.deployment.extensions import CheckpointExtension
@@ -75,8 +78,13 @@ def _register_tuner() -> None:
         _counting_frozen_bases(PeftModel.get_nb_trainable_parameters),
         _saying_how_to_load(PeftModel.create_or_update_model_card),
         _keeping_the_card(PeftModel._upload_modified_files),
+        _saving_whole_adapters(PeftModel.save_pretrained),
+        _naming_missing_heads(PeftModel.load_adapter),
     ):
         setattr(PeftModel, changed.__name__, changed)
+    for method in (PeftModel.add_adapter, PeftModel.load_adapter, PeftModel.delete_adapter):
+        setattr(PeftModel, method.__name__, _whole(method, all_or_nothing))
+    PeftModel.set_adapter = _whole(PeftModel.set_adapter, all_or_no_switches)  # type: ignore[method-assign]
 
 
 def _counting_frozen_bases(
@@ -119,3 +127,58 @@ def _keeping_the_card(upload: Callable[..., Any]) -> Callable[..., Any]:
         return upload(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
+
+
+def _saving_whole_adapters(save: Callable[..., None]) -> Callable[..., None]:
+    # PEFT asks a tuner for the tensors of one adapter after the other, with the folder and the card already written.
+
+    @functools.wraps(save)
+    def save_pretrained(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(self.base_model, JactusModel):
+            if kwargs.get("state_dict") is None:
+                kwargs["state_dict"] = self.state_dict()
+            for name in set(self.peft_config).intersection(selected_adapters or self.peft_config):
+                get_peft_model_state_dict(self, kwargs["state_dict"], name, save_embedding_layers=False)
+        save(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _naming_missing_heads(load: Callable[..., Any]) -> Callable[..., Any]:
+    # PEFT looks up what the file should have of a head before it asks the tuner: a bare KeyError names one tensor.
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        except KeyError:
+            config = self.peft_config.get(adapter_name)
+            if isinstance(self.base_model, JactusModel) and isinstance(config, JactusConfig):
+                hub_options, _ = self._split_kwargs(kwargs)
+                names = load_peft_weights(model_id, device="cpu", **hub_options)
+                check_heads_in_file(self, config, adapter_name, names)
+            raise
+
+    return load_adapter
+
+
+def _whole(
+    method: Callable[..., Any], all_or_nothing_of: Callable[[PeftModel], contextlib.AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    # The PeftModel has a note of its own of the active adapter, and adds and loads in several steps.
+
+    @functools.wraps(method)
+    def whole(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.base_model, JactusModel):
+            return method(self, *args, **kwargs)
+        with all_or_nothing_of(self):
+            return method(self, *args, **kwargs)
+
+    return whole

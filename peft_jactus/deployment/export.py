@@ -34,6 +34,7 @@ from peft_jactus.deployment.quantizer import attach_compression
 from peft_jactus.deployment.ranks import rank_summary
 from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
+from peft_jactus.tuner.checkpoint_checks import check_complete
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
@@ -222,6 +223,7 @@ def _compress(
     storage = config.storage if storage is None else storage
     if storage not in FORMS:
         raise ValueError(f"`storage` must be one of {tuple(FORMS)}; got {storage!r}.")
+    check_complete(adapted.holder, config, adapted.adapter_name, None, verb="exported")
     copied = structural_copy(base)
     forget_adapters_(copied)
     restore_label_names_(copied.config, config)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from peft.utils import ModulesToSaveWrapper
 
 from peft_jactus.tuner.adapter_format import FROZEN, TENSOR_NAMES
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 # A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
 _TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
 _ROOT = "base_model.model."
+_FSDP = "_fsdp_wrapped_module."  # which the keys of a state dict do not have
 # Two ranks may differ in the ones or the other.
 _TELLING_RANKS = (*FROZEN, "jactus_adapt_down")
 
@@ -51,15 +55,106 @@ def fit_layers_to_checkpoint(
     config.layer_ranks.update(ranks)
 
 
-def check_complete(config: JactusConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Raise `RuntimeError` if an adapter that is to be saved lacks one of its layers."""
-    missing = sorted(set(config.layer_ranks) - set(_tensors_by_layer(state_dict)))
-    if missing:
+def check_complete(
+    model: nn.Module, config: JactusConfig, adapter_name: str, state_dict: Mapping[str, Tensor] | None, *, verb: str
+) -> None:
+    """Check that an adapter has all its tensors, of its layers and of what was trained whole.
+
+    Args:
+        model: What it is on.
+        config: Its config, which says what it has, together with the layers and heads of ``model``.
+        adapter_name: Its name.
+        state_dict: What there is, with the names that ``model`` has for it. Default: what it holds.
+        verb: What cannot be done with it otherwise: ``"saved"``.
+
+    Raises:
+        RuntimeError: If one is missing, has no elements, or still waits for a checkpoint.
+    """
+    modules = {name.replace(_FSDP, ""): module for name, module in model.named_modules()}
+    layers = {name.removeprefix(_ROOT): name for name, module in modules.items() if isinstance(module, JactusLayer)}
+    gone = [name for name in sorted(config.layer_ranks) if name not in layers]
+    if gone:
         raise RuntimeError(
-            f"Adapter {adapter_name!r} cannot be saved: {len(missing)} of its {len(config.layer_ranks)} layers are no "
-            f"longer in the model ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Save adapters "
-            "before `merge_and_unload` or `unload`; afterwards, save the model that these return."
+            f"Adapter {adapter_name!r} cannot be {verb}: {len(gone)} of its {len(config.layer_ranks)} layers are no "
+            f"longer in the model ({_named(gone)}). Save adapters before `merge_and_unload` or `unload`; afterwards, "
+            "save the model that these return."
         )
+    if state_dict is None:  # bitsandbytes changes 4-bit weights when it is asked for one
+        state_dict = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+    expected = _tensors_of_layers(modules, layers, config, adapter_name)  # whether they have elements, by name
+    expected |= dict.fromkeys(_tensors_of_heads(modules, config, adapter_name), False)
+    missing = [
+        key
+        for key, has_elements in expected.items()
+        if key not in state_dict or (has_elements and not state_dict[key].numel())
+    ]
+    if missing:
+        names = [key.removeprefix(_ROOT).removesuffix(f".{adapter_name}") for key in missing]
+        raise RuntimeError(
+            f"Adapter {adapter_name!r} cannot be {verb}: {len(missing)} of its {len(expected)} tensors are missing or "
+            f"empty ({_named(names)}). Load it from its last checkpoint. If you pass a `state_dict`, or several "
+            "processes share the tensors, gather all of them first, also those that do not train."
+        )
+    for name in layers.values():
+        cast("JactusLayer", modules[name]).check_filled(adapter_name)
+
+
+def check_heads_in_file(model: nn.Module, config: JactusConfig, adapter_name: str, names: Collection[str]) -> None:
+    """Raise `ValueError` if a file that holds the tensors ``names`` lacks some of the heads of an adapter."""
+    wrapper = f".modules_to_save.{adapter_name}"
+    heads = [key.replace(wrapper, "") for key in _tensors_of_heads(dict(model.named_modules()), config, adapter_name)]
+    if missing := [key.removeprefix(_ROOT) for key in heads if key not in names]:
+        raise ValueError(
+            f"The file of adapter {adapter_name!r} lacks {len(missing)} tensors of modules that were trained whole "
+            f"({_named(missing)}). It is damaged: save the adapter again."
+        )
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _tensors_of_layers(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, str], config: JactusConfig, adapter_name: str
+) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+    for name, rank in config.layer_ranks.items():
+        layer = cast("JactusLayer", modules[layers[name]])
+        features = (layer.out_features, layer.in_features)
+        shapes = config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
+        found |= {f"{layers[name]}.{key}.{adapter_name}": math.prod(size) > 0 for key, size in shapes.items()}
+    return found
+
+
+def _tensors_of_heads(modules: Mapping[str, nn.Module], config: JactusConfig, adapter_name: str) -> Iterator[str]:
+    """Yield the names of the tensors of all that is trained whole, whether or not PEFT's wrapper is still there."""
+    heads = config.modules_to_save or ()
+    inside: tuple[str, ...] = ()
+    for name, module in modules.items():
+        if name.startswith(inside):
+            continue
+        is_asked_for = any(name.endswith(head) for head in heads)
+        trained: nn.Module | None = module if is_asked_for else None
+        if isinstance(module, ModulesToSaveWrapper):
+            inside += (f"{name}.",)
+            is_head = is_asked_for or adapter_name in module._adapters
+            trained = module.original_module if is_head else None  # which has the same tensors
+        elif isinstance(module, JactusLayer):
+            inside += (f"{name}.",)
+            trained = None
+        if trained is not None:
+            yield from (f"{name}.modules_to_save.{adapter_name}.{key}" for key in _names_of_tensors(trained))
+
+
+def _names_of_tensors(module: nn.Module) -> Iterator[str]:
+    """Yield the names of parameters and persistent buffers."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        held = [*part._parameters.items(), *part._buffers.items()]
+        names = [key for key, tensor in held if tensor is not None and key not in part._non_persistent_buffers_set]
+        yield from (f"{name}.{key}".removeprefix(".") for key in names)
 
 
 def _tensors_by_layer(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

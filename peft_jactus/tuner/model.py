@@ -26,7 +26,7 @@ from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
-from peft_jactus.tuner.quantized_bases import forget_quantization_, is_quantized, note_plain_layers_
+from peft_jactus.tuner.quantized_bases import forget_quantization_, is_quantized
 from peft_jactus.tuner.replication import MadeLayer, digest, made_for_all, share_out_layers
 from peft_jactus.tuner.target_checks import find_refusal, raise_refusals, used_elsewhere
 from peft_jactus.tuner.targeting import (
@@ -345,7 +345,7 @@ class JactusModel(AtomicTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         if state_dict:  # in processes that do not save it can be empty
-            check_complete(config, adapter_name, found)
+            check_complete(model, config, adapter_name, state_dict | found, verb="saved")
         return found
 
     # -- what needs the dense weights ---------------------------------------------------------------------
@@ -361,11 +361,6 @@ class JactusModel(AtomicTuner):
         if self._base_weights_freed():
             raise BaseWeightsFreedError("unload without merging; use `merge_and_unload`")
         return super().unload()
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
-        note_plain_layers_(self.model)
-        return unloaded
 
     def disable_adapter_layers(self) -> None:
         """Run the dense model."""

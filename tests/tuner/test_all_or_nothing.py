@@ -1,4 +1,4 @@
-"""Merging, unloading, deleting and saving: of all layers, or of none."""
+"""Merging, unloading, deleting, switching and adding adapters: in all layers, or in none."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 
 from peft_jactus import JactusConfig
@@ -114,6 +115,152 @@ def test_what_was_merged_before_stays_merged():
         model.merge_adapter(["default", "second"], safe_merge=True)
     assert {tuple(layer.merged_adapters) for layer in layers_of(model).values()} == {("default",)}
     torch.testing.assert_close(model(**IDS).logits, merged)
+
+
+def two_adapters(base=None):
+    model = tuned(tiny_roberta() if base is None else base, keep_base_weights=True)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    return model
+
+
+def state_of(model):
+    """What an operation on adapters can change."""
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "trainable": {name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "adapters": (dict(model.peft_config), model.active_adapter, model.base_model.active_adapter),
+        "base": dict(model.get_base_model().peft_config),
+        "tied": model.get_base_model().config.tie_word_embeddings,
+        "layers": [
+            (
+                list(layer.active_adapters),
+                list(layer.merged_adapters),
+                layer.disable_adapters,
+                layer._get_available_adapters(),
+                dict(getattr(layer, "r", {})),
+                set(getattr(layer, "_adapters", ())),
+            )
+            for layer in layers
+        ],
+    }
+
+
+def assert_same_state(model, before):
+    after = state_of(model)
+    for tensors in (before, after):
+        tensors["tensors"] = {name: tensor.tolist() for name, tensor in tensors["tensors"].items()}
+    assert after == before
+
+
+OPERATIONS = {
+    "delete the active one": lambda model: model.delete_adapter("default"),
+    "delete another": lambda model: model.delete_adapter("second"),
+    "set": lambda model: model.set_adapter("second"),
+    "set several": lambda model: model.base_model.set_adapter(["second"]),
+    "freeze": lambda model: model.set_requires_grad("default", requires_grad=False),
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+    "merge": lambda model: model.merge_adapter(),
+    "unload": lambda model: model.unload(),
+    "merge and unload": lambda model: model.merge_and_unload(),
+}
+# What an operation calls in each layer.
+CALLS = {
+    "delete": "delete_adapter",
+    "set": "set_adapter",
+    "freeze": "set_requires_grad",
+    "disable": "enable_adapters",
+    "merge": "merge",
+    "unload": "get_base_layer",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+@pytest.mark.parametrize("operation", sorted(OPERATIONS))
+def test_an_operation_that_fails_in_the_last_layer_leaves_the_model_as_it_was(operation, monkeypatch):
+    model = two_adapters()
+    expected, before = model(**IDS).logits, state_of(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(list(layers_of(model).values())[-1], CALLS[operation.split()[0]], fail)
+        with pytest.raises(OSError, match="no such layer"):
+            OPERATIONS[operation](model)
+    assert_same_state(model, before)
+    assert torch.equal(model(**IDS).logits, expected)
+    OPERATIONS[operation](model)  # and now it can be done
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+@pytest.mark.parametrize("operation", ["delete the active one", "set"])
+def test_an_operation_that_fails_in_the_head_leaves_the_model_as_it_was(operation, monkeypatch):
+    model = two_adapters()
+    before = state_of(model)
+    head = model.get_base_model().classifier
+    monkeypatch.setattr(head, CALLS[operation.split()[0]], fail)
+    with pytest.raises(OSError, match="no such layer"):
+        OPERATIONS[operation](model)
+    assert_same_state(model, before)
+
+
+def fail(*_args, **_kwargs):
+    raise OSError("no such layer")
+
+
+def test_a_warning_that_is_an_error_leaves_the_adapter_to_delete():
+    model = two_adapters()
+    before = state_of(model)
+    with pytest.raises(UserWarning, match="Adapter default was active which is now deleted"):
+        model.delete_adapter("default")
+    assert_same_state(model, before)
+
+
+def test_a_warning_that_is_an_error_leaves_the_active_adapter():
+    model = two_adapters()
+    model.merge_adapter()
+    before = state_of(model)
+    with pytest.raises(UserWarning, match="Adapter cannot be set when the model is merged"):
+        model.set_adapter("second")
+    assert_same_state(model, before)
+
+
+def test_unmerging_that_fails_leaves_all_layers_merged(monkeypatch):
+    model = two_adapters()
+    model.merge_adapter()
+    before = state_of(model)
+    monkeypatch.setattr(list(layers_of(model).values())[-1], "unmerge", fail)
+    with pytest.raises(OSError, match="no such layer"):
+        model.unmerge_adapter()
+    assert_same_state(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")
+def test_a_warning_at_the_end_of_merging_that_is_an_error_leaves_the_adapter():
+    model = get_peft_model(
+        tied_llama(), JactusConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], decomposition="svd")
+    )
+    before = state_of(model)
+    with pytest.raises(UserWarning, match="Input and output embeddings are no longer tied"):
+        model.merge_and_unload()
+    assert_same_state(model, before)
+
+
+def tied_llama():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, pad_token_id=0))
+    return model.eval()
+
+
+def test_a_further_adapter_that_cannot_be_computed_leaves_the_model_as_it_was(monkeypatch):
+    model = tuned(tiny_roberta(), keep_base_weights=True)
+    before = state_of(model)
+    config = JactusConfig(
+        task_type="SEQ_CLS", target_modules="all-linear", decomposition="svd", keep_base_weights=True
+    )
+    with monkeypatch.context() as broken:
+        broken.setattr(list(layers_of(model).values())[-1], "update_layer", fail)
+        with pytest.raises(OSError, match="no such layer"):
+            model.add_adapter("second", config)
+    assert_same_state(model, before)
+    model.add_adapter("second", config)
 
 
 def test_an_adapter_whose_layers_are_gone_is_not_saved(tmp_path):
