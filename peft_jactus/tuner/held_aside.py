@@ -60,14 +60,20 @@ def find_held(model: nn.Module) -> dict[str, Held]:
     places = _Places({name: weight for name, weight in weights.items() if weight is not None})
     declared = _declared_ties(model)
     seen: dict[int, int] = {}
-    found: dict[str, Held] = {}
+    found = {
+        name.removesuffix(".base_layer"): Held(attribute, name, type(layer).__name__, is_weight=True)
+        for name, layer in layers.items()
+        for attribute in _HOOKS
+        if any(map(_asks_for_weight, vars(layer)[attribute].values()))
+    }
     for holder_name, holder in model.named_modules():
         for attribute, value in _attributes(holder, holder_name, declared):
             for item in _items_in(value, modules, seen):
                 is_weight = isinstance(item, Tensor)
                 names = places.names_at(item) if isinstance(item, Tensor) else (modules[id(item)],)
                 for name in names:
-                    if name in layers and name != holder_name:  # a layer may hold its own
+                    # A layer may hold its own, but for hooks: these do not run any more.
+                    if name in layers and (name != holder_name or (is_weight and attribute in _HOOKS)):
                         held = Held(attribute, holder_name, type(holder).__name__, is_weight)
                         found.setdefault(name.removesuffix(".base_layer"), held)
     return found
@@ -85,6 +91,13 @@ def _attributes(holder: nn.Module, name: str, declared: Set[str]) -> Iterator[tu
     if not isinstance(holder, (nn.Linear, Conv1D, nn.Embedding, nn.EmbeddingBag)):
         prefix = f"{name}." if name else ""
         yield from (item for item in holder._parameters.items() if prefix + item[0] not in declared)
+
+
+def _asks_for_weight(hook: Any) -> bool:
+    """Whether the code of a layer's own hook has the word, as in ``module.weight.data.clamp_(-1, 1)``."""
+    function = getattr(hook, "func", hook)  # of a partial one
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return "weight" in getattr(code, "co_names", ())
 
 
 def _declared_ties(model: nn.Module) -> set[str]:

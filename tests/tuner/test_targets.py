@@ -142,6 +142,10 @@ class Helper:
         self.held = held
 
 
+def clip(layer, _):
+    layer.weight.data.clamp_(-1, 1)
+
+
 WEIGHTS_HELD = {
     "attribute": lambda _, layer: layer.weight,
     "list": lambda _, layer: [layer.weight],
@@ -162,6 +166,9 @@ WEIGHTS_HELD = {
     "parameter": lambda model, layer: model.register_parameter("shown", layer.weight),
     "list of parameters": lambda model, layer: model.update({"shown": nn.ParameterList([layer.weight])}),
     "hook": lambda model, layer: model.register_forward_hook(lambda *_, weight=layer.weight: weight.sum()),
+    "hook of its own": lambda _, layer: layer.register_forward_hook(lambda *_, weight=layer.weight: weight.sum()),
+    "hook that asks for it": lambda _, layer: layer.register_forward_pre_hook(clip),
+    "partial hook": lambda _, layer: layer.register_forward_pre_hook(functools.partial(clip)),
     "hook of another": lambda model, layer: model["third"].register_forward_pre_hook(
         lambda *_, weight=layer.weight: weight.sum()
     ),
@@ -205,6 +212,7 @@ HARMLESS = {
     "itself": lambda _, layer: vars(layer).update(weights=[layer.weight.data]),
     "neighbour in memory": lambda model, layer: vars(model).update(rest=share_out_memory(layer)),
     "optimizer": lambda model, _: torch.optim.SGD(model.parameters()),
+    "hook on outputs": lambda _, layer: layer.register_forward_hook(lambda _, args, output: output + args[0].sum()),
     "name": lambda _, layer: {"first.weight": layer.weight.shape},
     "embedding": lambda model, layer: tie_to_embedding(model, layer),
 }
