@@ -114,10 +114,10 @@ class RefusesWeight(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter, but no ``weight``; assigning an `nn.Parameter` also comes here."""
         if name == "weight":
-            self.refuse_weight()
+            self._refuse_weight()
         super().register_parameter(name, param)
 
     if TYPE_CHECKING:
 
-        def refuse_weight(self) -> NoReturn:
+        def _refuse_weight(self) -> NoReturn:
             """Raise `RuntimeError`, which names the layer."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import nn
 
-from peft_jactus._placeholders import RefusesWeight, WeightPlaceholder
+from peft_jactus._placeholders import WeightPlaceholder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class HiddenWeight(RefusesWeight):
+class HiddenWeight(nn.Module):
     """A linear layer without a dense weight.
 
     Attributes:
@@ -42,18 +43,18 @@ class HiddenWeight(RefusesWeight):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but no dense weight, which would not be used. One number is what loaders set."""
         if name == "weight" and isinstance(value, torch.Tensor) and value.numel() != 1:
-            self.refuse_weight()
+            self._refuse_weight()
         super().__setattr__(name, value)
 
-    def refuse_weight(self) -> NoReturn:
+    def _refuse_weight(self) -> NoReturn:
         """Raise `RuntimeError`, which names the layer."""
         raise RuntimeError(f"{self._kind()} {self.weight_is_hidden}")
 
-    def check_weight(self) -> None:
+    def _check_weight(self) -> None:
         """Raise `RuntimeError` if a dense weight was put in place, as `torch.func.functional_call` does."""
         weight = self._buffers.get("weight")
         if weight is not None and weight.numel() != 1:
-            self.refuse_weight()
+            self._refuse_weight()
 
     def _kind(self) -> str:
         return f"A {type(self).__name__} ({self.out_features} x {self.in_features})"

@@ -78,13 +78,13 @@ class AdaptedWeight:
 
     @weight.setter
     def weight(self, value: object) -> None:
-        self.refuse_weight()
+        self._refuse_weight()
 
     @weight.deleter
     def weight(self) -> None:
-        self.refuse_weight()
+        self._refuse_weight()
 
-    def refuse_weight(self) -> NoReturn:
+    def _refuse_weight(self) -> NoReturn:
         """Raise `RuntimeError`, which names the layer."""
         raise RuntimeError(_complaint(self.module_name))
 
