@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,3 +106,18 @@ class WeightPlaceholder(Tensor):
         """Show the shape."""
         del tensor_contents  # torch's argument
         return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+class RefusesWeight(nn.Module):
+    """A layer that computes without a ``weight`` of its own: one that is put in place would not be used."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, but no ``weight``; assigning an `nn.Parameter` also comes here."""
+        if name == "weight":
+            self._refuse_weight()
+        super().register_parameter(name, param)
+
+    if TYPE_CHECKING:
+
+        def _refuse_weight(self) -> NoReturn:
+            """Raise `RuntimeError`, which names the layer."""

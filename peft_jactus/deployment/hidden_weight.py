@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -34,9 +34,27 @@ class HiddenWeight(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Return a placeholder for the weight."""
         value = super().__getattr__(name)
-        if name != "weight" or not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+        if name != "weight" or not isinstance(value, torch.Tensor):
             return value
-        layer = f"A {type(self).__name__} ({self.out_features} x {self.in_features})"
         # What has no values yet shows the shape that a file is compared with.
         shape = value.shape if value.is_meta else (self.out_features, self.in_features)
-        return WeightPlaceholder.of(value, shape, f"{layer} {self.weight_is_hidden}", buffer=True)
+        return WeightPlaceholder.of(value, shape, f"{self._kind()} {self.weight_is_hidden}", buffer=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but no dense weight, which would not be used. One number is what loaders set."""
+        if name == "weight" and isinstance(value, torch.Tensor) and value.numel() != 1:
+            self._refuse_weight()
+        super().__setattr__(name, value)
+
+    def _refuse_weight(self) -> NoReturn:
+        """Raise `RuntimeError`, which names the layer."""
+        raise RuntimeError(f"{self._kind()} {self.weight_is_hidden}")
+
+    def _check_weight(self) -> None:
+        """Raise `RuntimeError` if a dense weight was put in place, as `torch.func.functional_call` does."""
+        weight = self._buffers.get("weight")
+        if weight is not None and weight.numel() != 1:
+            self._refuse_weight()
+
+    def _kind(self) -> str:
+        return f"A {type(self).__name__} ({self.out_features} x {self.in_features})"

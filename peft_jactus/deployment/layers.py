@@ -170,6 +170,7 @@ class LowRankLinear(FactorizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
+        self._check_weight()
         output: Tensor = self.up(self.down(x))
         return output
 
@@ -280,6 +281,7 @@ class RowPivotedLinear(PivotedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
+        self._check_weight()
         chosen = self.rows(x.reshape(-1, self.in_features))  # (rows, rank)
         outputs = torch.cat([chosen, self.others(chosen)], dim=1)
         (output,) = self._in_order(outputs, self.row_index, (self.out_features,))
@@ -343,6 +345,7 @@ class ColumnPivotedLinear(PivotedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
+        self._check_weight()
         sizes = (self.rank, self.in_features - self.rank)
         chosen, rest = self._in_order(x.reshape(-1, self.in_features), self.column_index, sizes)
         output: Tensor = self.columns(self.others(rest).add_(chosen))

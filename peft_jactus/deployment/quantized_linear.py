@@ -71,6 +71,7 @@ class QuantizedLinear(HiddenWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
+        self._check_weight()
         return quantized_product(input, self.codes, self.scale, (self.out_features, self.in_features), self.bias)
 
     def extra_repr(self) -> str:

@@ -115,6 +115,7 @@ class RoutedLinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, ..., in)`` to ``(batch, ..., out)``."""
+        self._check_weight()
         active = self.state.active
         return self.run_all(x) if active is None else active.apply(self, x)
 

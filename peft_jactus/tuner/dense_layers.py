@@ -48,12 +48,48 @@ class FreedBase(nn.Module):
 
 def unreadable_weight(name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int]) -> Tensor:
     """Return what stands for the weight of a compressed layer."""
-    return WeightPlaceholder.of(
-        torch.empty(0, dtype=dtype, device=device),
-        shape,
+    return WeightPlaceholder.of(torch.empty(0, dtype=dtype, device=device), shape, _complaint(name))
+
+
+def _complaint(name: str) -> str:
+    return (
         f"{name}: the model uses its weight without calling the layer. This weight lacks what the adapter learned, "
-        "and anything written into it is lost. Add the name to `exclude_modules`, and compress the dense model again.",
+        "and anything written into it is lost. Add the name to `exclude_modules`, and compress the dense model again."
     )
+
+
+class AdaptedWeight:
+    """What a model gets that reads or sets the weight of an adapted layer.
+
+    Attributes:
+        module_name: Of the layer, for error messages.
+    """
+
+    module_name: str
+
+    @property
+    def weight(self) -> Tensor:
+        """What a model sees that reads the layer's weight: a placeholder, unless the dense one is what counts.
+
+        Its dtype, device and shape can be read, as some models do. Its numbers would be old ones, or none, and what a
+        model writes into it, or puts in its place, would be lost: all of these raise `RuntimeError`.
+        """
+        return self._weight()
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        self._refuse_weight()
+
+    @weight.deleter
+    def weight(self) -> None:
+        self._refuse_weight()
+
+    def _refuse_weight(self) -> NoReturn:
+        """Raise `RuntimeError`, which names the layer."""
+        raise RuntimeError(_complaint(self.module_name))
+
+    def _weight(self) -> Tensor:
+        raise NotImplementedError
 
 
 def check_merged(weight: Tensor, adapter_name: str, *, safe_merge: bool) -> None:

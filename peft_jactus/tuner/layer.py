@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from peft_jactus._dtypes import output_dtype
+from peft_jactus._placeholders import RefusesWeight
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.adapted_product import adapted_product
 from peft_jactus.numerics.core_product import core_product
@@ -29,7 +30,14 @@ from peft_jactus.tuner.adapter_format import (
     weight_of,
 )
 from peft_jactus.tuner.base_weights import is_conv1d, quantization_of
-from peft_jactus.tuner.dense_layers import FreedBase, SetAside, check_merged, unreadable_weight, with_parameters
+from peft_jactus.tuner.dense_layers import (
+    AdaptedWeight,
+    FreedBase,
+    SetAside,
+    check_merged,
+    unreadable_weight,
+    with_parameters,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +48,7 @@ if TYPE_CHECKING:
     from peft_jactus.numerics.factorization import LowRankWeight
 
 
-class JactusLayer(BaseTunerLayer):
+class JactusLayer(AdaptedWeight, BaseTunerLayer):
     """State of one adapted layer: for each adapter what approximates the weight, and adaptation ranks.
 
     With a core that trains, ``jactus_core``, there are two frozen bases: ``jactus_left`` ``(out - rank, rank)`` and
@@ -96,7 +104,9 @@ class JactusLayer(BaseTunerLayer):
     def base_dtype(self) -> torch.dtype:
         """The dtype of the dense weight; of a quantized one, that which it has once it is dense."""
         base = self._base()
-        return base.weight.dtype if quantization_of(base) is None else self._dense_dtype
+        # torch.compile traces the first question, which is the answer for most layers, and not the second.
+        is_plain = type(base.weight) in (nn.Parameter, torch.Tensor) or quantization_of(base) is None
+        return base.weight.dtype if is_plain else self._dense_dtype
 
     @property
     def has_bias(self) -> bool:
@@ -104,16 +114,9 @@ class JactusLayer(BaseTunerLayer):
         base = self.get_base_layer()
         return base.has_bias if isinstance(base, FreedBase) else getattr(base, "bias", None) is not None
 
-    @property
-    def weight(self) -> Tensor:
-        """What a model sees that reads the layer's weight: a placeholder, unless the dense one is what counts.
-
-        Its dtype, device and shape can be read, as some models do. Its numbers would be old ones, or none, and what a
-        model writes into it would be lost: so both raise `RuntimeError`.
-        """
+    def _weight(self) -> Tensor:
         weight = self._base().weight
-        dense_counts = self.merged or (self.disable_adapters and not self.base_weights_freed)
-        if dense_counts or torch.compiler.is_compiling():
+        if self.merged or (self.disable_adapters and not self.base_weights_freed):
             return weight
         features = (self.in_features, self.out_features)
         shape = features if self.is_conv1d else features[::-1]
@@ -345,7 +348,7 @@ class JactusLayer(BaseTunerLayer):
         return output + functional.linear(functional.linear(self._cast_input_dtype(x, down.dtype), down), up)
 
 
-class Linear(nn.Module, JactusLayer):
+class Linear(RefusesWeight, JactusLayer):
     """A JACTUS layer in place of an `nn.Linear` or a Conv1D.
 
     Args:

@@ -13,17 +13,16 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.base_weights import READABLE, quantization_of
+from peft_jactus.tuner.held_aside import find_held
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 # Inputs of these sizes show whether a layer clips, rounds, or is linear only in part.
 _PROBE_SCALES = (1e-3, 1.0, 1e3)
 # In units of rounding: different orders of summation.
 _PROBE_TOLERANCE = 32
-# What every module has, its registered children among it.
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def _sharing_a_weight(model: nn.Module) -> dict[str, Refusal]:
         if weight is not None:
             # Two parameters of one memory count as one; without memory (device 'meta', ZeRO-3), one object does.
             in_memory = not weight.is_meta and weight.data_ptr() != 0
-            here = (weight.device, weight.data_ptr(), weight.shape) if in_memory else id(weight)
+            here = (weight.device, weight.data_ptr(), weight.numel()) if in_memory else id(weight)
             places.setdefault(here, []).append(name.removesuffix(".base_layer"))
     return {
         name: Refusal(
@@ -67,28 +66,23 @@ def _sharing_a_weight(model: nn.Module) -> dict[str, Refusal]:
 
 
 def _held_aside(model: nn.Module) -> dict[str, Refusal]:
-    """Return the layers that a module also holds in a list, or as a plain attribute: none is replaced there."""
-    names = {id(module): name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """Return the layers that are, or whose weight is, also somewhere else, where nothing is replaced."""
     found = {}
-    for holder_name, holder in model.named_modules():
-        for attribute, value in vars(holder).items():
-            held = () if attribute in _OF_MODULES else _modules_in(value)
-            for name in (names[id(module)] for module in held if id(module) in names):
-                found[name] = Refusal(
-                    f"is also held by `{attribute}` of {holder_name or 'the model'}, a {type(holder).__name__}, "
-                    "outside of its registered modules: the model may call it from there instead of its replacement. "
-                    "Add the name to `exclude_modules`; in your own class, use nn.ModuleList."
-                )
+    for name, held in find_held(model).items():
+        holder = f"`{held.attribute}` of {held.holder or 'the model'}, a {held.kind}"
+        if held.is_weight:
+            reason = (
+                f"has a weight that is also held by {holder}: the model may read or change it there, without calling "
+                "the layer. Add the name to `exclude_modules`; in your own class, keep a copy (`clone`), or call the "
+                "layer."
+            )
+        else:
+            reason = (
+                f"is also held by {holder}, outside of its registered modules: the model may call it from there "
+                "instead of its replacement. Add the name to `exclude_modules`; in your own class, use nn.ModuleList."
+            )
+        found[name] = Refusal(reason)
     return found
-
-
-def _modules_in(value: object, depth: int = 3) -> Iterator[nn.Module]:
-    """Yield the modules in lists, tuples, sets and dicts, which may be nested ``depth`` times."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth and isinstance(value, (dict, list, tuple, set)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(item, depth - 1)
 
 
 def ties_to_break(model: nn.Module, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:

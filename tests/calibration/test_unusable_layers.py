@@ -68,6 +68,23 @@ class Replaces(Uses):
         self.odd.weight = nn.Parameter(self.odd.weight.detach() * 0.99)
 
 
+class ReplacesUnread(Uses):
+    def tamper(self):
+        self.odd.weight = nn.Parameter(torch.eye(DIM))
+
+
+class ReplacesByTensor(Uses):
+    def tamper(self):
+        weight = self.odd.weight
+        del self.odd.weight
+        self.odd.weight = torch.eye(DIM).to(weight.dtype)
+
+
+class Sums(Uses):
+    def past_the_layer(self, x):
+        return self.odd.weight.sum()
+
+
 class AsksForDtype(Uses):
     def past_the_layer(self, x):
         assert self.odd.weight.device == x.device
@@ -75,7 +92,7 @@ class AsksForDtype(Uses):
         return x.to(self.odd.weight.dtype)
 
 
-CULPRITS = [Reads, Stacks, Clips, ClipsData, Normalises, Replaces]
+CULPRITS = [Reads, Sums, Stacks, Clips, ClipsData, Normalises, Replaces, ReplacesUnread]
 BATCHES = [{"x": randn(seed, 4, DIM).float()} for seed in range(2)]
 
 
@@ -131,7 +148,7 @@ def test_metadata_of_a_weight_may_be_read(model_class):
 
 
 @pytest.mark.parametrize("keep_base_weights", [False, True])
-@pytest.mark.parametrize("model_class", CULPRITS[:-1])
+@pytest.mark.parametrize("model_class", [*CULPRITS, ReplacesByTensor])
 def test_a_compressed_model_refuses_it_too_where_nothing_was_calibrated(model_class, keep_base_weights):
     config = config_for(decomposition="svd", keep_base_weights=keep_base_weights)
     tuned = get_peft_model(model_class(), config)
@@ -149,24 +166,62 @@ def test_with_the_adapter_disabled_or_merged_the_dense_weight_is_what_the_model_
     assert torch.isfinite(tuned(x)).all()
 
 
+# Of torch's, when it resumes after what it did not compile.
+resumes = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@resumes
+@pytest.mark.parametrize("keep_base_weights", [False, True])
+@pytest.mark.parametrize("model_class", [Reads, Sums, Clips, ClipsData, ReplacesUnread])
+def test_a_compressed_model_refuses_it_under_compile_too(model_class, keep_base_weights):
+    torch._dynamo.reset()
+    tuned = get_peft_model(model_class(), config_for(decomposition="svd", keep_base_weights=keep_base_weights))
+    compiled = torch.compile(tuned, backend="eager")
+    with pytest.raises(RuntimeError, match=r"odd: the model uses its weight without.*`exclude_modules`"):
+        compiled(BATCHES[0]["x"])
+
+
+@pytest.mark.parametrize("keep_base_weights", [False, True])
+def test_metadata_may_be_read_under_compile_in_one_graph(keep_base_weights):
+    torch._dynamo.reset()
+    config = config_for(decomposition="svd", keep_base_weights=keep_base_weights)
+    tuned, x = get_peft_model(AsksForDtype(), config), BATCHES[0]["x"]
+    torch.testing.assert_close(torch.compile(tuned, backend="eager", fullgraph=True)(x), tuned(x))
+
+
+def test_functional_call_refuses_a_dense_weight_for_a_compressed_layer():
+    dense = Uses()
+    parameters = {name: parameter.detach().clone() for name, parameter in dense.named_parameters()}
+    get_peft_model(dense, config_for(decomposition="svd"))  # in place
+    with pytest.raises(RuntimeError, match=r"(first|odd|last): the model uses its weight without"):
+        torch.func.functional_call(dense, parameters, (BATCHES[0]["x"],))
+
+
+class Loadable(transformers.PreTrainedModel):
+    config_class = transformers.BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = Uses()
+        self.post_init()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def deployed(folder, storage, model_class=Uses, bits=None):
+    """Return a compressed model, exported and loaded, whose code then is that of ``model_class``."""
+    config = config_for(decomposition="svd", storage=storage, adaptation_rank=0, retained_ratio=0.5)
+    tuned = get_peft_model(Loadable(transformers.BertConfig()), config)
+    export_compressed(tuned, folder, bits=bits)
+    loaded = Loadable.from_pretrained(folder)
+    loaded.layer.__class__ = model_class
+    return loaded, tuned
+
+
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])
 def test_a_deployed_layer_refuses_it_too(storage, tmp_path):
-    class Model(transformers.PreTrainedModel):
-        config_class = transformers.BertConfig
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.layer = Uses()
-            self.post_init()
-
-        def forward(self, x):
-            return self.layer(x)
-
-    model = Model(transformers.BertConfig())
-    config = config_for(decomposition="svd", storage=storage, adaptation_rank=0, retained_ratio=0.5)
-    tuned = get_peft_model(model, config)
-    export_compressed(tuned, tmp_path / "compressed")
-    loaded = Model.from_pretrained(tmp_path / "compressed")
+    loaded, tuned = deployed(tmp_path / "compressed", storage)
     x = BATCHES[0]["x"]
     torch.testing.assert_close(loaded(x), tuned(x))
     weight = loaded.layer.odd.weight
@@ -175,6 +230,37 @@ def test_a_deployed_layer_refuses_it_too(storage, tmp_path):
         RuntimeError, match=r"^A (ColumnPivoted|LowRank)Linear \(6 x 6\) has no dense weight.*`exclude_modules`"
     ):
         weight.data.clamp_(-1, 1)
+
+
+@resumes
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+@pytest.mark.parametrize("model_class", [Reads, Sums, Clips, ReplacesUnread])
+def test_so_does_a_deployed_model_compiled_or_not(model_class, storage, compiled, tmp_path):
+    torch._dynamo.reset()
+    model, _ = deployed(tmp_path / "compressed", storage, model_class)
+    run_model = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(RuntimeError, match=r"A (ColumnPivoted|LowRank)Linear \(6 x 6\) has no dense weight"):
+        run_model(BATCHES[0]["x"])
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+def test_metadata_of_a_deployed_weight_may_be_read_under_compile(storage, tmp_path):
+    torch._dynamo.reset()
+    model, _ = deployed(tmp_path / "compressed", storage, AsksForDtype)
+    x = BATCHES[0]["x"]
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+def test_no_dense_weight_can_be_put_into_a_deployed_layer(storage, bits, tmp_path):
+    model, _ = deployed(tmp_path / "compressed", storage, bits=bits)
+    for weight in (nn.Parameter(torch.eye(DIM)), torch.eye(DIM)):
+        with pytest.raises(RuntimeError, match=r"^A (ColumnPivoted|LowRank)Linear \(6 x 6\) has no dense weight"):
+            model.layer.odd.weight = weight
+    with pytest.raises(RuntimeError, match=r"^A (ColumnPivoted|LowRank)Linear \(6 x 6\) has no dense weight"):
+        torch.func.functional_call(model, {"layer.odd.weight": torch.eye(DIM)}, (BATCHES[0]["x"],))
 
 
 def test_transformer_layers_of_torch_do_not_take_their_fast_path_past_the_factors():

@@ -1,7 +1,9 @@
 """Which layers are targeted, which are refused, and which 'all-linear' leaves dense: before anything is changed."""
 
 import copy
+import functools
 import logging
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from peft_jactus import JactusConfig, calibrate, export_compressed, plan_ranks, rank_summary
 from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.target_checks import used_elsewhere
 from peft_jactus.tuner.targeting import log_once
 from tests.support.compressed_models import jactus_config, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -125,6 +128,128 @@ def test_a_layer_held_as_a_plain_attribute_is_refused():
     vars(model["second"])["previous"] = model["first"]
     with pytest.raises(TypeError, match=r"^first is also held by `previous` of second, a Linear"):
         get_peft_model(model, config_for(["first", "second"]))
+
+
+def is_held(hold):
+    """Return a model that also holds what ``hold(model, layer)`` returns of its first layer."""
+    model = linear_model("first", "second", "third")
+    vars(model)["kept"] = hold(model, model["first"])
+    return model
+
+
+class Helper:
+    def __init__(self, held):
+        self.held = held
+
+
+def clip(layer, _):
+    layer.weight.data.clamp_(-1, 1)
+
+
+WEIGHTS_HELD = {
+    "attribute": lambda _, layer: layer.weight,
+    "list": lambda _, layer: [layer.weight],
+    "tuple": lambda _, layer: (layer.weight,),
+    "dict": lambda _, layer: {"weight": layer.weight},
+    "nested": lambda _, layer: {"all": [({layer.weight},)]},
+    "data": lambda _, layer: layer.weight.data,
+    "list of data": lambda _, layer: [layer.weight.data],
+    "detached": lambda _, layer: [layer.weight.detach()],
+    "transposed": lambda _, layer: layer.weight.data.T,
+    "part": lambda _, layer: layer.weight.data[2:4, 3:],
+    "state dict": lambda _, layer: layer.state_dict(),
+    "object": lambda _, layer: Helper([layer.weight]),
+    "function": lambda _, layer: lambda x, weight=layer.weight: x @ weight,
+    "closure": lambda _, layer: (lambda weight: lambda x: x @ weight)(layer.weight),
+    "partial": lambda _, layer: functools.partial(torch.matmul, layer.weight),
+    "buffer": lambda model, layer: model.register_buffer("shown", layer.weight.data),
+    "parameter": lambda model, layer: model.register_parameter("shown", layer.weight),
+    "list of parameters": lambda model, layer: model.update({"shown": nn.ParameterList([layer.weight])}),
+    "hook": lambda model, layer: model.register_forward_hook(lambda *_, weight=layer.weight: weight.sum()),
+    "hook of its own": lambda _, layer: layer.register_forward_hook(lambda *_, weight=layer.weight: weight.sum()),
+    "hook that asks for it": lambda _, layer: layer.register_forward_pre_hook(clip),
+    "partial hook": lambda _, layer: layer.register_forward_pre_hook(functools.partial(clip)),
+    "hook of another": lambda model, layer: model["third"].register_forward_pre_hook(
+        lambda *_, weight=layer.weight: weight.sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("keep_base_weights", [False, True])
+@pytest.mark.parametrize("case", sorted(WEIGHTS_HELD))
+def test_a_weight_that_a_model_also_holds_elsewhere_is_refused(case, keep_base_weights, caplog):
+    model = is_held(WEIGHTS_HELD[case])
+    before = model["first"].weight.clone()
+    message = r"^first has a weight that is also held by `.*`exclude_modules`; in your own class"
+    with pytest.raises(TypeError, match=message):
+        get_peft_model(model, config_for(["first", "second"], keep_base_weights=keep_base_weights))
+    with pytest.raises(TypeError, match=message):
+        calibrate(model, JactusConfig(target_modules=["first"]), [], loss_fn=lambda *_: pytest.fail("it was run"))
+    assert torch.equal(model["first"].weight, before)
+    assert not any(isinstance(module, JactusLayer) for module in model.modules())
+    config = config_for(keep_base_weights=keep_base_weights)
+    assert compressed_names(model, config) == {"base_model.model.second", "base_model.model.third"}
+    assert "- first: has a weight that is also held by" in caplog.text
+
+
+LAYERS_HELD = {
+    "method": lambda _, layer: layer.forward,
+    "closure": lambda _, layer: lambda x: layer(x),
+    "object": lambda _, layer: Helper(layer),
+    "not registered": lambda _, layer: [nn.Sequential(layer, nn.ReLU())],
+}
+
+
+@pytest.mark.parametrize("case", sorted(LAYERS_HELD))
+def test_a_layer_that_something_else_calls_is_refused(case):
+    with pytest.raises(TypeError, match=r"^first is also held by `kept` of the model, a ModuleDict"):
+        get_peft_model(is_held(LAYERS_HELD[case]), config_for(["first"]))
+
+
+HARMLESS = {
+    "copy": lambda _, layer: [layer.weight.detach().clone()],
+    "bias": lambda _, layer: [layer.bias],
+    "itself": lambda _, layer: vars(layer).update(weights=[layer.weight.data]),
+    "neighbour in memory": lambda model, layer: vars(model).update(rest=share_out_memory(layer)),
+    "optimizer": lambda model, _: torch.optim.SGD(model.parameters()),
+    "hook on outputs": lambda _, layer: layer.register_forward_hook(lambda _, args, output: output + args[0].sum()),
+    "name": lambda _, layer: {"first.weight": layer.weight.shape},
+    "embedding": lambda model, layer: tie_to_embedding(model, layer),
+}
+
+
+def share_out_memory(layer):
+    """Put the weight at the start of a larger memory; return the rest."""
+    memory = torch.randn(2, DIM, DIM)
+    layer.weight = nn.Parameter(memory[0])
+    return memory[1]
+
+
+def tie_to_embedding(model, layer):
+    model["embedding"] = nn.Embedding(DIM, DIM)
+    model["embedding"].weight = layer.weight
+
+
+@pytest.mark.parametrize("case", sorted(HARMLESS))
+def test_what_does_not_hold_the_weight_is_no_reason_to_refuse(case):
+    names = compressed_names(is_held(HARMLESS[case]), config_for(["first"]))
+    assert names == {"base_model.model.first"}
+
+
+def test_a_registered_weight_that_a_transformers_model_declares_as_tied_is_no_reason_either():
+    model = linear_model("first", "second")
+    model.register_parameter("table", model["first"].weight)
+    model.all_tied_weights_keys = {"first.weight": "table"}
+    assert compressed_names(model, config_for(["first"])) == {"base_model.model.first"}
+
+
+def test_the_search_takes_less_than_a_second_for_ten_thousand_modules():
+    model = nn.ModuleList([nn.Linear(2, 2) for _ in range(10_000)])
+    vars(model)["kept"] = [model[-1].weight.data]
+    start = time.process_time()  # others may use the machine
+    found = used_elsewhere(model)
+    assert time.process_time() - start < 1
+    assert set(found) == {"9999"}
 
 
 def test_registered_lists_are_no_such_list():
