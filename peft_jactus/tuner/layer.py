@@ -118,8 +118,7 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
         weight = self._base().weight
         if self.merged or (self.disable_adapters and not self.base_weights_freed):
             return weight
-        features = (self.in_features, self.out_features)
-        shape = features if self.is_conv1d else features[::-1]
+        shape = (self.in_features, self.out_features)[:: 1 if self.is_conv1d else -1]
         return unreadable_weight(self.module_name, self.base_dtype, weight.device, shape)
 
     # -- creating an adapter ------------------------------------------------------------------------------
@@ -321,10 +320,8 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
     def check_filled(self, adapter_name: str) -> None:
         """Raise `RuntimeError` if an adapter still waits for a checkpoint."""
         tensors = self.adapter_tensors(adapter_name) if adapter_name in self._unfilled else {}
-        if any(tensor.is_meta for tensor in tensors.values()):  # to be seen when they are used
-            return
         for name, tensor in tensors.items():
-            if is_unfilled(tensor):
+            if not tensor.is_meta and is_unfilled(tensor):
                 raise RuntimeError(
                     f"{self.module_name}: `{name}` of adapter {adapter_name!r} was never filled, or holds NaN. The "
                     "checkpoint lacks it or is damaged; save it again, or compress the model again."
