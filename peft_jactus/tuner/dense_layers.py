@@ -46,7 +46,7 @@ class FreedBase(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def unreadable_weight(name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int]) -> Tensor:
+def unreadable_weight(name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> Tensor:
     """Return what stands for the weight of a compressed layer."""
     return WeightPlaceholder.of(torch.empty(0, dtype=dtype, device=device), shape, _complaint(name))
 
