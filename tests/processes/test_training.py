@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.support.compressed_models import VOCABULARY, tiny_llama
 from tests.support.deepspeed_folder import DEEPSPEED, needs_deepspeed
@@ -36,12 +38,13 @@ def sources(tmp_path_factory):
     return folder
 
 
-def launch(sources, out, *script, path=()):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG_FILE)]
+def launch(sources, out, *script, path=(), config_file=CONFIG_FILE):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
     command += ["--main_process_port", "0", *map(str, script), "--model", str(sources / "model")]
     command += ["--data-dir", str(sources / "data"), "--output-dir", str(out), "--batch-size", "4", "--length", "32"]
     command += ["--max-steps", "6", "--save-steps", "2", "--calibration-batches", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *path]))}
+    places = os.pathsep.join(map(str, [ROOT, *path]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -75,3 +78,19 @@ def test_no_thread_of_gloo_is_left_that_could_abort_the_process_at_its_end(path,
     process = launch(sources, tmp_path, SUPPORT / "gloo_threads.py", EXAMPLE, path=path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("Threads of Gloo at the end: 0") == 2, process.stdout
+
+
+@needs_deepspeed
+def test_an_adapter_that_zero3_holds_in_shards_is_saved_whole(sources, tmp_path):
+    """The Trainer gathers only what trains."""
+    process = launch(sources, tmp_path, EXAMPLE, path=(DEEPSPEED,), config_file=CONFIG_FILE.with_name("zero3.yaml"))
+    assert process.returncode == 0, process.stderr
+    folders = (tmp_path / "trainer" / "checkpoint-4", tmp_path / "adapter")
+    earlier, last = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert earlier.keys() == last.keys()
+    changed = {name for name in last if not torch.equal(earlier[name], last[name])}
+    assert changed == {name for name in last if "jactus_adapt" in name}
+    rows = torch.randint(2, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained(sources / "model")
+    model = PeftModel.from_pretrained(base, folders[1])  # which takes no adapter that lacks something
+    assert torch.isfinite(model(input_ids=rows, labels=rows).loss)
