@@ -480,7 +480,7 @@ def test_what_most_of_the_parameters_are_is_said_once_where_they_are_not_targete
 
 def test_a_model_that_is_mostly_targeted_is_not_spoken_of(caplog):
     compressed_names(linear_model("first", "second"), config_for())
-    assert not caplog.records
+    assert not [message for message in caplog.messages if "will not write a" not in message]
 
 
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])
