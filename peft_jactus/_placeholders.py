@@ -59,12 +59,12 @@ def reads_numbers(function: Callable[..., Any], args: Sequence[Any]) -> bool:
 
 
 def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[Tensor]:
-    """Yield the tensors among the arguments of a call, and in lists among them, as of `torch.cat`."""
+    """Yield the tensors among the arguments of a call, and in lists among them, as of `torch.cat`, at any depth."""
     for arg in (*args, *(kwargs or {}).values()):
         if isinstance(arg, Tensor):
             yield arg
         elif isinstance(arg, (list, tuple)):
-            yield from (entry for entry in arg if isinstance(entry, Tensor))
+            yield from tensors_in(arg, None)
 
 
 class WeightPlaceholder(Tensor):

@@ -82,9 +82,13 @@ def _register_tuner() -> None:
         _naming_missing_heads(PeftModel.load_adapter),
     ):
         setattr(PeftModel, changed.__name__, changed)
-    for method in (PeftModel.add_adapter, PeftModel.load_adapter, PeftModel.delete_adapter):
-        setattr(PeftModel, method.__name__, _whole(method, all_or_nothing))
-    PeftModel.set_adapter = _whole(PeftModel.set_adapter, all_or_no_switches)  # type: ignore[method-assign]
+    for method, guard in (
+        (PeftModel.add_adapter, all_or_nothing),
+        (PeftModel.load_adapter, all_or_nothing),
+        (PeftModel.delete_adapter, all_or_nothing),
+        (PeftModel.set_adapter, all_or_no_switches),
+    ):
+        setattr(PeftModel, method.__name__, _whole(method, guard))
 
 
 def _counting_frozen_bases(

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from peft_jactus._placeholders import tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 # The rows of the product are those of the first factor: attention has the positions of its queries.
 _PRODUCTS = {
@@ -92,7 +92,7 @@ class OriginWatch(TorchFunctionMode):
     def _of_result(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor
     ) -> Origin | None:
-        tensors = list(_tensors_at_any_depth((*args, *kwargs.values())))
+        tensors = list(tensors_in(args, kwargs))
         seen = [(tensor, origin) for tensor in tensors if (origin := self.of(tensor)) is not None]
         read = frozenset[str]().union(*(origin.read for _, origin in seen))
         having = [(tensor, origin) for tensor, origin in seen if origin.positions]
@@ -161,11 +161,3 @@ def _joins_features(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     """Whether this concatenates the vectors at each position, whose number stays."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     return func in _CONCATENATIONS and result.dim() > 2 and dim in (-1, result.dim() - 1)
-
-
-def _tensors_at_any_depth(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_at_any_depth(value)

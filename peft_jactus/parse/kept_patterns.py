@@ -307,7 +307,7 @@ class _FollowingCache(Cache):
         self._select(kept, slice(None), repeats)
 
     def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]
+        super().reset()  # type: ignore[no-untyped-call]  # transformers: untyped
         self.jactus_patterns = None
 
     def crop(self, tokens_to_remove: int) -> None:

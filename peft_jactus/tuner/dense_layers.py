@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -58,7 +59,7 @@ def _complaint(name: str) -> str:
     )
 
 
-class AdaptedWeight:
+class AdaptedWeight(ABC):
     """What a model gets that reads or sets the weight of an adapted layer.
 
     Attributes:
@@ -88,8 +89,9 @@ class AdaptedWeight:
         """Raise `RuntimeError`, which names the layer."""
         raise RuntimeError(_complaint(self.module_name))
 
+    @abstractmethod
     def _weight(self) -> Tensor:
-        raise NotImplementedError
+        """Return what stands for the weight."""
 
 
 def check_merged(weight: Tensor, adapter_name: str, *, safe_merge: bool) -> None:

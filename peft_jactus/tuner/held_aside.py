@@ -123,8 +123,8 @@ def _items_in(value: object, modules: Mapping[int, str], seen: dict[int, int]) -
         item, left = stack.pop()
         if isinstance(item, _PLAIN):
             continue
-        if isinstance(item, Tensor) or id(item) in modules:
-            yield item  # type: ignore[misc]  # what is in `modules` is one
+        if isinstance(item, Tensor) or (isinstance(item, nn.Module) and id(item) in modules):
+            yield item
         elif left > seen.get(id(item), 0):
             seen[id(item)] = left
             stack.extend((part, left - 1) for part in _parts_of(item))
@@ -190,7 +190,7 @@ def _spans_of(tensor: Tensor) -> Iterator[tuple[torch.device, int, int]]:
         return
     try:
         start = 0 if tensor.is_meta or tensor.layout != torch.strided else tensor.data_ptr()
-    except (NotImplementedError, RuntimeError):  # without memory
+    except RuntimeError:  # so torch answers for a tensor that has no memory, as a fake one: it shares none
         return
     if start and tensor.numel():
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

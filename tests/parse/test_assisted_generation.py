@@ -48,7 +48,6 @@ def assistance(kind, model):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("kind", ["look-up", "dense", "routed", "itself"])
 @pytest.mark.parametrize("reroute", [True, False])
-@pytest.mark.filterwarnings("ignore:.*generation_config:UserWarning")
 def test_assisted_generation_is_plain_generation(make, kind, reroute):
     model = routed(make(), reroute_continuations=reroute)
     options = assistance(kind, model)
