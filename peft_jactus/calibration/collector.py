@@ -59,6 +59,7 @@ class _Reading:
 
     find_mask: Callable[[Iterable[str]], Tensor | None]
     version: int
+    positions_first: bool
     saved: dict[str, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
     vectors: Tensor | None = None
@@ -126,7 +127,7 @@ class StatisticsCollector:
         self._row_fisher: dict[str, Tensor] = {}
         self._sketches: dict[str, GradientSketch] = {}
         self._readings: Any = WeakTensorKeyDictionary()  # of the tensors that are still in use
-        self._masks = PositionMasks(model)
+        self._masks = PositionMasks(model, always_follow=needs.row_fisher)
         self._num_loss_terms = 0
         self.num_batches = 0 if start is None else start.num_batches
 
@@ -229,7 +230,9 @@ class StatisticsCollector:
         """Return the reading that a call of module ``name`` with ``tensor`` belongs to."""
         reading: _Reading | None = self._readings.get(tensor)
         if reading is None or not reading.saved or name in reading.saved or reading.version != tensor._version:
-            reading = self._readings[tensor] = _Reading(self._masks.find(name, tensor), tensor._version)
+            positions_first = self._masks.has_positions_first(name, tensor)
+            reading = _Reading(self._masks.find(name, tensor), tensor._version, positions_first)
+            self._readings[tensor] = reading
         return reading
 
     def _on_gradient(self, name: str, reading: _Reading, gradient: Tensor) -> None:
@@ -237,7 +240,7 @@ class StatisticsCollector:
             self._add_input(name, reading)
         if self._needs.row_fisher:
             assert reading.gram is not None
-            sums = _squared_gradient_of_rows(reading.gram, gradient)
+            sums = _squared_gradient_of_rows(reading.gram, _by_example(gradient, reading))
             self._row_fisher[name] = self._row_fisher[name] + sums if name in self._row_fisher else sums
         gradient = _kept_positions(gradient, reading.mask)
         if name not in self._gradients:
@@ -264,7 +267,8 @@ class StatisticsCollector:
             self._inputs[readers] = _empty_moment_for(vectors)
         self._inputs[readers].update_(vectors)
         if self._needs.row_fisher:
-            reading.gram = _gram_of_examples(tensor, reading.mask)
+            inputs = _by_example(tensor, reading, reading.mask)
+            reading.gram = inputs @ inputs.mT
         if self._needs.num_directions:
             reading.keep(vectors)
         reading.saved.clear()
@@ -285,13 +289,14 @@ def _kept_positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return vectors if mask is None else vectors[mask.reshape(-1).to(vectors.device)]
 
 
-def _gram_of_examples(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ``(examples, positions, positions)``: products of the inputs ``(examples, ..., dim)`` that are kept."""
-    inputs = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+def _by_example(tensor: Tensor, reading: _Reading, mask: Tensor | None = None) -> Tensor:
+    """Return the vectors ``(examples, positions, dim)`` of a layer's inputs or outputs; masked ones are zero."""
+    vectors = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     if mask is not None:
-        inputs = inputs * mask.to(inputs.device).reshape(*inputs.shape[:-1], 1)
-    inputs = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-    return inputs @ inputs.mT
+        vectors = vectors * mask.to(vectors.device).reshape(*vectors.shape[:-1], 1)
+    if reading.positions_first:
+        vectors = vectors.transpose(0, 1)
+    return vectors.reshape(vectors.shape[0], -1, vectors.shape[-1])
 
 
 def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
@@ -299,7 +304,7 @@ def _squared_gradient_of_rows(gram: Tensor, gradient: Tensor) -> Tensor:
 
     ``sum_j G_ij^2 = sum_st g_si (x_s . x_t) g_ti`` needs no ``G``, which is as large as the weight.
     """
-    gradient = gradient.detach().to(gram).reshape(*gram.shape[:2], -1)  # (examples, positions, out)
+    gradient = gradient.to(gram)
     return (gradient * (gram @ gradient)).sum((0, 1))
 
 

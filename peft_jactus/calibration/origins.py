@@ -103,6 +103,9 @@ class OriginWatch(TorchFunctionMode):
         if func in _PRODUCTS and tensors[0].dim() > 2 and not isinstance(tensors[0], nn.Parameter):
             first = self.of(tensors[0])
             return None if first is None else first._replace(read=read)
+        if func is Tensor.__getitem__ and _chooses_by_mask(args[1]):
+            whole = self.of(args[0])
+            return None if whole is None else Origin(whole.positions, read, whole.transposed)
         if not having:
             return Origin(frozenset(), read) if len(seen) == len(tensors) else None
         # What is broadcast to the positions of another one does not have them.
@@ -130,6 +133,10 @@ def _parts(
         return ()
     lengths = [tensor.shape[1] for tensor in args[0]]
     return tuple((length, origin or CONSTANT) for length, origin in zip(lengths, origins, strict=False))
+
+
+def _chooses_by_mask(index: Any) -> bool:
+    return any(tensor.dtype == torch.bool for tensor in tensors_in([index], None))
 
 
 def _part_at(index: Any, tensor: Tensor, origin: Origin) -> Origin:

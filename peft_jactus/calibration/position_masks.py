@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peft_jactus._placeholders import tensors_in
 from peft_jactus.calibration.batches import IGNORED_LABEL
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _TEXT = ("input_ids", "inputs_embeds")
 _MASK = "attention_mask"
+_PADDING_MASK = "padding_mask"  # of sound, beside text or not
+# Masks of an input that is not text, besides those whose name ends as the text's.
+_OTHER_MASKS = ("pixel_mask", "input_features_mask", "input_values_mask")
 _DOES_NOT_FIT = "%s: its input of shape %s does not fit the attention mask of shape %s; its padding is counted."
 _MAY_FIT = (
     "%s: its input of shape %s may or may not have the positions of the attention mask of shape %s; all are counted."
@@ -31,7 +35,7 @@ _MAY_FIT = (
 
 
 class _Mask(NamedTuple):
-    """Which positions are real, ``(rows, positions)``, and the name in the batch that says so."""
+    """Which positions are real, ``(rows, positions)`` or ``(..., height, width)``, and its name in the batch."""
 
     name: str
     real: Tensor
@@ -49,16 +53,18 @@ class PositionMasks:
     """Finds the mask that says which positions of a tensor are real, for the running batch.
 
     A mask belongs to the inputs that it came with, and to what has their positions. Positions of pixels are none of
-    the text, even where there happen to be as many. A model that shortens its input (as convolutions over sound do)
-    shortens the mask, too, and hands it on: that one belongs to what has its length.
+    the text, even where there happen to be as many. A model that shortens its input (as convolutions over sound do,
+    and patches of pixels) shortens the mask, too, and hands it on: that one belongs to what has its length.
 
     Args:
         model: That runs.
+        always_follow: Follow batches without padding, too, for `has_positions_first`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, always_follow: bool = False) -> None:
         self._model = model
-        self._watch: OriginWatch | None = None  # none for a batch without padding
+        self._always_follow = always_follow
+        self._watch: OriginWatch | None = None  # none for a batch that is not followed
         self._masks: dict[str, _Mask | None] = {}  # of each input that has positions
         self._handed_on: dict[tuple[int, ...], list[tuple[frozenset[str], Tensor]]] = {}
         self._noted: dict[str, set[Origin | None]] = {}
@@ -79,7 +85,7 @@ class PositionMasks:
         """Follow a batch through the forward pass. Gives it as the model shall get it: no tensor has two names."""
         self.forget()
         self._masks = _masks_of(batch)
-        if not any(mask is not None for mask in self._masks.values()):
+        if not self._always_follow and not any(mask is not None for mask in self._masks.values()):
             yield batch
             return
         batch = _without_aliases(batch)
@@ -104,11 +110,21 @@ class PositionMasks:
         """
         if self._watch is None or tensor.dim() < 2:
             return lambda _: None
+        return functools.partial(self._resolve, tuple(tensor.shape), self._origin_of(name, tensor))
+
+    def has_positions_first(self, name: str, tensor: Tensor) -> bool:
+        """Whether layer ``name`` reads ``(positions, rows, dim)``, as far as that is known, not ``(rows, ...)``."""
+        origin = self._origin_of(name, tensor)
+        return origin is not None and origin.transposed
+
+    def _origin_of(self, name: str, tensor: Tensor) -> Origin | None:
+        if self._watch is None:
+            return None
         origin = self._watch.of(tensor)
         noted = self._noted.get(name, set())
         if origin is None and len(noted) == 1:
             (origin,) = noted
-        return functools.partial(self._resolve, tuple(tensor.shape), origin)
+        return origin
 
     def forget(self) -> None:
         """Let go of the batch."""
@@ -124,18 +140,20 @@ class PositionMasks:
         shapes = {tuple(tensor.shape[:2]) for tensor in tensors if tensor.dim() > 2 and tensor.is_floating_point()}
         named = {id(value) for name, value in kwargs.items() if name.endswith("mask")}
         for tensor in tensors:
-            shape, origin = tuple(tensor.shape), self._watch.of(tensor)
-            if (
-                len(shape) != 2
-                or not (shape in shapes or id(tensor) in named)
-                or origin is None
-                or origin.positions
-                or tensor.is_floating_point()
-            ):
-                continue
-            known = self._handed_on.setdefault(shape, [])
-            if all(origin.read != read for read, _ in known) and bool(((tensor == 0) | (tensor == 1)).all()):
-                known.append((origin.read, tensor.detach().bool()))
+            origin = self._watch.of(tensor)
+            fits = tuple(tensor.shape) in shapes or (tensor.dim() in (2, 3) and id(tensor) in named)
+            if fits and not tensor.is_floating_point() and origin is not None and not origin.positions:
+                self._note_mask(tensor.detach(), origin.read)
+
+    def _note_mask(self, tensor: Tensor, read: frozenset[str]) -> None:
+        """Note a mask ``(rows, positions)`` or ``(rows, height, width)`` that the model made, if it is one."""
+        made = tensor.flatten(1)
+        known = self._handed_on.setdefault(tuple(made.shape), [])
+        if any(read == other for other, _ in known) or not bool(((made == 0) | (made == 1)).all()):
+            return
+        made = made.bool()
+        sources = [mask.real for mask in self._distinct(self._masks) if mask.name in read]
+        known.append((read, ~made if any(_is_opposite(made, real) for real in sources) else made))
 
     def _resolve(self, shape: tuple[int, ...], origin: Origin | None, readers: Iterable[str]) -> Tensor | None:
         others = self._distinct(self._masks.keys() if origin is None else origin.read)
@@ -145,7 +163,7 @@ class PositionMasks:
         transposed = origin is not None and origin.transposed
         for mask in own:
             handed_on = [made for read, made in self._handed_on.get(shape[:-1], ()) if mask.name in read]
-            turned = [mask.real.T, mask.real] if transposed else [mask.real, mask.real.T]
+            turned = [mask.real.mT, mask.real] if transposed else [mask.real, mask.real.mT]
             fitting = next((each for each in [*turned, *handed_on] if _fits(shape, each)), None)
             if fitting is not None:
                 return fitting
@@ -175,25 +193,30 @@ def _masks_of(batch: Batch) -> dict[str, _Mask | None]:
     """Return the mask of each input that has positions; None if all of them are real.
 
     The attention mask is that of the text. Other numbers of a batch with text, as pixels, have none, or one that is
-    named after them (``visual_attention_mask``). In a batch without text, it belongs to what there is, as sound.
+    named after them (``visual_attention_mask``, ``pixel_mask``). In a batch without text, it belongs to what there is,
+    as sound.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     text = next((tensors[name] for name in _TEXT if name in tensors), None)
     others = [name for name in tensors if name.endswith(f"_{_MASK}") and name != f"decoder_{_MASK}"]
+    others += [name for name in _OTHER_MASKS if name in tensors]
     masks: dict[str, _Mask | None] = {}
     for name, value in batch.items():
         sample = next(tensors_in([value], None), None)
         if sample is None or sample.dim() < 2 or name.endswith("mask") or sample.dtype == torch.bool:
             continue
-        named = next((other for other in others if other.removesuffix(f"_{_MASK}") in name), None)
+        of_text = name in _TEXT or (text is not None and _goes_with(sample, text))
+        named = next(
+            (other for other in others if other.removesuffix("_mask").removesuffix("_attention") in name), None
+        )
         if name == "labels" or name.startswith("decoder_"):
             masks[name] = _decoder_mask(tensors)
         elif named is not None:
             masks[name] = _mask(named, tensors[named])
-        elif name in _TEXT or text is None or _goes_with(sample, text):
+        elif of_text or (text is None and _MASK in tensors):
             masks[name] = _mask(_MASK, tensors.get(_MASK), text)
-        elif sample.is_floating_point():
-            masks[name] = None
+        elif text is None or sample.is_floating_point():
+            masks[name] = _mask(_PADDING_MASK, tensors.get(_PADDING_MASK))
     return masks
 
 
@@ -208,7 +231,7 @@ def _mask(name: str, mask: Tensor | None, text: Tensor | None = None) -> _Mask |
         return None
     if text is not None and mask.dim() > 2 and mask.shape == text.shape:  # several choices for each example
         mask = mask.flatten(0, -2)
-    return _Mask(name, mask.bool()) if mask.dim() == 2 and not bool(mask.bool().all()) else None
+    return _Mask(name, mask.bool()) if mask.dim() > 1 and not bool(mask.bool().all()) else None
 
 
 def _decoder_mask(tensors: Mapping[str, Tensor]) -> _Mask | None:
@@ -217,6 +240,14 @@ def _decoder_mask(tensors: Mapping[str, Tensor]) -> _Mask | None:
     if name in tensors or labels is None or labels.is_floating_point():
         return _mask(name, tensors.get(name))
     return _mask("labels", labels != IGNORED_LABEL)  # which it reads, shifted by one
+
+
+def _is_opposite(made: Tensor, real: Tensor) -> bool:
+    """Whether a mask that was made of ``real``, maybe a shorter one, is true for padding."""
+    if real.dim() > 2 or len(made) != len(real):
+        return False
+    expected = functional.interpolate(real[None].float(), size=made.shape[1:])[0].bool()
+    return 2 * int((made == expected).sum()) < made.numel()
 
 
 def _fits(shape: tuple[int, ...], mask: Tensor) -> bool:

@@ -96,7 +96,8 @@ def check_complete(
         raise RuntimeError(
             f"Adapter {adapter_name!r} cannot be {verb}: {len(missing)} of its {len(expected)} tensors are missing or "
             f"empty ({_named(names)}). Load it from its last checkpoint. If you pass a `state_dict`, or several "
-            "processes share the tensors, gather all of them first, also those that do not train."
+            "processes share the tensors, gather all of them first, also those that do not train. Before a training "
+            "under DeepSpeed ZeRO-3, call `make_shardable()` after the last adapter is added or loaded."
         )
     for name in layers.values():
         cast("JactusLayer", modules[name]).check_filled(adapter_name)

@@ -6,12 +6,14 @@ Lists and other attributes that torch does not register, buffers, further parame
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import types
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -69,8 +71,8 @@ def find_held(model: nn.Module) -> dict[str, Held]:
     for holder_name, holder in model.named_modules():
         for attribute, value in _attributes(holder, holder_name, declared):
             for item in _items_in(value, modules, seen):
-                is_weight = isinstance(item, Tensor)
-                names = places.names_at(item) if isinstance(item, Tensor) else (modules[id(item)],)
+                is_weight = not isinstance(item, nn.Module)
+                names = (modules[id(item)],) if isinstance(item, nn.Module) else places.names_at(item)
                 for name in names:
                     # A layer may hold its own, but for hooks: these do not run any more.
                     if name in layers and (name != holder_name or (is_weight and attribute in _HOOKS)):
@@ -110,8 +112,10 @@ def _declared_ties(model: nn.Module) -> set[str]:
     return declared
 
 
-def _items_in(value: object, modules: Mapping[int, str], seen: dict[int, int]) -> Iterator[nn.Module | Tensor]:
-    """Yield the tensors, and the modules of ``modules``, that can be reached from ``value``.
+def _items_in(
+    value: object, modules: Mapping[int, str], seen: dict[int, int]
+) -> Iterator[nn.Module | Tensor | np.ndarray[Any, Any]]:
+    """Yield the tensors, arrays, and modules of ``modules``, that can be reached from ``value``.
 
     Args:
         value: Any.
@@ -123,7 +127,7 @@ def _items_in(value: object, modules: Mapping[int, str], seen: dict[int, int]) -
         item, left = stack.pop()
         if isinstance(item, _PLAIN):
             continue
-        if isinstance(item, Tensor) or (isinstance(item, nn.Module) and id(item) in modules):
+        if isinstance(item, (Tensor, np.ndarray)) or (isinstance(item, nn.Module) and id(item) in modules):
             yield item
         elif left > seen.get(id(item), 0):
             seen[id(item)] = left
@@ -145,7 +149,20 @@ def _parts_of(item: Any) -> Iterable[object]:
         return (*cells, *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values())
     if not isinstance(item, nn.Module) and type(item).__module__.partition(".")[0] in _TOOLS:
         return ()
-    return getattr(item, "__dict__", {}).values()  # also of a module that is not registered
+    # Also of a module that is not registered.
+    return (*getattr(item, "__dict__", {}).values(), *_in_slots(item))
+
+
+def _in_slots(item: object) -> Iterator[object]:
+    for slot in _slots_of(type(item)):  # type: ignore[arg-type]  # mypy: no hash
+        with contextlib.suppress(AttributeError):  # it is empty
+            yield slot.__get__(item)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...]:
+    attributes = (attribute for base in kind.__mro__ for attribute in vars(base).values())
+    return tuple(attribute for attribute in attributes if isinstance(attribute, types.MemberDescriptorType))
 
 
 def _content_of(cell: types.CellType) -> object:
@@ -167,10 +184,10 @@ class _Places:
                 spans.setdefault(device, []).append((start, end, name))
         self._spans = {device: sorted(of_device) for device, of_device in spans.items()}
 
-    def names_at(self, tensor: Tensor) -> Iterator[str]:
-        """Yield the names of the weights that ``tensor`` is, or shares memory with."""
-        yield from self._names.get(id(tensor), ())
-        for device, start, end in _spans_of(tensor):
+    def names_at(self, item: Tensor | np.ndarray[Any, Any]) -> Iterator[str]:
+        """Yield the names of the weights that a tensor is, or that it or an array shares memory with."""
+        yield from self._names.get(id(item), ())
+        for device, start, end in _spans_of(item):
             of_device = self._spans.get(device, [])
             # Weights are the same or do not overlap, so that their ends are in order as well.
             first = bisect.bisect_right(of_device, start, key=lambda span: span[1])
@@ -180,9 +197,15 @@ class _Places:
                 yield name
 
 
-def _spans_of(tensor: Tensor) -> Iterator[tuple[torch.device, int, int]]:
-    """Yield the device, start and end of a tensor's memory; nothing if it has none, or does not say."""
-    wrapper: Any = tensor
+def _spans_of(item: Tensor | np.ndarray[Any, Any]) -> Iterator[tuple[torch.device, int, int]]:
+    """Yield the device, start and end of a tensor's or array's memory; nothing if it has none, or does not say."""
+    if isinstance(item, np.ndarray):
+        steps = [(size - 1) * stride for size, stride in zip(item.shape, item.strides, strict=True)]
+        if item.size:
+            first = item.ctypes.data + sum(step for step in steps if step < 0)
+            yield torch.device("cpu"), first, first + sum(map(abs, steps)) + item.itemsize
+        return
+    tensor, wrapper = item, cast("Any", item)
     if is_traceable_wrapper_subclass(wrapper):  # of torchao: its parts
         names, _ = wrapper.__tensor_flatten__()
         for name in names:

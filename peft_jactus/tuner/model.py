@@ -22,7 +22,7 @@ from peft_jactus.tuner.base_weights import dense_dtype, let_go_of_weight_
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.config_checks import check_can_be_made, check_not_calibrated, targets_all_linear
-from peft_jactus.tuner.frozen_copies import frozen_copies, with_frozen_copies
+from peft_jactus.tuner.frozen_copies import FrozenCopy, frozen_copies, with_frozen_copies
 from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
@@ -90,7 +90,7 @@ class JactusModel(AtomicTuner):
     _prepared: _Prepared | None = None  # while layers are replaced
     _twin: str | None = None  # meanwhile, the adapter whose values a further one gets
     _elsewhere: Mapping[str, Refusal] = MappingProxyType({})  # meanwhile; see `used_elsewhere`
-    _frozen_copies: Mapping[str, Tensor] = MappingProxyType({})
+    _frozen_copies: Mapping[str, FrozenCopy] = MappingProxyType({})
 
     # -- injecting ----------------------------------------------------------------------------------------
 
@@ -303,10 +303,10 @@ class JactusModel(AtomicTuner):
         and trained and counted parameters stay the same. With `frozen_bits`, the bases stay whole. Under ZeRO-3, the
         first process keeps a copy of the bases in CPU memory, to save adapters.
         """
-        self._frozen_copies = frozen_copies(self)
         for layer in self.modules():
             if isinstance(layer, JactusLayer):
                 layer.hold_bases_as_parameters()
+        self._frozen_copies = frozen_copies(self)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -346,7 +346,7 @@ class JactusModel(AtomicTuner):
         assert isinstance(config, JactusConfig)
         note_label_names_(config, model)
         if state_dict and isinstance(tuner := getattr(model, "base_model", None), cls):
-            state_dict = with_frozen_copies(state_dict, tuner._frozen_copies)
+            state_dict = with_frozen_copies(tuner, state_dict, tuner._frozen_copies)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

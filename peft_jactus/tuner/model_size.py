@@ -29,8 +29,6 @@ _INDEX_BYTES = 4  # a pivoted layer stores where each of its rows (or columns) b
 # A factorised layer has so many tensors more than a dense one: a second part, one number in the place of the weight,
 # and the index of a pivoted one.
 _MORE_TENSORS = {"factored": 2, "pivoted": 3}
-
-
 _MOST_NAMED = 4
 
 
@@ -38,13 +36,12 @@ def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
     """Log, once, what the rest of a model is where it has more parameters than the targeted layers."""
     weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
     groups: Counter[str] = Counter()
-    total = 0
     quantized = _quantized_layers(model)
     for name, parameter in model.named_parameters():
-        count = _numel(name, parameter, quantized)
-        total += count
-        if name not in weights:
-            groups[re.sub(r"\.\d+\.", ".*.", name)] += count
+        if name not in weights and not _is_of_adapter(name):
+            groups[re.sub(r"\.\d+\.", ".*.", name)] += _numel(name, parameter, quantized)
+    # A layer that another adapter compressed has no weight any more.
+    total = groups.total() + sum(math.prod(features_of(module)) for module in targets.values())
     if groups.total() > total / 2:
         largest = ", ".join(f"{name} {count / total:.0%}" for name, count in groups.most_common(_MOST_NAMED))
         log_once(
@@ -79,7 +76,7 @@ class ModelSize:
         # What else a quantized layer saves, scales and codes, belongs to its weight.
         extra = {key for name in quantized for key in state if key.startswith((f"{name}.weight.", f"{name}.SCB"))}
         extra |= {f"{name}.weight_format" for name in quantized}
-        names = [name for name in state if ".jactus_" not in name and name not in extra]
+        names = [name for name in state if not _is_of_adapter(name) and name not in extra]
         unique = {id(state[name]): name for name in names}.values()
         counts = {name: _numel(name, state[name], quantized) for name in unique}
         itemsizes = {name: _itemsize(name, state[name], quantized, model) for name in unique}
@@ -134,6 +131,10 @@ def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
             f"{least}. Raise the budget, or target more layers."
         )
     return min(1.0, allowed / size.targeted_parameters)
+
+
+def _is_of_adapter(name: str) -> bool:
+    return ".jactus_" in name
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

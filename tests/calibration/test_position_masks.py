@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
@@ -122,17 +123,29 @@ def test_masks_of_a_language_model_with_images_are_those_of_its_text():
     assert {count for name, count in counts.items() if "multi_modal_projector" in name} == {18}
 
 
-@pytest.mark.parametrize(("name", "vision"), [("Idefics3", Idefics3VisionConfig), ("SmolVLM", SmolVLMVisionConfig)])
-def test_images_that_are_reshaped_on_their_way_are_counted_in_full(name, vision):
+def tiny_idefics(name):
+    """Return a model of which an image has 9 patches, and is one token of a text; and two texts of 9."""
     config = getattr(transformers, f"{name}Config")(
-        vision_config=vision(image_size=18, patch_size=6, **COMMON).to_dict(),
+        vision_config=VISION[name](image_size=18, patch_size=6, **COMMON).to_dict(),
         text_config=transformers.LlamaConfig(vocab_size=40, **COMMON).to_dict(),
         image_token_id=END,
-        scale_factor=3,
+        **({"perceiver_config": PERCEIVER} if name == "Idefics2" else {"scale_factor": 3}),
     )
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     tokens = ids(2, 9)  # as many as an image has patches
     tokens[:, 0] = END
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), tokens
+
+
+VISION = {"Idefics2": Idefics2VisionConfig, "Idefics3": Idefics3VisionConfig, "SmolVLM": SmolVLMVisionConfig}
+PERCEIVER = {
+    "hidden_size": DIM, "resampler_n_latents": 1, "resampler_depth": 1, "resampler_n_heads": 2,
+    "resampler_head_dim": 4, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_images_that_are_reshaped_on_their_way_are_counted_in_full(name):
+    model, tokens = tiny_idefics(name)
     batch = {"input_ids": tokens, "attention_mask": mask_of([9, 4], 9), "pixel_values": torch.randn(2, 1, 3, 18, 18)}
     counts = counts_of(model, batch | {"labels": tokens}, leave_unusable_dense=True)
     assert having(counts, "vision_model.encoder") == {18}
@@ -372,3 +385,72 @@ def test_an_encoder_may_return_a_list_of_feature_maps():
     loss = {"loss_fn": lambda model, batch: model(**batch).square().mean(), "loss_reduction": "sum"}
     statistics = calibrate(Detector(), config, [batch], progress_bar=False, **loss)
     assert {name: layer.num_tokens for name, layer in statistics.items()} == {"encoder.layer": 10, "decoder": 10}
+
+
+def pixel_mask(*sizes, size):
+    """Return ``(images, size, size)``: each image fills the top left, of this height and width."""
+    mask = torch.zeros(len(sizes), size, size, dtype=torch.long)
+    for image, (height, width) in zip(mask, sizes, strict=True):
+        image[:height, :width] = 1
+    return mask
+
+
+@pytest.mark.parametrize("mask_of_text", [[9, 9], [9, 4]])
+@pytest.mark.parametrize("name", ["Idefics2", "Idefics3", "SmolVLM"])
+def test_padded_patches_of_an_image_do_not_count(name, mask_of_text):
+    mask = pixel_mask((18, 18), (12, 6), size=18)
+    batch = {"pixel_values": torch.randn(2, 1, 3, 18, 18), "pixel_attention_mask": mask[:, None]}
+    model, tokens = tiny_idefics(name)
+    batch |= {"input_ids": tokens, "labels": tokens, "attention_mask": mask_of(mask_of_text, 9)}
+    counts = counts_of(model, batch, leave_unusable_dense=True)
+    assert having(counts, "vision_model.encoder") == {9 + 2}
+    assert having(counts, "text_model.layers") == {sum(mask_of_text)}
+
+
+def test_an_image_that_is_all_padding_does_not_count():
+    mask = pixel_mask((18, 18), (12, 6), size=18)
+    pixels = torch.randn(2, 2, 3, 18, 18)
+    pixels[0, 0] = pixels[1, 1] = 0
+    masks = torch.stack([mask.flip(0), mask])
+    masks[0, 0] = masks[1, 1] = 0
+    model, tokens = tiny_idefics("Idefics3")
+    batch = {"input_ids": tokens, "labels": tokens, "pixel_values": pixels, "pixel_attention_mask": masks}
+    assert having(counts_of(model, batch, leave_unusable_dense=True), "vision_model.encoder") == {18}
+
+
+@pytest.mark.parametrize("name", ["Detr", "ConditionalDetr"])
+def test_padded_pixels_do_not_count_in_what_reads_a_feature_map(name):
+    backbone = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    sizes = {"d_model": DIM, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "num_queries": 5}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, **sizes, **layers
+    )
+    model = getattr(transformers, f"{name}Model")(config)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": pixel_mask((32, 32), (16, 8), size=32)}
+    counts = counts_of(model, batch, **STATES)
+    assert having(counts, "encoder.layers", "self_attn") == {16 + 2}
+    assert having(counts, "decoder.layers", "self_attn") == {2 * 5}
+
+
+def test_a_mask_that_a_model_turns_to_its_opposite_still_says_what_is_real():
+    audio = transformers.Gemma3nAudioConfig(
+        hidden_size=DIM, vocab_size=4, input_feat_size=16, sscp_conv_channel_size=(4, 4), conf_num_attention_heads=2,
+        conf_num_hidden_layers=1, conf_attention_chunk_size=4, conf_attention_context_left=5, conf_reduction_factor=1,
+    )  # fmt: skip
+    model = Sound(transformers.Gemma3nAudioEncoder(audio))
+    frames = mask_of([32, 12], 32).bool()  # four to a position
+    counts = counts_of(model, {"input_features": torch.randn(2, 32, 16), "input_features_mask": frames}, **STATES)
+    relative = {name for name in counts if "relative_position_embedding" in name}
+    assert {count for name, count in counts.items() if name not in relative} == {8 + 3}
+
+
+class Sound(torch.nn.Module):
+    """An encoder whose own mask is true for padding."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_features, input_features_mask):
+        return self.encoder(input_features, ~input_features_mask)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -11,7 +13,7 @@ from peft import get_peft_model
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate, rank_summary
 from peft_jactus.numerics.approximation import project_weight
 from peft_jactus.numerics.moments import LayerStatistics
-from tests.support.compressed_models import batches_for, logits_of, tiny_bert, tiny_gpt2, tiny_llama
+from tests.support.compressed_models import VOCABULARY, batches_for, logits_of, tiny_bert, tiny_gpt2, tiny_llama
 from tests.support.options import decomposition_options
 from tests.support.strategies import moment_from, randn, seeds
 
@@ -102,8 +104,28 @@ def test_jactus_without_a_restriction_is_kfac(seed, shape):
 @pytest.mark.parametrize("make", [tiny_bert, tiny_llama, tiny_gpt2])
 def test_the_fisher_information_of_rows_is_that_of_autograd_example_by_example(make):
     model = make(dtype=torch.float64)
+    check_fisher_information(model, batches_for(model, num_batches=2))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 3, 5]])
+def test_the_fisher_information_is_by_example_where_positions_come_before_rows(lengths, checkpointing):
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=3)
+    model = transformers.XLNetForSequenceClassification(config).double().eval()
+    if checkpointing:
+        model.transformer.layer[1].ff.forward = checkpointed(model.transformer.layer[1].ff.forward)
+    mask = torch.tensor([[0] * (6 - length) + [1] * length for length in lengths])
+    ids = torch.randint(2, VOCABULARY, mask.shape)
+    check_fisher_information(model, [{"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}])
+
+
+def checkpointed(function):
+    return lambda *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+
+
+def check_fisher_information(model, batches):
     config = JactusConfig(target_modules="all-linear", decomposition="fwsvd")
-    batches = batches_for(model, num_batches=2)
     statistics = calibrate(model, config, batches, progress_bar=False)
     expected = dict.fromkeys(statistics, 0.0)
     for batch in batches:

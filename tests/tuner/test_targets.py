@@ -142,6 +142,17 @@ class Helper:
         self.held = held
 
 
+class Slots:
+    __slots__ = ("empty", "held")
+
+    def __init__(self, held):
+        self.held = held
+
+
+class OfSlots(Slots):
+    __slots__ = ()
+
+
 def clip(layer, _):
     layer.weight.data.clamp_(-1, 1)
 
@@ -159,6 +170,9 @@ WEIGHTS_HELD = {
     "part": lambda _, layer: layer.weight.data[2:4, 3:],
     "state dict": lambda _, layer: layer.state_dict(),
     "object": lambda _, layer: Helper([layer.weight]),
+    "object with slots": lambda _, layer: [OfSlots([layer.weight])],
+    "array": lambda _, layer: layer.weight.detach().numpy(),
+    "part of an array": lambda _, layer: {"rows": layer.weight.detach().numpy()[3:1:-1, ::-2]},
     "function": lambda _, layer: lambda x, weight=layer.weight: x @ weight,
     "closure": lambda _, layer: (lambda weight: lambda x: x @ weight)(layer.weight),
     "partial": lambda _, layer: functools.partial(torch.matmul, layer.weight),
@@ -209,6 +223,8 @@ def test_a_layer_that_something_else_calls_is_refused(case):
 HARMLESS = {
     "copy": lambda _, layer: [layer.weight.detach().clone()],
     "bias": lambda _, layer: [layer.bias],
+    "array": lambda _, layer: [layer.weight.detach().numpy().copy(), layer.bias.detach().numpy()],
+    "array in memory of a neighbour": lambda _, layer: share_out_memory(layer).numpy()[::-1],
     "itself": lambda _, layer: vars(layer).update(weights=[layer.weight.data]),
     "neighbour in memory": lambda model, layer: vars(model).update(rest=share_out_memory(layer)),
     "optimizer": lambda model, _: torch.optim.SGD(model.parameters()),
@@ -481,6 +497,12 @@ def test_what_most_of_the_parameters_are_is_said_once_where_they_are_not_targete
 def test_a_model_that_is_mostly_targeted_is_not_spoken_of(caplog):
     compressed_names(linear_model("first", "second"), config_for())
     assert not [message for message in caplog.messages if "will not write a" not in message]
+
+
+def test_layers_of_another_adapter_are_no_rest_of_the_model(caplog):
+    model = get_peft_model(linear_model(*"abcdefgh"), config_for(retained_ratio=0.9, keep_base_weights=True))
+    model.add_adapter("other", config_for(["a", "b", "c", "d", "e"], keep_base_weights=True))
+    assert "stay as they are" not in caplog.text
 
 
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])

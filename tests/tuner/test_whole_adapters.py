@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from safetensors.torch import load_file, save_file
 
 from peft_jactus import JactusConfig, compressed_copy, export_compressed
+from peft_jactus.tuner import frozen_copies
 from tests.support.compressed_models import tiny_bert
 from tests.tuner.test_all_or_nothing import IDS, layers_of, tiny_roberta, tuned
 
@@ -201,3 +202,54 @@ def test_other_errors_of_loading_are_passed_on(tmp_path):
     model = get_peft_model(tiny_bert(), JactusConfig(target_modules=["query"], decomposition="svd"))
     with pytest.raises(KeyError, match="UNKNOWN"):
         model.load_adapter(tmp_path, "second")
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    """Return what spreads a model's frozen parameters over processes, as DeepSpeed ZeRO-3 does.
+
+    It gives what is left in one process, as the Trainer does for saving.
+    """
+    monkeypatch.setattr(frozen_copies, "check_deepspeed_zero3_enabled", lambda: True)
+
+    def apply(model):
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data[:0]
+        return {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+
+    return apply
+
+
+def test_frozen_tensors_in_shards_are_saved_from_their_copies(spread, tmp_path):
+    model = tuned(tiny_roberta())
+    expected = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    model.base_model.make_shardable()
+    model.save_pretrained(tmp_path, state_dict=spread(model))
+    saved = load_file(tmp_path / WEIGHTS)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+
+
+def made_again(model, folder):
+    del folder
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", copy.deepcopy(model.peft_config["other"]))
+    model.set_adapter("default")
+
+
+def loaded_again(model, folder):
+    model.load_adapter(folder, "default")
+
+
+@pytest.mark.parametrize("change", [made_again, loaded_again])
+def test_a_copy_of_what_another_adapter_had_is_not_saved(change, spread, tmp_path):
+    model = tuned(tiny_roberta(), keep_base_weights=True)
+    model.save_pretrained(tmp_path / "first")
+    model.base_model.make_shardable()
+    change(model, tmp_path / "first")
+    with pytest.raises(RuntimeError, match=r"'default' cannot be saved: .* missing or empty \(.*jactus_"):
+        model.save_pretrained(tmp_path / "new", state_dict=spread(model), selected_adapters=["default"])
+    assert not (tmp_path / "new").exists()
