@@ -25,6 +25,30 @@ def _resnet(*stages):
     }
 
 
+_SAM2_TOWER = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+_HIERA = {
+    "image_size": [128, 128],
+    "hidden_size": 16,
+    "embed_dim_per_stage": [16, 32, 64, 128],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "blocks_per_stage": [1, 1, 2, 1],
+    "global_attention_blocks": [],
+}
+_IMAGE_OF_128 = {"image_size": 128}
+_SAM2 = ("sam2", "sam2_video", "edgetam", "edgetam_video")
+_TWO_STAGES = {
+    "in_channels": [32, 16],
+    "out_channels": [16, 24],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 6],
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+}
+_VIBEVOICE_TOKENIZERS = [f"vibevoice_acoustic_tokenizer{part}" for part in ("", "_encoder", "_decoder")]
+_FEW_FILTERS = {"num_filters": 2}
+
 OVERRIDES = {
     # Their default backbone is timm's.
     **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer"), _resnet(4)),
@@ -33,6 +57,19 @@ OVERRIDES = {
     "sam_hq_vision_model": _SAM_TOWER,
     "sam_prompt_encoder": _SAM_PROMPTS,
     "sam_hq_prompt_encoder": _SAM_PROMPTS,
+    "sam2_hiera_det_model": _HIERA,
+    "sam2_vision_model": _SAM2_TOWER,
+    **dict.fromkeys(("sam2_video", "edgetam_video"), _IMAGE_OF_128),
+    **dict.fromkeys((f"{name}_prompt_encoder" for name in _SAM2), _IMAGE_OF_128),
+    "sam3_vit_model": {"image_size": 224, "pretrain_image_size": 112, "window_size": 8},
+    "sam3_vision_model": {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]},
+    "sam3_tracker_prompt_encoder": {"image_size": 224},
+    "slanext": {"post_conv_in_channels": 64},
+    "slanext_vision": {"image_size": 128, "output_channels": 64},
+    "align": {"projection_dim": 24},
+    "align_vision_model": {"image_size": 64, "hidden_dim": 24, **_TWO_STAGES},
+    "perceiver": {"num_self_attends_per_block": 2, "d_latents": 64, "d_model": 64, "num_latents": 16},
+    **dict.fromkeys(_VIBEVOICE_TOKENIZERS, _FEW_FILTERS),
     "autoformer": {"prediction_length": 8, "context_length": 16},
     "informer": {"prediction_length": 8, "context_length": 16},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
