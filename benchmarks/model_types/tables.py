@@ -84,6 +84,7 @@ def summary(records):
 
 def write_report(records):
     """Write `docs/models.md`."""
+    records = sorted(records, key=lambda record: record["type"])
     by_type = {record["type"]: record for record in records}
     version = records[-1]["environment"]["packages"]["transformers"]
     families = [family_row(title, by_type[name]) for title, name in FAMILIES.items() if name in by_type]

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_jactus.deployment.layers import FactorizedLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -76,6 +76,12 @@ def checkpoint_names(model: PreTrainedModel, module_names: Collection[str]) -> d
         for key, tensor in weights.items()
         if written.get(id(tensor), "").endswith(".weight")
     }
+
+
+def are_found_again(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
+    """Whether transformers finds all modules again under the names in a checkpoint, given by module name."""
+    renamed = Renaming(model, original_format=True)
+    return all(renamed(name) == module_name for module_name, name in names.items())
 
 
 def _dense_weight(layer: nn.Module) -> Tensor:

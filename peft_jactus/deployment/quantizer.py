@@ -24,7 +24,7 @@ from peft_jactus.deployment.config import QUANT_METHOD, CompressionConfig, Layer
 from peft_jactus.deployment.extensions import extension_configs, extensions_in, find_extension
 from peft_jactus.deployment.integrity import METADATA_KEY, NOT_COMPUTED, CheckpointFiles, check_index, digest_metadata
 from peft_jactus.deployment.layers import FORMS, FactorizedLinear, PivotedLinear, arrange_parts_
-from peft_jactus.deployment.names import Renaming, checkpoint_names, without_numbers
+from peft_jactus.deployment.names import Renaming, are_found_again, checkpoint_names, without_numbers
 from peft_jactus.deployment.parts import unreadable_parts
 from peft_jactus.deployment.quantization import with_empty_codes
 from peft_jactus.deployment.quantized_linear import QuantizedLinear
@@ -309,10 +309,11 @@ def attach_compression(
         retained_ratio: As for `CompressionConfig`.
         base_model: As for `CompressionConfig`.
     """
-    original_format = len(checkpoint_names(model, forms)) == len(forms)
+    names = checkpoint_names(model, forms)
+    original_format = len(names) == len(forms) and are_found_again(model, names)
     if not original_format:
         _set_attributes(model, _weight_conversions=[])  # those that saving reverts
-    names = checkpoint_names(model, forms)
+        names = {name: name for name in forms}
     config = CompressionConfig(
         {names[name]: form for name, form in forms.items()},
         original_format=original_format,

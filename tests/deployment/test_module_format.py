@@ -148,3 +148,23 @@ def test_a_marker_that_is_none_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"original_format": false', '"original_format": 0'))
     with pytest.raises(ValueError, match=r"`quantization_config\.original_format` must be true or false; got 0"):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "compressed")
+
+
+def test_names_under_which_transformers_finds_no_module_again_are_not_written(tmp_path):
+    """A dense checkpoint of this class loses the weights of its language model when it is loaded."""
+    text = {**_TEXT, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    vision = {"image_size": 8, "patch_size": 4, "intermediate_size": 48, **_SIZES}
+    config = transformers.ShieldGemma2Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    auto = transformers.AutoModelForImageTextToText
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto.from_config(config).eval()
+    settings = JactusConfig(target_modules="all-linear", decomposition="svd", retained_ratio=0.6, adaptation_rank=0)
+    compressed = get_peft_model(model, settings).eval()
+    ids = next(causal_batches())["input_ids"]
+    with torch.no_grad():
+        expected = compressed(input_ids=ids).logits
+        export(compressed, tmp_path)
+        loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=FLOAT32_ERROR)
+    assert not any(info.values())
