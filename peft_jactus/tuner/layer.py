@@ -71,15 +71,12 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
 
     adapter_layer_names = TRAINABLE
     other_param_names = (*(name for name in TENSOR_NAMES if name not in TRAINABLE), "r", "adapter_shapes")
+    cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` sets it
 
     def __init__(self, base_layer: nn.Module, module_name: str, dtype: torch.dtype) -> None:
         self.base_layer = base_layer
         self._dense_dtype = dtype
-        in_features, out_features = _get_in_out_features(base_layer)
-        assert in_features is not None
-        assert out_features is not None
-        self.in_features: int = in_features
-        self.out_features: int = out_features
+        self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(base_layer))
         self.r: dict[str, int] = {}  # of the whole weight
         self.adapter_shapes: dict[str, AdapterShape] = {}
         for name in TENSOR_NAMES:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,14 @@ def test_budget_is_kept(build, storage, allocation):
     summary = rank_summary(model)
     assert 0.5 < summary.retained_ratio <= 0.6
     assert {row.name for row in summary.rows} == set(model.peft_config["default"].layer_ranks)
+
+
+def test_layers_know_the_switch_for_casting_inputs():
+    model = compressed(tiny_bert())
+    expected = logits_of(model)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits_of(model), expected)
+    assert all(layer.cast_input_dtype_enabled for layer in jactus_layers(model).values())
 
 
 @pytest.mark.parametrize("build", BUILDERS)
