@@ -51,6 +51,7 @@ def parse_arguments():
 
 def save_models(args, workload, folder):
     """Write the dense model and the compressed ones, in float32; return their folders by name."""
+    set_seed(0)
     dense = workload.make_model()
     config = JactusConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=args.retained_ratio, adaptation_rank=0

@@ -25,7 +25,7 @@ from benchmarks.compare.learning_rates import load_learning_rates
 from benchmarks.compare.training import trained
 from benchmarks.compression.bits import bits_parser, calibration, model_name, parse, table_of, test_rows
 from benchmarks.compression.checkpoint import logits_and_labels, tensor_bytes
-from benchmarks.compression.loss import ROWS, Scorer
+from benchmarks.compression.loss import ROWS, Scorer, pretrained
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, write_markdown
@@ -110,10 +110,10 @@ def trained_classifiers(args, seed):
     return dense, {ratio: train("jactus", ratio) for ratio in args.retained_ratio}, found, score
 
 
-def compressed_language_models(args):
+def compressed_language_models(args, seed):
     """Return a language model, it compressed by ratio, and what scores them."""
     workload = load_workload("language", args.data_dir, args.task, num_rows=ROWS, scored_on="test")
-    dense = workload.make_model().eval()
+    dense = pretrained(workload, seed)
     found = calibration(dense, workload, args.calibration_rows)
     scorer = Scorer(dense, test_rows(args, workload), workload.collator)
 
@@ -132,7 +132,7 @@ def compressed_language_models(args):
 
 
 def run(args, seed):
-    made = trained_classifiers(args, seed) if args.kind == "text" else compressed_language_models(args)
+    made = trained_classifiers(args, seed) if args.kind == "text" else compressed_language_models(args, seed)
     dense, compressed, found, score = made
     rows = []
     for name, bits, model in forms(dense, compressed, found):
