@@ -182,7 +182,8 @@ class LayerStatistics:
         input: Sums of the layer's input vectors. Layers fed by the same tensor share this object.
         gradient: Sums of the gradient of the summed loss with respect to the layer's output vectors.
         row_fisher: ``(out,)``, sum over examples and over a row's entries of the squared gradient of the weight; only
-            FWSVD asks for it, ``None`` otherwise.
+            FWSVD asks for it, ``None`` otherwise. Where a model flattens examples and positions into one dimension,
+            as in front of experts, each position is taken for an example.
         weight_gradient: Sketch of the gradient of the summed loss with respect to the weight; ``None`` where no
             adaptation ranks start along it.
     """
