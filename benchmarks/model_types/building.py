@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.model_types.batches import special_batch
-from benchmarks.model_types.classes import classes_of, config_class_of
+from benchmarks.model_types.classes import classes_of, config_class_of, config_for
 from benchmarks.model_types.inputs import Inputs, counts_of_places, find, with_placeholders
 from benchmarks.model_types.shrinking import RECIPES, shrunk
 
@@ -49,7 +49,7 @@ class Built:
 
     def model(self):
         """Return the model, the same at each call."""
-        return random_model(self.model_class, shrunk(self.config_class, self.recipe))
+        return random_model(self.model_class, _config(self.config_class, self.auto, self.model_class, self.recipe))
 
 
 def build(model_type):
@@ -88,8 +88,12 @@ def first_line(error):
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
+def _config(config_class, auto, model_class, recipe):
+    return config_for(model_class, auto, shrunk(config_class, recipe))
+
+
 def _built(config_class, auto, model_class, recipe):
-    config = shrunk(config_class, recipe)
+    config = _config(config_class, auto, model_class, recipe)
     if recipe == "shallow":
         _check_size(model_class, config)
     model = random_model(model_class, config)

@@ -49,7 +49,6 @@ _TWO_STAGES = {
 _VIBEVOICE_TOKENIZERS = [f"vibevoice_acoustic_tokenizer{part}" for part in ("", "_encoder", "_decoder")]
 _FEW_FILTERS = {"num_filters": 2}
 _IMAGE, _END_OF_ROW, _FIRST_CODE, _CODES = 318, 317, 200, 32
-# Codes in letters, A for 0.
 _CHAMELEON_CODES = {
     f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z": _FIRST_CODE + code
     for code in range(_CODES)
@@ -106,9 +105,10 @@ OVERRIDES = {
     "chameleon": {"vocabulary_map": {"<image>": _IMAGE, **_CHAMELEON_CODES}},
     "chameleon_vqgan": {"num_embeddings": _CODES, "base_channels": 32},
     "emu3": {"vocabulary_map": {"<image>": _IMAGE, "<|extra_200|>": _END_OF_ROW, **_EMU3_CODES}},
-    "emu3_vqgan": {"codebook_size": _CODES, "base_channels": 32, "hidden_size": 32},
+    "emu3_vqgan": {"codebook_size": _CODES, "base_channels": 32, "hidden_size": 128},
     "clvp_encoder": {"bos_token_id": 255},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "clvp_decoder": {"vocab_size": 256},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "llama4_vision_model": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256},
     "depth_pro": {
         "patch_size": 48,
@@ -131,7 +131,19 @@ OVERRIDES = {
         "intermediate_hidden_state_indices": [0, 1, 2, 3],
         "merge_index": 0,
     },
-    "lw_detr_vit": {"image_size": 256},
+    "lw_detr": {
+        "projector_scale_factors": [1.0],
+        "num_queries": 16,
+        "backbone_config": {
+            "model_type": "lw_detr_vit",
+            "image_size": 256,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "window_block_indices": [0],
+            "out_indices": [1, 2],
+        },
+    },
     "rf_detr": {"num_queries": 16},
     "xmod": {"default_language": "en_XX"},
     "moonshine_streaming": {"num_key_value_heads": 4},
