@@ -43,7 +43,7 @@ def _kosmos2(make):
 def _pi0(make):
     config, images = make.config, make.images(1)[0]
     places = (images.shape[-1] // find(config, "patch_size")) ** 2
-    ids = torch.cat([torch.full((ROWS, places), find(config, "image_token_id")), make.ids(LENGTH)], dim=1)
+    ids = torch.cat([torch.full((ROWS, places), make.placeholder_id()), make.ids(LENGTH)], dim=1)
     return {
         "state": make.randn(ROWS, config.max_state_dim),
         "actions": make.randn(ROWS, config.chunk_size, config.max_action_dim),

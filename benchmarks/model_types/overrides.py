@@ -106,7 +106,7 @@ OVERRIDES = {
     "chameleon_vqgan": {"num_embeddings": _CODES, "base_channels": 32},
     "emu3": {"vocabulary_map": {"<image>": _IMAGE, "<|extra_200|>": _END_OF_ROW, **_EMU3_CODES}},
     "emu3_vqgan": {"codebook_size": _CODES, "base_channels": 32, "hidden_size": 128},
-    "clvp_encoder": {"bos_token_id": 255},
+    "clvp_encoder": {"bos_token_id": 255, "num_attention_heads": 2},
     "clvp_decoder": {"vocab_size": 256},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "llama4_vision_model": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256},
