@@ -101,6 +101,22 @@ def _seggpt(make):
     return {name: make.randn(ROWS, 3, height // 2, width) for name in names}
 
 
+def _frames(make, width):
+    mask = torch.ones(ROWS, FRAMES, dtype=torch.long)
+    return {"input_features": make.randn(ROWS, FRAMES, width), "input_features_mask": mask}
+
+
+def _qwen3_asr_encoder(make):
+    length = 2 * make.config.n_window
+    mask = torch.ones(ROWS, length, dtype=torch.long)
+    return {"input_features": make.randn(ROWS, make.config.num_mel_bins, length), "input_features_mask": mask}
+
+
+def _tvp(make):
+    size = make.config.max_img_size
+    return {"input_ids": make.ids(LENGTH, rows=1), "pixel_values": make.randn(1, 2, 3, size, size)}  # takes one row
+
+
 BATCHES = {
     "lxmert": _lxmert,
     "idefics": _idefics,
@@ -110,12 +126,17 @@ BATCHES = {
     "siglip2": _siglip2,
     "siglip2_vision_model": _siglip2,
     "gemma4_vision": _gemma4_vision,
-    "gemma4_audio": lambda make: {"input_features": make.randn(ROWS, FRAMES, 128)},
+    "gemma4_audio": lambda make: _frames(make, 128),
+    "fun_asr_nano_encoder": lambda make: _frames(make, 560),
+    "granite_speech5_encoder": lambda make: _frames(make, 4 * find(make.config, "num_mel_bins")),
+    "granite_speech5_ctc": lambda make: _frames(make, 4 * find(make.config, "num_mel_bins")),
+    "qwen3_asr_encoder": _qwen3_asr_encoder,
     "emu3": _emu3,
     "musicgen": _musicgen,
     "musicgen_melody": _musicgen_melody,
     "seggpt": _seggpt,
-    "voxtral_realtime": lambda make: {"input_ids": make.ids(FRAMES // 8), "input_features": make.features()[-2]},
+    "tvp": _tvp,
+    "voxtral_realtime": lambda make: {"input_ids": make.ids(FRAMES // 8), "input_features": make.features()[0]},
     "kyutai_speech_to_text": lambda make: {
         "input_ids": make.ids(LENGTH)[..., None].repeat(1, 1, make.config.num_codebooks + 1)
     },

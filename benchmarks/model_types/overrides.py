@@ -48,6 +48,10 @@ _TWO_STAGES = {
 }
 _VIBEVOICE_TOKENIZERS = [f"vibevoice_acoustic_tokenizer{part}" for part in ("", "_encoder", "_decoder")]
 _FEW_FILTERS = {"num_filters": 2}
+_THREE_AXES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_image", "glm_ocr"),
+    *("cosmos3_edge", "hy_v4_vl", "paddleocr_vl"),
+)
 _IMAGE, _END_OF_ROW, _FIRST_CODE, _CODES = 318, 317, 200, 32
 _CHAMELEON_CODES = {
     f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z": _FIRST_CODE + code
@@ -131,6 +135,7 @@ OVERRIDES = {
         "intermediate_hidden_state_indices": [0, 1, 2, 3],
         "merge_index": 0,
     },
+    "lw_detr_vit": {"image_size": 256},
     "lw_detr": {
         "projector_scale_factors": [1.0],
         "num_queries": 16,
@@ -145,6 +150,7 @@ OVERRIDES = {
         },
     },
     "rf_detr": {"num_queries": 16},
+    "step3p5": {"sliding_window": 8},
     "xmod": {"default_language": "en_XX"},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "t5gemma2_text": {"dropout_rate": 0.0},
@@ -157,10 +163,7 @@ OVERRIDES = {
         "num_key_value_heads": 4,
         "moe_intermediate_size": 32,
     },
-    **dict.fromkeys(
-        ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text"), _mrope(2, 3, 3)
-    ),
-    **dict.fromkeys(("cosmos3_edge_text", "hy_v4_vl_text"), _mrope(2, 3, 3)),
+    **dict.fromkeys((f"{name}_text" for name in _THREE_AXES), _mrope(2, 3, 3)),
     "glm4v_moe_text": _mrope(1, 1, 2),
     "ernie4_5_vl_moe_text": _mrope(3, 3, 2),
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
