@@ -50,8 +50,19 @@ def classes_of(model_type):
 def _model_class(auto, config_class):
     if config_class not in auto._model_mapping:
         return None
-    found = auto._model_mapping[config_class]
+    try:
+        found = auto._model_mapping[config_class]
+    except ValueError:  # it names a class that transformers lacks
+        return None
     return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def config_for(model_class, auto, config):
+    """Return the config that an Auto class gives a model: of a part, if the model is that part alone (Llama 4)."""
+    if isinstance(config, model_class.config_class):
+        return config
+    parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
+    return next((part for part in parts if type(part) in auto._model_mapping), config)
 
 
 def _auto_classes():

@@ -51,27 +51,34 @@ class Inputs:
         self.parameters = inspect.signature(model.forward).parameters
         self.generator = torch.Generator().manual_seed(0)
 
-    def batches(self):
-        """Yield batches that the model may take, the fullest first."""
+    def batches(self, special=None):
+        """Yield batches that the model may take, the fullest first; before them a special one, if there is one."""
         labels = self.labels()
+        if special is not None:
+            yield from self._with_and_without(special, labels)
         sets = list(self.name_sets())
         for names in sets:
             choices = [self.choices(name) for name in names]
             for values in itertools.islice(itertools.product(*choices), 8):
-                batch = dict(zip(names, values, strict=True))
-                if labels:
-                    yield self._finished(batch | labels)
-                yield self._finished(batch)
-        if not sets:
+                yield from self._with_and_without(dict(zip(names, values, strict=True)), labels)
+        if special is None and not sets:
             yield dict(self.model.dummy_inputs)
 
+    def _with_and_without(self, batch, labels):
+        if labels:
+            yield self._finished(batch | labels)
+        yield self._finished(batch)
+
     def name_sets(self):
-        """Yield names of inputs: all that are known, those that have to be there, text alone."""
+        """Yield names of inputs: the usual ones, those that have to be there, one alone, without sounds, and all."""
         known = [name for name in self.parameters if self.choices(name)]
         needed = [name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty]
-        needed = [name for name in dict.fromkeys([self.model.main_input_name, *needed]) if name in known]
+        main = self.model.main_input_name
+        needed = [*(main if isinstance(main, list) else [main]), *needed]
+        needed = [name for name in dict.fromkeys(needed) if name in known]
         usual = [name for name in known if name in USUAL or name in needed]
         sets = [usual, needed, ["input_ids"], ["pixel_values"], ["input_features"], ["input_values"]]
+        sets += [[name for name in usual if name != "input_features"], [name for name in known if name not in NEVER]]
         yield from dict.fromkeys(tuple(names) for names in sets if names and set(names) <= set(known))
 
     def choices(self, name):
@@ -117,7 +124,7 @@ class Inputs:
 
     def ending_id(self, vocabulary, default):
         ending = find(self.config, "eos_token_id", default=default)
-        ending = ending[0] if isinstance(ending, list) else ending
+        ending = ending[0] if isinstance(ending, (list, tuple)) else ending
         return ending if 0 <= ending < vocabulary else default
 
     def special_ids(self):
@@ -126,6 +133,7 @@ class Inputs:
             for name, value in vars(held).items():
                 if re.search(r"_token(_id|_index)?$", name) and type(value) is int:
                     found.add(value)
+            found |= set((vars(held).get("vocabulary_map") or {}).values())
         return found
 
     def placeholder_id(self):
@@ -137,12 +145,13 @@ class Inputs:
             "audio_token_index",
             "media_placeholder_token_id",
         )
-        return find(self.config, *names, "video_token_id", "speech_token_id")
+        return find(self.config, *names, "video_token_id", "speech_token_id", "video_token_index")
 
     def counts_in_config(self):
         """Return how many such places an image may have."""
         count = find(self.config, "num_query_tokens", "mm_tokens_per_image", "num_image_tokens", "image_seq_length")
-        return [count] if isinstance(count, int) and count <= 1024 else []
+        frames = find(self.config, "num_frames", "frames_per_clip", default=2)
+        return [count, count * frames] if isinstance(count, int) and count <= 1024 else []
 
     def image_sizes(self):
         """Return sizes that an image may have: the one that the config names, or a small one."""
@@ -161,7 +170,9 @@ class Inputs:
 
     def pixel_values(self):
         if {"image_grid_thw", "grid_thw"} & set(self.parameters):
-            return [self.patches()]
+            flat, (channels, patch) = self.patches(), self.patch_shape()
+            squares = self.randn(ROWS * 16, channels, patch, patch)
+            return [flat, squares, self.randn(ROWS * 16, 2 * channels * patch * patch)]
         frames = find(self.config, "num_frames", "frames_per_clip", default=2)
         videos = self.images(frames)[:1]
         if "Video" in self.auto_name:
@@ -170,10 +181,14 @@ class Inputs:
 
     def patches(self):
         """Return the flat patches of two images of four by four patches, as Qwen2-VL takes them."""
-        patch, time = find(self.config, "patch_size", default=14), find(self.config, "temporal_patch_size", default=1)
-        patch = patch if isinstance(patch, int) else 14
-        channels = find(self.config, "in_channels", "in_chans", "num_channels", default=3)
+        time, (channels, patch) = find(self.config, "temporal_patch_size", default=1), self.patch_shape()
         return self.randn(ROWS * 16, channels * time * patch * patch)
+
+    def patch_shape(self):
+        """Return the channels and the side of a patch."""
+        patch = find(self.config, "patch_size", default=14)
+        channels = find(self.config, "in_channels", "in_chans", "num_channels", default=3)
+        return channels, patch if isinstance(patch, int) else 14
 
     def states(self):
         if "grid_thw" in self.parameters:  # what a vision tower calls its patches
@@ -186,6 +201,11 @@ class Inputs:
         frames = 2 * find(self.config, "max_source_positions", default=FRAMES // 2)
         shapes = [(ROWS, bins, frames), (ROWS, FRAMES, bins), (ROWS, bins, FRAMES), (ROWS, 1, FRAMES, bins)]
         return [self.randn(*shape) for shape in dict.fromkeys(shapes)]
+
+    def feature_masks(self):
+        """Return masks for the lengths that `features` have; all frames are there."""
+        lengths = (2 * find(self.config, "max_source_positions", default=FRAMES // 2), FRAMES)
+        return [torch.ones(ROWS, length, dtype=torch.long) for length in dict.fromkeys(lengths)]
 
     def sounds(self):
         spectrogram = (
@@ -240,8 +260,8 @@ MAKERS = {
     "past_time_features": lambda make: make.time_features(("context_length",)),
     "future_time_features": lambda make: make.time_features(("prediction_length",)),
     "past_observed_mask": lambda make: [torch.ones_like(make.past_values()[0])],
-    "states": lambda make: [make.randn(ROWS, LENGTH, make.config.state_dim)],
-    "actions": lambda make: [make.randn(ROWS, LENGTH, make.config.act_dim)],
+    "states": lambda make: [make.randn(ROWS, LENGTH, find(make.config, "state_dim", default=16))],
+    "actions": lambda make: [make.randn(ROWS, LENGTH, find(make.config, "act_dim", default=16))],
     "rewards": lambda make: [make.randn(ROWS, LENGTH, 1)],
     "returns_to_go": lambda make: [make.randn(ROWS, LENGTH, 1)],
     "timesteps": lambda make: [torch.arange(LENGTH).expand(ROWS, LENGTH)],
@@ -250,8 +270,17 @@ MAKERS = {
     "encoder_hidden_states": lambda make: [make.randn(ROWS, LENGTH, find(make.config, "hidden_size", default=64))],
     "audio_codes": lambda make: [torch.randint(16, (ROWS, find(make.config, "num_codebooks", default=8), LENGTH))],
     "spectrogram": Inputs.features,
+    "qformer_input_ids": lambda make: [make.ids(LENGTH)],
+    "task_inputs": lambda make: [make.ids(find(make.config, "task_seq_len", default=LENGTH))],
+    "input_features_mask": Inputs.feature_masks,
+    "feature_attention_mask": Inputs.feature_masks,
+    "merge_sizes": lambda make: [torch.tensor([2] * ROWS)],
+    "audio_mel": lambda make: [make.randn(ROWS, FRAMES, find(make.config, "input_feat_size", default=128))],
+    "audio_mel_mask": lambda make: [torch.zeros(ROWS, FRAMES, dtype=torch.bool)],
+    "latents": lambda make: [make.randn(ROWS, find(make.config, "hidden_size", default=64), 8)],
 }
 # Given where they are taken; the others only where they have to be.
+NEVER = {"attention_mask", "inputs_embeds", "hidden_states", "pixel_values_videos"}
 USUAL = {"input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids", "image_grid_thw", "bbox"}
 
 

@@ -47,7 +47,8 @@ KINDS = [
         ),
         (r"intermediate|ffn|d_ff$|n_inner|mlp_dim|feed_?forward|ff_dim", "inner"),
         (
-            r"hidden|embed|d_model|n_embd|emb_dim|^dim$|_dim$|dims$|channels$|width|projection|conv_dim|codevector",
+            r"hidden|embed|d_model|n_embd|emb_dim|^dim$|_dim$|dims$|channels$|width|projection|conv_dim|codevector"
+            r"|upsample_groups",
             "width",
         ),
     )
