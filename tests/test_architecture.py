@@ -24,7 +24,7 @@ ROOMS = [
         "tuner",
         "what PEFT sees",
         "_version errors _dtypes _placeholders _processes _progress numerics",
-        "accelerate peft torch transformers typing_extensions",
+        "accelerate numpy peft torch transformers typing_extensions",
     ),
     (
         "calibration",
