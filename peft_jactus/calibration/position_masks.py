@@ -246,6 +246,7 @@ def _is_opposite(made: Tensor, real: Tensor) -> bool:
     """Whether a mask that was made of ``real``, maybe a shorter one, is true for padding."""
     if real.dim() > 2 or len(made) != len(real):
         return False
+    real = real.to(made.device)  # a model may be spread over devices
     expected = functional.interpolate(real[None].float(), size=made.shape[1:])[0].bool()
     return 2 * int((made == expected).sum()) < made.numel()
 

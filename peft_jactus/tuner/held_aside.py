@@ -154,7 +154,8 @@ def _parts_of(item: Any) -> Iterable[object]:
 
 
 def _in_slots(item: object) -> Iterator[object]:
-    for slot in _slots_of(type(item)):  # type: ignore[arg-type]  # mypy: no hash
+    kind: Any = type(item)
+    for slot in _slots_of(kind):
         with contextlib.suppress(AttributeError):  # it is empty
             yield slot.__get__(item)
 

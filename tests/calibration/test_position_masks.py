@@ -411,11 +411,11 @@ def test_an_image_that_is_all_padding_does_not_count():
     mask = pixel_mask((18, 18), (12, 6), size=18)
     pixels = torch.randn(2, 2, 3, 18, 18)
     pixels[0, 0] = pixels[1, 1] = 0
-    masks = torch.stack([mask.flip(0), mask])
+    masks = torch.stack([mask.flip(0), mask.flip(0)])  # of each row's two images, one is left: all of it, and a part
     masks[0, 0] = masks[1, 1] = 0
     model, tokens = tiny_idefics("Idefics3")
     batch = {"input_ids": tokens, "labels": tokens, "pixel_values": pixels, "pixel_attention_mask": masks}
-    assert having(counts_of(model, batch, leave_unusable_dense=True), "vision_model.encoder") == {18}
+    assert having(counts_of(model, batch, leave_unusable_dense=True), "vision_model.encoder") == {9 + 2}
 
 
 @pytest.mark.parametrize("name", ["Detr", "ConditionalDetr"])
