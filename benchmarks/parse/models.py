@@ -35,9 +35,7 @@ class Subject:
         calibrated_on: Corpus and split.
         tested_on: Corpora.
         routed_on: By name, corpora that a router is trained on, in equal parts.
-        dtype: Of the model.
         expert_size: Ranks that are chosen together.
-        statistics: File beside the model, made if it is not there.
     """
 
     title: str
@@ -45,9 +43,7 @@ class Subject:
     calibrated_on: tuple[str, str]
     tested_on: tuple[str, ...]
     routed_on: dict[str, tuple[str, ...]]
-    dtype: str = "float32"
     expert_size: int = 8
-    statistics: str = "routing_statistics.safetensors"
 
 
 SUBJECTS = {
@@ -65,15 +61,13 @@ SUBJECTS = {
         ("wikitext2", "validation"),
         ("wikitext2", "ptb", "ag_news", "gsm8k", "trec", "docstrings"),
         {"broad": ("novels", "ptb", "ag_news", "gsm8k", "trec", "docstrings")},
-        dtype="bfloat16",
         expert_size=16,
-        statistics="calibration-65536-bfloat16.safetensors",  # of benchmarks.compression.llama
     ),
 }
 
 
 def load_dense(subject):
-    model = AutoModelForCausalLM.from_pretrained(subject.path, dtype=getattr(torch, subject.dtype))
+    model = AutoModelForCausalLM.from_pretrained(subject.path, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 

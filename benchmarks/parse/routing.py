@@ -97,7 +97,7 @@ class Setting:
         self.args, self.subject = args, args.subject
         self.dense = load_dense(self.subject)
         calibration, self.test = load_corpora(self.subject, args.data_dir, num_test=args.test_blocks)
-        file = Path(self.subject.path) / self.subject.statistics
+        file = Path(self.subject.path) / "routing_statistics.safetensors"
         if not file.exists():
             statistics_for(self.dense, calibration).save(file)
         self.statistics = CalibrationStatistics.load(file)

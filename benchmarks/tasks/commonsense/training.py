@@ -45,7 +45,7 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         train,
         test,
         DataCollatorForSeq2Seq(tokenizer),
-        lambda: AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.bfloat16),
+        lambda: AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32),
         None,
         task_type="CAUSAL_LM",
         head=None,
