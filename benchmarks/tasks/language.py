@@ -47,10 +47,18 @@ def docstrings(split):
     for package in DOCUMENTED:
         files = sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
         chosen = [file for number, file in enumerate(files) if (number % 4 == 0) == (split == "test")]
-        nodes = (node for file in chosen for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        nodes = (node for file in chosen for node in syntax_nodes(file.read_text(encoding="utf-8")))
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         texts += filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds)))
     return texts
+
+
+def syntax_nodes(code):
+    """Return the nodes of its syntax tree; none of code for a newer Python, of which packages install some."""
+    try:
+        return list(ast.walk(ast.parse(code)))
+    except SyntaxError:
+        return []
 
 
 def load_blocks(data_dir, corpus, split, tokenizer, *, length, max_blocks=None, seed=None):
