@@ -6,6 +6,7 @@ import textwrap
 
 from benchmarks.compare.cases import METRIC, Case, budgets, results_of
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
+from benchmarks.tasks.commonsense.scoring import standard_error
 from peft_jactus.deployment.plots import GREY, light_and_dark
 
 # The row that the others' means are compared with, seed by seed.
@@ -129,6 +130,37 @@ def markdown(results):
     return f"{explanation}\n\n{markdown_table(head, rows)}"
 
 
+def sets_table(results):
+    """Return a row for each method: its accuracy on each set of questions, and its distance from `REFERENCE`'s.
+
+    Args:
+        results: Of a task that is several sets; methods are compared in the seeds that both have.
+    """
+    found = {}
+    for result in results:
+        found.setdefault(result["label"], {})[result["seed"]] = result["sets"]
+    names = list(results[0]["sets"])
+    rows = []
+    for label, seeds in found.items():
+        accuracies = [statistics.mean(sets[name]["accuracy"] for sets in seeds.values()) for name in names]
+        common = [seed for seed in seeds if seed in found.get(REFERENCE, {})]
+        difference = ""
+        if common and label != REFERENCE:
+            mine, theirs = ([found[name][seed] for seed in common] for name in (label, REFERENCE))
+            mean, reference = (
+                statistics.mean(one["accuracy"] for sets in runs for one in sets.values()) for runs in (mine, theirs)
+            )
+            difference = f"{mean - reference:+.1f} ± {standard_error(mine, theirs):.1f}"
+        cells = [*(f"{value:.1f}" for value in accuracies), f"**{statistics.mean(accuracies):.1f}**", difference]
+        rows.append([label, *cells, str(len(seeds))])
+    questions = ", ".join(str(len(results[0]["sets"][name]["right"])) for name in names)
+    explanation = (
+        f"Accuracy on each set, %; {questions} questions. Differences from {REFERENCE}'s mean: ± the standard error "
+        "over the questions, which are the same."
+    )
+    return f"{explanation}\n\n{markdown_table(['method', *names, 'mean', f'less {REFERENCE}', 'seeds'], sorted(rows))}"
+
+
 @light_and_dark()
 def plot(results, path):
     """Draw scores against kept parameters, a line for each method that all seeds have, with the spread over seeds."""
@@ -158,5 +190,6 @@ def plot(results, path):
 def write_report(folder, kind):
     """Write ``KIND.md`` and ``KIND.png`` beside the table."""
     results = load_results(folder, kind)
-    write_markdown(folder / f"{kind}.md", markdown(results))
+    parts = [markdown(results), *([sets_table(results)] if all("sets" in result for result in results) else [])]
+    write_markdown(folder / f"{kind}.md", "\n\n".join(parts))
     plot(results, folder / f"{kind}.png")

@@ -1,12 +1,10 @@
 """From the scores of a real Llama right after compression to Markdown and a plot."""
 
-import math
-import statistics
-
 from benchmarks.compare.cases import RATIOS
 from benchmarks.compression.loss_tables import AS_USED, DECOMPOSITIONS
 from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, write_markdown
+from benchmarks.tasks.commonsense.scoring import standard_error
 from peft_jactus.deployment.plots import GREY, light_and_dark
 
 CASE = ("decomposition", "retained_ratio", "storage", "allocation", "tokens", "dtype", "is_deployed")
@@ -39,16 +37,6 @@ def figures(scores):
     return found
 
 
-def standard_error(scores, dense):
-    """Return that of the difference of the mean accuracy from the dense model's, on the same questions; in percent."""
-    variances = []
-    for name, of_set in scores["multiple choice"]["sets"].items():
-        both = zip(of_set["right"], dense["multiple choice"]["sets"][name]["right"], strict=True)
-        differences = [int(mine) - int(theirs) for mine, theirs in both]
-        variances.append(statistics.variance(differences) / len(differences))
-    return 100 * math.sqrt(sum(variances)) / len(variances)
-
-
 # -- tables -----------------------------------------------------------------------------------------------
 
 
@@ -57,7 +45,8 @@ def line(head, scores, dense):
     found = figures(scores)
     accuracy = f"{found['accuracy']:.1f}" if "accuracy" in found else ""
     if accuracy and scores is not dense and "multiple choice" in dense:
-        accuracy += f" ± {standard_error(scores, dense):.1f}"
+        sets = (each["multiple choice"]["sets"] for each in (scores, dense))
+        accuracy += f" ± {standard_error(*sets):.1f}"
     return [*head, *(perplexity_cell(found.get(name)) for name in ("wikitext2", "ptb")), accuracy]
 
 

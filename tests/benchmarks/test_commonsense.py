@@ -128,9 +128,9 @@ def test_the_loss_is_that_of_the_right_ending(data_dir, model_dir, monkeypatch):
 def test_methods_are_trained_jointly_and_scored_on_every_set(data_dir, model_dir, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "SMOLLM2", str(model_dir))
     monkeypatch.setattr(training, "NUM_QUESTIONS", 4)
-    rates = dict.fromkeys(["lora", "jactus", "svd-llm+lora"], 1e-3)
+    rates = dict.fromkeys(["dora", "jactus", "svd-llm+lora"], 1e-3)
     (tmp_path / "commonsense-learning_rates.json").write_text(json.dumps({"learning_rates": {"others": rates}}))
-    methods = ["lora", "jactus pivoted 0.6"]
+    methods = ["dora", "jactus pivoted 0.6"]
     options = ["--data-dir", data_dir, "--out", tmp_path]
     run(monkeypatch, compare, "run", "commonsense", *options, "--seeds", 0, "--rows", 32, "--methods", *methods)
     results = [json.loads(line) for line in (tmp_path / "commonsense.jsonl").read_text().splitlines()]
@@ -140,7 +140,19 @@ def test_methods_are_trained_jointly_and_scored_on_every_set(data_dir, model_dir
         assert 0 <= result["accuracy"] <= 1
         assert all(len(one["right"]) == 4 for one in result["sets"].values())
     run(monkeypatch, compare, "report", "commonsense", "--out", tmp_path)
-    assert all(f"| {method} |" in capsys.readouterr().out for method in methods[:1])
+    lines = capsys.readouterr().out.splitlines()
+    dora, jactus = ([line for line in lines if line.startswith(f"| {method} |")][-1].split("|") for method in methods)
+    assert float(dora[-4].strip(" *")) == pytest.approx(100 * results[methods.index("dora")]["accuracy"], abs=0.06)
+    assert dora[-3].strip() == ""
+    assert "±" in jactus[-3]
+
+
+def test_the_standard_error_is_that_of_independent_questions_that_two_models_answer():
+    first = {name: {"right": "1100"} for name in SPLITS}
+    second = {name: {"right": "1010"} for name in SPLITS}
+    # Differences 0, 1, -1, 0 have the variance 2/3, their mean a quarter of it, the mean of seven sets 1/7 of that.
+    assert scoring.standard_error(first, second) == pytest.approx(100 * math.sqrt(2 / 3 / 4 / 7))
+    assert scoring.standard_error([first, second], [second, first]) == 0  # on average both answer alike
 
 
 def run(monkeypatch, study, *arguments):

@@ -8,6 +8,7 @@ The same by its own command, on a folder that is not compressed, or was exported
 """
 
 import logging
+import math
 import statistics
 from pathlib import Path
 
@@ -55,3 +56,26 @@ def evaluate(model, tokenizer, data_dir, *, num_questions, batch_size=32):
         right = [int(sample[metric]) for sample in samples]
         sets[name] = {"accuracy": 100 * statistics.mean(right), "right": "".join(map(str, right))}
     return {"accuracy": statistics.mean(one["accuracy"] for one in sets.values()), "sets": sets}
+
+
+def standard_error(first, second):
+    """Return that of the difference of two mean accuracies, in percent, from its spread over questions.
+
+    Args:
+        first: By set, which questions one model answers right; see `evaluate`. Of several runs, the same questions in
+            each: a list of these.
+        second: The same of another model, on the same questions.
+    """
+    variances = []
+    for name in SPLITS:
+        mine, theirs = (_shares_right(runs if isinstance(runs, list) else [runs], name) for runs in (first, second))
+        differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+        variances.append(statistics.variance(differences) / len(differences))
+    return 100 * math.sqrt(sum(variances)) / len(variances)
+
+
+def _shares_right(runs, name):
+    """Return for each question of a set how many of the runs answer it right, from 0 to 1."""
+    return [
+        statistics.mean(map(int, question)) for question in zip(*(run[name]["right"] for run in runs), strict=True)
+    ]
