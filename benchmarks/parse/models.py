@@ -36,6 +36,8 @@ class Subject:
         tested_on: Corpora.
         routed_on: By name, corpora that a router is trained on, in equal parts.
         expert_size: Ranks that are chosen together.
+        batch_size: Of the router's training: the logits of 16 blocks of a large vocabulary take a gigabyte, several
+            times.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Subject:
     tested_on: tuple[str, ...]
     routed_on: dict[str, tuple[str, ...]]
     expert_size: int = 8
+    batch_size: int = 16
 
 
 SUBJECTS = {
@@ -62,6 +65,7 @@ SUBJECTS = {
         ("wikitext2", "ptb", "ag_news", "gsm8k", "trec", "docstrings"),
         {"broad": ("novels", "ptb", "ag_news", "gsm8k", "trec", "docstrings")},
         expert_size=16,
+        batch_size=4,
     ),
 }
 
@@ -119,13 +123,13 @@ def routed_model(dense, statistics, decomposition, pool_ratio, config):
     return routed_copy(pool, config, statistics=statistics, decomposition=decomposition, progress_bar=False)
 
 
-def train_router(routed, dense, blocks, folder, *, seed, epochs=1, learning_rate=2e-3, **options):
+def train_router(routed, dense, blocks, folder, *, batch_size, seed, epochs=1, learning_rate=2e-3, **options):
     args = TrainingArguments(
         output_dir=folder,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=batch_size,
         num_train_epochs=epochs,
         logging_steps=20,
         save_strategy="no",

@@ -125,8 +125,8 @@ class Setting:
         routed = self.routed(case)
         names, data_dir = self.subject.routed_on[case.corpus], self.args.data_dir
         blocks = router_corpus(self.subject, data_dir, names, case.blocks, seed=case.seed)
-        started = time.perf_counter()
-        batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks].split(16)]
+        batch_size, started = self.subject.batch_size, time.perf_counter()
+        batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks].split(batch_size)]
         initialize_router_(routed, batches, seed=case.seed, progress_bar=False)
         initialized = time.perf_counter()
         untrained = {str(ratio): self.score(routed, self.choices(routed, ratio, "average")) for ratio in RATIOS}
@@ -137,6 +137,7 @@ class Setting:
                 self.dense,
                 blocks,
                 folder,
+                batch_size=batch_size,
                 seed=case.seed,
                 learning_rate=self.args.learning_rate,
                 active_ratios=(0.35, 0.85),
