@@ -109,9 +109,10 @@ def _inspect_adapter(folder: Path) -> Inspection:
     }
     if config.adaptation_rank:
         trains = "they and the cores train" if config.train_core else "they train"
-        facts["adaptation"] = (
-            f"{config.adaptation_rank} of each layer's ranks, half at most, or on top of a dense one; {trains}"
-        )
+        how = "of each layer's ranks, half at most, or on top of a dense one"
+        if config.adaptation_space == "retained":
+            how = "in each layer, half of its ranks at most, in the space that it retains"
+        facts["adaptation"] = f"{config.adaptation_rank} {how}; {trains}"
     return Inspection(folder, facts, summary_of_adapter(config, shapes), None)
 
 

@@ -273,6 +273,9 @@ def _form(layer: JactusLayer, deployed: nn.Module, energy_kept: float | None) ->
 
 
 def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None:
+    spaces = {shape.space for layer in layers if (shape := layer.adapter_shapes.get(adapter_name))}
+    if "retained" in spaces:  # for which no rank was set aside
+        return
     held = (layer.jactus_adapt_up for layer in layers)
     adapting = [tensors[adapter_name] for tensors in held if adapter_name in tensors]
     if adapting and not any(bool(tensor.any()) for tensor in adapting):

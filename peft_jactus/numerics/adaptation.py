@@ -4,6 +4,10 @@ A layer's rank is shared out: ``W' x = L C R^T x + B A x``, where ``A`` ``(adapt
 adaptation rank)`` train, and ``B`` starts at zero. What an adapter learns in few steps depends on where ``A`` looks:
 along the gradient of the weight it sees what the task wants to change (cf. LoRA-GA, Wang et al., arXiv:2407.05000),
 along the inputs what the task's data have most of (EVA, Paischer et al., arXiv:2410.07170).
+
+In the retained space, the adaptation is one of the larger factor of the compressed weight: ``(F + B A) R^T`` or ``L (F
++ B A)``. It adds no rank, so that none has to be set aside, and one side of what it learns stays in a space that the
+compressed weight has: that of its columns if it is wide, of its rows if it is tall.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from peft_jactus.numerics.linalg import eigh_descending
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from peft_jactus.numerics.frozen_weight import FrozenWeight
     from peft_jactus.numerics.moments import LayerStatistics
 
 AdaptationInit = Literal["gradient", "inputs", "random"]
+AdaptationSpace = Literal["free", "retained"]
 
 # Length of a row of A in a direction that has the mean share of the inputs: that of a row of LoRA's A
 # (`kaiming_uniform_` with a = sqrt(5)), times LoRA's usual scale of 2.
@@ -57,6 +63,26 @@ def starting_directions(
         directions = eigh_descending(statistics.input.covariance)[1][:, :adaptation_rank]
     lengths = _lengths(directions, statistics.input.covariance.to(directions.device))
     return (directions * lengths).mT.to(weight.device)
+
+
+def in_space_of(directions: Tensor, weight: FrozenWeight) -> Tensor:
+    """Return ``A`` of an adapted factor (`FrozenWeight.adapted`) that reads inputs as ``directions`` do, or nearly.
+
+    Args:
+        directions: ``(adaptation rank, in)``, float64.
+        weight: The compressed weight.
+
+    Returns:
+        The directions, if the factor holds rows. Else ``(adaptation rank, rank)``: the nearest ones among those that
+        the weight's rows span, in least squares.
+    """
+    if weight.by_rows:
+        return directions
+    scale, _ = weight.scales_of_adaptation(directions.dtype)
+    columns = weight.basis.dense().to(directions) * scale
+    # The scaled columns have a condition number of about 20, so that the normal equations are exact enough.
+    found: Tensor = torch.linalg.solve(columns.mT @ columns, columns.mT @ directions.mT).mT
+    return found
 
 
 def _lengths(directions: Tensor, covariance: Tensor) -> Tensor:

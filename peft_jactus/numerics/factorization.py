@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from peft_jactus.errors import NumericalWarning
-from peft_jactus.numerics.adaptation import capped_adaptation_rank, starting_directions
+from peft_jactus.numerics.adaptation import capped_adaptation_rank, in_space_of, starting_directions
 from peft_jactus.numerics.allocation import Allocation, LayerGains, Storage, allocate
 from peft_jactus.numerics.approximation import DecompositionOptions, project, project_weight
+from peft_jactus.numerics.frozen_weight import FrozenWeight
 from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
 from peft_jactus.numerics.linalg import to_decomposition_dtype
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from peft_jactus.numerics.adaptation import AdaptationInit
+    from peft_jactus.numerics.adaptation import AdaptationInit, AdaptationSpace
     from peft_jactus.numerics.approximation import ProjectedWeight
     from peft_jactus.numerics.moments import LayerStatistics
 
@@ -42,11 +43,20 @@ class FactorizationOptions:
     bias_correction: bool
     adaptation_rank: int
     adaptation_init: AdaptationInit
+    adaptation_space: AdaptationSpace
+
+    @property
+    def reserved_rank(self) -> int:
+        """How many ranks of a layer the compressed weight leaves to the task, half of them at most."""
+        return 0 if self.adaptation_space == "retained" else self.adaptation_rank
 
 
 @dataclass(frozen=True)
 class LayerFactors:
     """What `factorize` makes of one layer: ``y = left (core (right^T x)) + up (down x) + bias``.
+
+    With an adaptation in the retained space, ``down`` and ``up`` change a factor of the weight instead, and have its
+    shape (`FrozenWeight.adapted`).
 
     Attributes:
         left: Basis of the output side, ``(out, rank)``.
@@ -55,6 +65,7 @@ class LayerFactors:
         bias: ``(out,)``, or ``None`` for a layer without one.
         down: ``(adaptation rank, in)``, or ``None`` for a layer without adaptation ranks.
         up: ``(out, adaptation rank)``, likewise.
+        space: Of the adaptation.
     """
 
     left: InterpolativeBasis
@@ -63,6 +74,7 @@ class LayerFactors:
     bias: Tensor | None
     down: Tensor | None = None
     up: Tensor | None = None
+    space: AdaptationSpace = "free"
 
     @property
     def core_rank(self) -> int:
@@ -77,10 +89,15 @@ class LayerFactors:
     @property
     def rank(self) -> int:
         """Rank of the whole weight, at most."""
+        if self.space == "retained":
+            return self.core_rank
         return min(self.core_rank + self.adaptation_rank, self.left.dim, self.right.dim)
 
     def weight(self) -> LowRankWeight:
         """Return the weight, with plain matrices for bases."""
+        if self.space == "retained" and self.down is not None and self.up is not None:
+            weight = FrozenWeight.from_factors(self.left, self.core, self.right)
+            return LowRankWeight.of(weight.adapted(self.down, self.up), self.bias)
         return LowRankWeight(self.left.dense(), self.core, self.right.dense(), self.bias, self.down, self.up)
 
 
@@ -103,6 +120,15 @@ class LowRankWeight:
     bias: Tensor | None
     down: Tensor | None = None
     up: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, weight: FrozenWeight, bias: Tensor | None, down: Tensor | None = None, up: Tensor | None = None
+    ) -> LowRankWeight:
+        """Return the weight with a core that is the identity."""
+        left, right = weight.sides()
+        core = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
+        return cls(left, core, right, bias, down, up)
 
     def compressed(self) -> Tensor:
         """Return the weight ``(out, in)`` without its adaptation ranks."""
@@ -255,8 +281,10 @@ def factorize(
     elif projected is None:
         centred = options.bias_correction and bias is not None
         projected = project_weight(weight, statistics, options.decomposition, centred=centred)
+    is_dense = rank >= min(weight.shape)
     adaptation_rank = capped_adaptation_rank(options.adaptation_rank, min(rank, *weight.shape))
-    factors = projected.truncate(rank if rank >= min(weight.shape) else rank - adaptation_rank)
+    reserved_rank = 0 if is_dense else capped_adaptation_rank(options.reserved_rank, rank)
+    factors = projected.truncate(rank - reserved_rank)
     if bias is not None:
         bias = to_decomposition_dtype(bias)
         if options.bias_correction and statistics is not None:
@@ -268,4 +296,8 @@ def factorize(
     if not adaptation_rank:
         return LayerFactors(left, core, right, bias)
     down = starting_directions(weight, statistics, adaptation_rank, options.adaptation_init)
-    return LayerFactors(left, core, right, bias, down, core.new_zeros(weight.shape[0], adaptation_rank))
+    if is_dense or options.adaptation_space == "free":
+        return LayerFactors(left, core, right, bias, down, core.new_zeros(weight.shape[0], adaptation_rank))
+    frozen = FrozenWeight.from_factors(left, core, right)
+    up = core.new_zeros(frozen.factor.shape[0], adaptation_rank)
+    return LayerFactors(left, core, right, bias, in_space_of(down, frozen), up, "retained")

@@ -74,14 +74,44 @@ class FrozenWeight:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map rows ``(rows, in)`` to ``(rows, out)``."""
-        output = self.basis.expand(x @ self.factor.mT) if self.by_rows else self.basis.project(x) @ self.factor.mT
-        return output if bias is None else output.add_(bias)  # in place: one large allocation less
+        return self.after_factor(self.before_factor(x) @ self.factor.mT, bias)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Map the gradient of `product` ``(rows, out)`` to that of its inputs ``(rows, in)``."""
-        if self.by_rows:
-            return self.basis.project(gradient) @ self.factor
-        return self.basis.expand(gradient @ self.factor)
+        return self.transposed_before_factor(self.transposed_after_factor(gradient) @ self.factor)
+
+    def before_factor(self, x: Tensor) -> Tensor:
+        """Map rows ``(rows, in)`` to what the factor is multiplied with: them, or ``(rows, rank)``."""
+        return x if self.by_rows else self.basis.project(x)
+
+    def after_factor(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        """Map rows of that product to those of the whole one ``(rows, out)``; ``z`` may be overwritten."""
+        output = self.basis.expand(z) if self.by_rows else z
+        return output if bias is None else output.add_(bias)  # in place: one large allocation less
+
+    def transposed_before_factor(self, gradient: Tensor) -> Tensor:
+        """Map the gradient of what `before_factor` returns to that of its inputs."""
+        return gradient if self.by_rows else self.basis.expand(gradient)
+
+    def transposed_after_factor(self, gradient: Tensor) -> Tensor:
+        """Map the gradient of what `after_factor` returns to that of its inputs."""
+        return self.basis.project(gradient) if self.by_rows else gradient
+
+    def scales_of_adaptation(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what ``down`` and ``up`` of an adapted factor are multiplied with, for basis columns of length one.
+
+        So a step of an optimizer in any of their numbers changes the weight alike (cf. `core_product`). The first is
+        ``(1, rank)`` if the factor holds columns, the second ``(rank, 1)`` if it holds rows; the other is one.
+        """
+        scales = self.basis.column_norms().reciprocal().to(dtype)
+        one = scales.new_ones(1)
+        return (one, scales.unsqueeze(1)) if self.by_rows else (scales.unsqueeze(0), one)
+
+    def adapted(self, down: Tensor, up: Tensor) -> FrozenWeight:
+        """Return the weight with ``factor + up down`` in place of the factor, both scaled as for `adapted_product`."""
+        of_down, of_up = self.scales_of_adaptation(self.dtype)
+        change = (up.to(self.dtype) * of_up) @ (down.to(self.dtype) * of_down)
+        return dataclasses.replace(self, factor=self.factor + change)
 
     def rounded(self, bits: int, *, dtype: torch.dtype, second_moment: Tensor | None) -> RoundedWeight:
         """Return the weight in 8 or 4 bits a number.

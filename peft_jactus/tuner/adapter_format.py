@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from peft_jactus.numerics.adaptation import AdaptationSpace
     from peft_jactus.numerics.moments import LayerStatistics
+    from peft_jactus.tuner.config import JactusConfig
 
 
 # Formats of what an adapter's tensors are and mean, the coordinates of its core (`core_product.STEP_NORM`) among them:
-# 1 has no adaptation ranks, 2 has, 3 has what is frozen in few bits. Any other is refused: it might load, and compute
-# something else.
-READABLE_FORMATS = (1, 2, 3)
+# 1 has no adaptation ranks, 2 has, 3 has what is frozen in few bits, 4 an adaptation in the retained space, in any
+# number of bits. Any other is refused: it might load, and compute something else.
+READABLE_FORMATS = (1, 2, 3, 4)
 # Those that train, where they are there.
 TRAINABLE = ("jactus_core", "jactus_adapt_down", "jactus_adapt_up")
 # The large ones that do not, and are in few bits if that is asked for.
@@ -40,11 +42,13 @@ FROZEN = ("jactus_left", "jactus_frozen_factor", "jactus_right")
 _NEVER = {torch.int32: -1, torch.int8: -128, torch.uint8: 0x44}
 
 
-def adapter_format(adaptation_rank: int, frozen_bits: int | None) -> int:
+def adapter_format(config: JactusConfig) -> int:
     """Return the format of an adapter: the first one that can hold it, for the sake of earlier versions."""
-    if frozen_bits is not None:
+    if config.adaptation_rank and config.adaptation_space == "retained":
+        return 4
+    if config.frozen_bits is not None:
         return 3
-    return 2 if adaptation_rank else 1
+    return 2 if config.adaptation_rank else 1
 
 
 @dataclass(frozen=True)
@@ -56,31 +60,25 @@ class AdapterShape:
         adaptation_rank: Ranks beside it, which train.
         core_trains: Whether the weight has a core, which trains; else it is a `FrozenWeight`.
         frozen_bits: Of a number of that, if it is a `RoundedWeight`.
+        space: Of the adaptation.
     """
 
     core_rank: int
     adaptation_rank: int = 0
     core_trains: bool = True
     frozen_bits: int | None = None
+    space: AdaptationSpace = "free"
 
     @classmethod
-    def of(
-        cls,
-        rank: int,
-        out_features: int,
-        in_features: int,
-        *,
-        adaptation_rank: int,
-        core_trains: bool,
-        frozen_bits: int | None,
-    ) -> Self:
+    def of(cls, config: JactusConfig, rank: int, out_features: int, in_features: int) -> Self:
         """Return the shape of a layer of a total ``rank``; full rank means a dense weight with adaptation on top."""
         full_rank = min(out_features, in_features)
-        adaptation_rank = capped_adaptation_rank(adaptation_rank, min(rank, full_rank))
+        adaptation_rank = capped_adaptation_rank(config.adaptation_rank, min(rank, full_rank))
         # Of a rank of one, none is left to the task: then the core has to train.
-        core_trains = core_trains or not adaptation_rank
-        core_rank = rank if rank >= full_rank else rank - adaptation_rank
-        return cls(core_rank, adaptation_rank, core_trains, None if core_trains else frozen_bits)
+        core_trains = config.core_trains or not adaptation_rank
+        space: AdaptationSpace = "free" if core_trains or rank >= full_rank else config.adaptation_space
+        core_rank = rank if rank >= full_rank or space == "retained" else rank - adaptation_rank
+        return cls(core_rank, adaptation_rank, core_trains, None if core_trains else config.frozen_bits, space)
 
     def tensors(self, out_features: int, in_features: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, by name."""
@@ -99,8 +97,11 @@ class AdapterShape:
         if bias:
             shapes["jactus_bias"] = (out_features,)
         if self.adaptation_rank:
-            shapes["jactus_adapt_down"] = (self.adaptation_rank, in_features)
-            shapes["jactus_adapt_up"] = (out_features, self.adaptation_rank)
+            outputs, inputs = out_features, in_features
+            if self.space == "retained":
+                outputs, inputs = shapes["jactus_frozen_factor"]
+            shapes["jactus_adapt_down"] = (self.adaptation_rank, inputs)
+            shapes["jactus_adapt_up"] = (outputs, self.adaptation_rank)
         return shapes if self.frozen_bits is None else shapes | _shapes_of_codes(shapes, self.frozen_bits)
 
     def dtype_of(self, name: str, model_dtype: torch.dtype) -> torch.dtype:
@@ -250,13 +251,16 @@ def weight_of(tensors: Mapping[str, Tensor], shape: AdapterShape) -> LowRankWeig
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     wide = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    bias, down, up = (wide.get(f"jactus_{name}") for name in ("bias", "adapt_down", "adapt_up"))
     if shape.core_trains:
         bases = bases_in(tensors | wide)
         left_scale, right_scale = core_scales(*bases)
         core = wide["jactus_core"] / left_scale / right_scale
         left, right = (basis.dense() for basis in bases)
-    else:
-        left, right = frozen_weight_in(tensors, shape).to(dtype).numbers().sides()
-        core = torch.eye(left.shape[1], dtype=dtype, device=left.device)
-    optional = (wide.get(f"jactus_{name}") for name in ("bias", "adapt_down", "adapt_up"))
-    return LowRankWeight(left, core, right, *optional)
+        return LowRankWeight(left, core, right, bias, down, up)
+    weight = frozen_weight_in(tensors, shape).to(dtype).numbers()
+    if shape.space == "retained":
+        assert down is not None
+        assert up is not None
+        return LowRankWeight.of(weight.adapted(down, up), bias)
+    return LowRankWeight.of(weight, bias, down, up)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from peft_jactus._version import __version__
-from peft_jactus.numerics.adaptation import AdaptationInit
+from peft_jactus.numerics.adaptation import AdaptationInit, AdaptationSpace
 from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions
 from peft_jactus.numerics.factorization import FactorizationOptions
 from peft_jactus.numerics.moments import LayerStatistics, StatisticsNeeds
@@ -188,10 +188,9 @@ class JactusConfig(PeftConfig):
         default=32,
         metadata={
             "help": (
-                "Ranks of each layer's budget that are reserved for the task, >= 0, but at most half of its ranks. "
-                "They are a trainable product of two thin matrices, as in LoRA, added to the compressed weight. More "
-                "of them learn more, and leave less for the compressed weight. In a layer that stays dense, they are "
-                "extra. 0: only the core trains, as in the paper."
+                "Ranks of each layer that learn the task, >= 0, but at most half of its ranks: a product of two thin "
+                "matrices, as in LoRA. More of them learn more, and leave less for the compressed weight. In a layer "
+                "that stays dense, they are extra. 0: only the core trains, as in the paper."
             )
         },
     )
@@ -203,6 +202,15 @@ class JactusConfig(PeftConfig):
                 "over the calibration batches ('gradient'), or of the inputs ('inputs'). 'random' is LoRA's start, "
                 "without data. Default: 'random' for decomposition='svd', which needs no data; 'gradient' for all "
                 "others."
+            )
+        },
+    )
+    adaptation_space: AdaptationSpace = field(
+        default="free",
+        metadata={
+            "help": (
+                "What the adaptation ranks may add. 'free': anything, and the compressed weight leaves them ranks. "
+                "'retained': only what fits the rows or columns that the compressed weight has, which takes no rank."
             )
         },
     )
@@ -317,8 +325,8 @@ class JactusConfig(PeftConfig):
     @property
     def asked_budget(self) -> str:
         """The field that gives the budget and its value, for messages."""
-        fields_of_budgets = ("model_ratio", "max_model_size")
-        name = next((name for name in fields_of_budgets if getattr(self, name) is not None), "retained_ratio")
+        others = (name for name in ("model_ratio", "max_model_size") if getattr(self, name) is not None)
+        name = next(others, "retained_ratio")
         return f"`{name}`={getattr(self, name)!r}"
 
     @property
@@ -333,14 +341,7 @@ class JactusConfig(PeftConfig):
 
     def adapter_shape(self, rank: int, out_features: int, in_features: int) -> AdapterShape:
         """Return how a layer of this shape and total ``rank`` is shared out."""
-        return AdapterShape.of(
-            rank,
-            out_features,
-            in_features,
-            adaptation_rank=self.adaptation_rank,
-            core_trains=self.core_trains,
-            frozen_bits=self.frozen_bits,
-        )
+        return AdapterShape.of(self, rank, out_features, in_features)
 
     @property
     def needs_statistics(self) -> bool:
@@ -382,19 +383,16 @@ class JactusConfig(PeftConfig):
             bias_correction=self.bias_correction,
             adaptation_rank=self.adaptation_rank,
             adaptation_init=init if data_free else (self.adaptation_init or init),
+            adaptation_space=self.adaptation_space,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they are saved.
-
-        Once ranks are decided, the saved form asks for the checkpoint's values and names its layers. This object stays
-        as it is, so that it can make a further adapter.
-        """
+        """Return the fields as they are saved: with decided ranks, they ask for a checkpoint's values and layers."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "statistics"}
         if self.layer_ranks:
             values["init_weights"] = FROM_CHECKPOINT
             if targets_all_linear(self.target_modules):  # which other models have under other names
                 values["target_modules"] = set(self.layer_ranks)
             values["peft_jactus_version"] = __version__
-            values["adapter_format"] = adapter_format(self.adaptation_rank, self.frozen_bits)
+            values["adapter_format"] = adapter_format(self)
         return values

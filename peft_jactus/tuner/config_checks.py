@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from peft_jactus._version import __version__
-from peft_jactus.numerics.adaptation import AdaptationInit
+from peft_jactus.numerics.adaptation import AdaptationInit, AdaptationSpace
 from peft_jactus.numerics.allocation import Storage
 from peft_jactus.numerics.approximation import Decomposition
 from peft_jactus.numerics.quantization import BITS, bitsandbytes_functional
@@ -27,6 +27,7 @@ _CHOICES = {
     "storage": get_args(Storage),
     "decomposition": get_args(Decomposition),
     "adaptation_init": (*get_args(AdaptationInit), None),
+    "adaptation_space": get_args(AdaptationSpace),
 }
 _NUMBERS = ("retained_ratio", "weight_energy", "input_energy", "gradient_energy", "damping", "rank_floor")
 
@@ -41,7 +42,7 @@ def check_config(config: JactusConfig) -> None:
     _check_targets(config)
     _check_choices(config)
     _check_numbers(config)
-    _check_frozen_bits(config)
+    _check_what_trains(config)
 
 
 def check_can_be_made(config: JactusConfig) -> None:
@@ -142,14 +143,19 @@ def _check_ranks(config: JactusConfig) -> None:
             raise ValueError(f"`rank_pattern` must hold positive integers; got {rank!r} for {pattern!r}.")
 
 
-def _check_frozen_bits(config: JactusConfig) -> None:
+def _check_what_trains(config: JactusConfig) -> None:
     bits = config.frozen_bits
     if bits is not None and (type(bits) is not int or bits not in BITS):
         raise ValueError(f"`frozen_bits` must be one of {BITS}, or None; got {bits!r}.")
+    cause = "`train_core`=True" if config.train_core else "`adaptation_rank`=0"
     if bits is not None and config.core_trains:
-        cause = "`train_core`=True" if config.train_core else "`adaptation_rank`=0"
         raise ValueError(
             f"`frozen_bits`={bits} cannot be used with {cause}: then cores train, and little is frozen. Train only "
+            "adaptation ranks: `adaptation_rank` of at least 1, and `train_core=False`."
+        )
+    if config.adaptation_space == "retained" and config.core_trains:
+        raise ValueError(
+            f"`adaptation_space`='retained' cannot be used with {cause}: then a core trains in that space. Train only "
             "adaptation ranks: `adaptation_rank` of at least 1, and `train_core=False`."
         )
 

@@ -28,7 +28,14 @@ GROUPS = {
         "bias_correction",
         "statistics",
     ),
-    "Training": ("adaptation_rank", "adaptation_init", "train_core", "modules_to_save", "init_weights"),
+    "Training": (
+        "adaptation_rank",
+        "adaptation_init",
+        "adaptation_space",
+        "train_core",
+        "modules_to_save",
+        "init_weights",
+    ),
     "Storage": ("storage", "frozen_bits", "keep_base_weights"),
     "Written by the package": ("layer_ranks", "layer_energy", "id2label", "peft_jactus_version", "adapter_format"),
 }

@@ -58,7 +58,7 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
     ``jactus_frozen_factor_scale`` beside them (`frozen_weight.RoundedWeight`).
 
     ``jactus_adapt_down`` ``(adaptation rank, in)`` and ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where
-    there are adaptation ranks.
+    there are adaptation ranks; in the retained space they have the shape of the factor, ``in`` or ``out`` less.
 
     What does not train is held in persistent buffers, as PEFT's contract wants frozen tensors of an adapter: with the
     bases as frozen parameters 103 tests of PEFT 0.21.2's own suite fail, as they want a gradient for each of an
@@ -333,7 +333,8 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
         if "jactus_core" not in tensors:
             assert down is not None
             assert up is not None
-            return adapted_product(x, frozen_weight_in(tensors, self.adapter_shapes[adapter_name]), bias, down, up)
+            shape = self.adapter_shapes[adapter_name]
+            return adapted_product(x, frozen_weight_in(tensors, shape), bias, down, up, space=shape.space)
         left, right = bases_in(tensors)
         x_of_weight = self._cast_input_dtype(x, right.coefficients.dtype)
         output = core_product(x_of_weight, tensors["jactus_core"], left, right, bias)

@@ -95,7 +95,7 @@ def measure_gains(
             None if statistics is None else statistics[name],
             options.decomposition,
             centred=options.bias_correction and has_bias(targets[name]),
-            adaptation_rank=options.adaptation_rank,
+            adaptation_rank=options.reserved_rank,
         )
         if projected.num_bytes <= keep_bytes:
             keep_bytes -= projected.num_bytes

@@ -83,7 +83,7 @@ def task(task_type: str) -> list[Row]:
     The second one is how the method is meant to be used: ranks from a budget, and no base weights.
     """
     options = {"task_type": task_type}
-    freed = FREED_BASE | {"retained_ratio": 0.5} | options
+    freed = FREED_BASE | {"retained_ratio": 0.5, "adaptation_space": "retained"} | options
     return [
         Row("kept-base", (JactusConfig, KEPT_BASE | LOW_RANK | {"adaptation_rank": 0} | options)),
         Row("freed-base", (JactusConfig, freed), FREED_BASE_FAILURES),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.support.compressed_models import (
 )
 
 ADAPTING = {"adaptation_rank": 3, "retained_ratio": 0.8}
+RETAINED = ADAPTING | {"adaptation_space": "retained"}
 BUILDERS = [tiny_bert, tiny_llama, tiny_gpt2]
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -50,6 +52,23 @@ def trainable(model):
 )
 def test_what_trains_is_as_the_config_says(fields, expected):
     assert trainable(compressed(tiny_llama(), **fields)) == expected
+
+
+@pytest.mark.parametrize("make", BUILDERS)
+def test_in_the_retained_space_all_ranks_compress_and_nothing_is_paid(make):
+    plain = compressed(make(), adaptation_rank=0, retained_ratio=0.8)
+    model = compressed(make(), **RETAINED)
+    assert rank_summary(model) == rank_summary(plain)
+    torch.testing.assert_close(logits_of(model), logits_of(plain), **FLOAT32)
+    assert trainable(model) == {"jactus_adapt_down", "jactus_adapt_up"}
+    perturb_cores_(model)
+    for layer in layers_of(model).values():
+        shape = layer.adapter_shapes["default"]
+        assert torch.linalg.matrix_rank(layer.get_factors("default").dense()) <= layer.r["default"]
+        if layer.r["default"] < min(layer.in_features, layer.out_features):
+            assert (shape.space, shape.core_rank) == ("retained", layer.r["default"])
+        else:  # a layer that stays dense has them for nothing
+            assert shape.space == "free"
 
 
 @pytest.mark.parametrize("init", ["gradient", "inputs", "random"])
@@ -144,9 +163,12 @@ def test_a_row_sees_inputs_as_large_as_one_of_lora_does(init, scale):
     assert shortened > 0
 
 
-@pytest.mark.parametrize("train_core", [False, True])
-def test_training_moves_what_trains_and_nothing_else(train_core):
-    model = compressed(tiny_llama(), **ADAPTING, train_core=train_core).train()
+KINDS = [ADAPTING, ADAPTING | {"train_core": True}, RETAINED, RETAINED | {"frozen_bits": 8}]
+
+
+@pytest.mark.parametrize("fields", KINDS)
+def test_training_moves_what_trains_and_nothing_else(fields):
+    model = compressed(tiny_llama(), **fields).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
@@ -163,23 +185,25 @@ def test_training_moves_what_trains_and_nothing_else(train_core):
     assert moved == trainable(model)
 
 
-@pytest.mark.parametrize("train_core", [False, True])
+@pytest.mark.parametrize(("fields", "adapter_format"), list(zip(KINDS, (2, 2, 4, 4), strict=True)))
 @pytest.mark.parametrize("make", BUILDERS)
-def test_a_trained_adapter_comes_back_bit_for_bit(make, train_core, tmp_path):
-    model = compressed(make(), **ADAPTING, train_core=train_core)
+def test_a_trained_adapter_comes_back_bit_for_bit(make, fields, adapter_format, tmp_path):
+    model = compressed(make(), **fields)
     perturb_cores_(model)
     model.save_pretrained(tmp_path)
     saved = JactusConfig.from_pretrained(tmp_path)
-    assert (saved.adaptation_rank, saved.train_core, saved.adapter_format) == (3, train_core, 2)
+    assert {name: getattr(saved, name) for name in fields} == fields
+    assert saved.adapter_format == adapter_format
     loaded = PeftModel.from_pretrained(make(), tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert rank_summary(loaded) == rank_summary(model)
 
 
+@pytest.mark.parametrize("fields", [ADAPTING, RETAINED], ids=["free", "retained"])
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])
-@pytest.mark.parametrize("make", [tiny_bert, tiny_llama, tiny_gpt2])
-def test_export_and_merge_hold_what_was_learned(make, storage, tmp_path):
-    model = compressed(make(), **ADAPTING, storage=storage)
+@pytest.mark.parametrize("make", BUILDERS)
+def test_export_and_merge_hold_what_was_learned(make, storage, fields, tmp_path):
+    model = compressed(make(), **fields, storage=storage)
     untrained = logits_of(model)
     perturb_cores_(model)
     expected = logits_of(model)
@@ -201,6 +225,22 @@ def test_untrained_adaptation_ranks_are_not_exported(tmp_path):
     torch.testing.assert_close(logits_of(small), logits_of(model), **FLOAT32)
     for exported, row in zip(rank_summary(small).rows, rank_summary(model).rows, strict=True):
         assert exported.rank == (row.rank if row.stays_dense else row.rank - min(3, row.rank // 2))
+
+
+def test_untrained_ones_in_the_retained_space_lose_nothing_and_are_exported_without_a_warning(tmp_path):
+    model = compressed(tiny_llama(), **RETAINED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericalWarning)
+        folder = export_compressed(model, tmp_path / "compressed", progress_bar=False)
+    small = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(small), logits_of(model), **FLOAT32)
+    assert [row.rank for row in rank_summary(small).rows] == [row.rank for row in rank_summary(model).rows]
+
+
+@pytest.mark.parametrize("fields", [{"train_core": True}, {"adaptation_rank": 0}])
+def test_a_core_that_trains_leaves_no_adaptation_in_the_retained_space(fields):
+    with pytest.raises(ValueError, match="`adaptation_space`='retained' cannot be used with"):
+        JactusConfig(**RETAINED | fields)
 
 
 def test_all_weights_that_do_not_train_have_the_models_dtype():
@@ -259,9 +299,10 @@ def test_sketches_do_not_depend_on_batches_checkpointing_or_memory(tmp_path):
                 )
 
 
-def test_several_adapters_of_different_kinds_live_in_one_model(tmp_path):
+@pytest.mark.parametrize("fields", [ADAPTING, RETAINED], ids=["free", "retained"])
+def test_several_adapters_of_different_kinds_live_in_one_model(fields):
     model = compressed(tiny_llama(), keep_base_weights=True)
-    config = calibrated(model, **ADAPTING, keep_base_weights=True)
+    config = calibrated(model, **fields, keep_base_weights=True)
     cores = logits_of(model)
     model.add_adapter("adapting", config)
     model.set_adapter("adapting")

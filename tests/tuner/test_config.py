@@ -34,6 +34,7 @@ OTHER_VALUES = {
     "frozen_bits": None,
     "adaptation_rank": 1,
     "adaptation_init": "inputs",
+    "adaptation_space": "free",
     "train_core": True,
     "bias_correction": False,
     "keep_base_weights": True,
@@ -60,6 +61,7 @@ OTHER_VALUES = {
         "rank_multiple": [0, -8, 1.5, True],
         "adaptation_rank": [-1, 1.5, True, None],
         "adaptation_init": ["zeros", 1],
+        "adaptation_space": ["rows", None],
         "shrinkage": [-0.1, 1.1, math.nan, "oas", None, True],
         "damping": [0, -1e-6, math.nan, math.inf],
         "rank_pattern": [{"query": 0}, {"query": -1}, {"query": 2.5}, {"query": "8"}, {"query": None}],
@@ -132,8 +134,14 @@ def test_all_fields_are_covered_here():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, OTHER_VALUES, {"model_ratio": 0.5}, {"max_model_size": "60MB"}, {"frozen_bits": 8}],
-    ids=["defaults", "other_values", "model_ratio", "max_model_size", "frozen_bits"],
+    [
+        {},
+        OTHER_VALUES,
+        {"model_ratio": 0.5},
+        {"max_model_size": "60MB"},
+        {"frozen_bits": 8, "adaptation_space": "retained"},
+    ],
+    ids=["defaults", "other_values", "model_ratio", "max_model_size", "adaptation only"],
 )
 def test_a_config_comes_back_from_its_json_with_all_values(tmp_path, options):
     saved = JactusConfig(**copy.deepcopy(options))
@@ -148,7 +156,8 @@ def test_a_config_comes_back_from_its_json_with_all_values(tmp_path, options):
 def test_other_values_are_not_the_defaults():
     defaults = JactusConfig()
     written_by_the_package = {"layer_ranks", "layer_energy", "peft_jactus_version", "adapter_format"}
-    excluded_by_others = {"model_ratio", "max_model_size", "frozen_bits"}  # a budget, a core that trains
+    # By a budget, or a core that trains.
+    excluded_by_others = {"model_ratio", "max_model_size", "frozen_bits", "adaptation_space"}
     for name in set(OTHER_VALUES) - written_by_the_package - excluded_by_others:
         assert getattr(defaults, name) != getattr(JactusConfig(**OTHER_VALUES), name), name
 

@@ -240,11 +240,11 @@ def test_training_moves_cores_only_and_lowers_the_loss():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("adaptation_rank", [0, 32])
-def test_gradient_checkpointing_gives_the_same_gradients(adaptation_rank):
+@pytest.mark.parametrize("fields", [{"adaptation_rank": 0}, {}, {"adaptation_space": "retained"}])
+def test_gradient_checkpointing_gives_the_same_gradients(fields):
     gradients = []
     for checkpointing in (False, True):
-        model = compressed(tiny_llama(), adaptation_rank=adaptation_rank).train()
+        model = compressed(tiny_llama(), **fields).train()
         perturb_cores_(model)  # B has to leave zero, or A gets no gradient
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -255,8 +255,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(adaptation_rank):
         torch.testing.assert_close(checkpointed, plain, **FLOAT32_REORDERED)
 
 
-def test_torch_compile_needs_no_graph_break():
-    model = compressed(tiny_bert())
+@pytest.mark.parametrize("fields", [{}, {"adaptation_space": "retained"}])
+def test_torch_compile_needs_no_graph_break(fields):
+    model = compressed(tiny_bert(), **fields)
     batch = {key: value for key, value in batches_for(model.get_base_model())[0].items() if key != "labels"}
     compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="eager")
     with torch.no_grad():
