@@ -78,7 +78,7 @@ def rank_multiple(decomposition):
 
 def adaptation_rank(method):
     """Return how many ranks are left to the task: none where cores train, or something that comes on top."""
-    adapts = method in ("jactus", "jactus-embeddings") or method in IN_FEW_BITS
+    adapts = method in ("jactus", "jactus-embeddings", "jactus-retained") or method in IN_FEW_BITS
     return JactusConfig().adaptation_rank if adapts else 0
 
 
@@ -95,6 +95,7 @@ def compressed(model, case, workload, decomposition):
         allocation=JactusConfig().allocation if decomposition == "jactus" else "uniform",
         rank_multiple=rank_multiple(decomposition),
         adaptation_rank=adapting,
+        adaptation_space="retained" if case.method == "jactus-retained" else "free",
         frozen_bits=IN_FEW_BITS.get(case.method),
         # On for all that are calibrated. The published peers have none, so it is in their favour.
         bias_correction=True,

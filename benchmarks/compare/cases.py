@@ -30,7 +30,8 @@ EPOCHS_BY_TASK = {"clinc150": 10, "commonsense": 1}
 #                     lora+svd-llm+lora
 #   full+jactus-cores the same with all weights in the first part; so does full+svd-llm+lora
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does; jactus-embeddings
-# is jactus with these; jactus-8-bits and jactus-4-bits hold in so few bits what does not train.)
+# is jactus with these; jactus-8-bits and jactus-4-bits hold in so few bits what does not train; jactus-retained has
+# its adaptation in the retained space.)
 FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora", "eva", "lora-ga")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
@@ -79,7 +80,7 @@ UNCOMPRESSED = {
 # Rows at every ratio.
 COMPRESSED = dict.fromkeys(TASKS, ("jactus", "svd+lora", "svd-llm+lora"))
 COMPRESSED["language"] += ("jactus-embeddings",)
-COMPRESSED["commonsense"] = ("jactus", "svd-llm+lora")
+COMPRESSED["commonsense"] = ("jactus", "jactus-retained", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
 # on language, what other last stages do, too. Learning rates are chosen for them as for all others.
 FURTHER = {

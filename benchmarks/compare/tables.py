@@ -16,6 +16,7 @@ REFERENCE = "dora"
 COLORS = {
     "jactus pivoted": "#3a72b0",
     "jactus-embeddings pivoted": "#5f6fd0",
+    "jactus-retained pivoted": "#17a2b8",
     "jactus-8-bits pivoted": "#1a8fa3",
     "jactus-4-bits pivoted": "#4a7fd0",
     "jactus-cores pivoted": "#0f8b8d",

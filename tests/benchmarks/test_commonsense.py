@@ -128,9 +128,9 @@ def test_the_loss_is_that_of_the_right_ending(data_dir, model_dir, monkeypatch):
 def test_methods_are_trained_jointly_and_scored_on_every_set(data_dir, model_dir, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "SMOLLM2", str(model_dir))
     monkeypatch.setattr(training, "NUM_QUESTIONS", 4)
-    rates = dict.fromkeys(["dora", "jactus", "svd-llm+lora"], 1e-3)
+    rates = dict.fromkeys(["dora", "jactus-retained"], 1e-3)
     (tmp_path / "commonsense-learning_rates.json").write_text(json.dumps({"learning_rates": {"others": rates}}))
-    methods = ["dora", "jactus pivoted 0.6"]
+    methods = ["dora", "jactus-retained pivoted 0.6"]
     options = ["--data-dir", data_dir, "--out", tmp_path]
     run(monkeypatch, compare, "run", "commonsense", *options, "--seeds", 0, "--rows", 32, "--methods", *methods)
     results = [json.loads(line) for line in (tmp_path / "commonsense.jsonl").read_text().splitlines()]
