@@ -43,7 +43,7 @@ from peft_jactus.tuner.targeting import pipeline_class
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -272,10 +272,10 @@ def _form(layer: JactusLayer, deployed: nn.Module, energy_kept: float | None) ->
     return LayerForm(storage, rank, energy_kept, part.bits, features)
 
 
-def _warn_if_untrained(layers: Iterable[JactusLayer], adapter_name: str) -> None:
-    spaces = {shape.space for layer in layers if (shape := layer.adapter_shapes.get(adapter_name))}
-    if "retained" in spaces:  # for which no rank was set aside
-        return
+def _warn_if_untrained(layers: Collection[JactusLayer], adapter_name: str) -> None:
+    shapes = (layer.adapter_shapes.get(adapter_name) for layer in layers)
+    if any(shape is not None and shape.space == "retained" for shape in shapes):
+        return  # no rank was set aside
     held = (layer.jactus_adapt_up for layer in layers)
     adapting = [tensors[adapter_name] for tensors in held if adapter_name in tensors]
     if adapting and not any(bool(tensor.any()) for tensor in adapting):

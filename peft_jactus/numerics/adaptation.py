@@ -5,9 +5,9 @@ adaptation rank)`` train, and ``B`` starts at zero. What an adapter learns in fe
 along the gradient of the weight it sees what the task wants to change (cf. LoRA-GA, Wang et al., arXiv:2407.05000),
 along the inputs what the task's data have most of (EVA, Paischer et al., arXiv:2410.07170).
 
-In the retained space, the adaptation is one of the larger factor of the compressed weight: ``(F + B A) R^T`` or ``L (F
-+ B A)``. It adds no rank, so that none has to be set aside, and one side of what it learns stays in a space that the
-compressed weight has: that of its columns if it is wide, of its rows if it is tall.
+In the retained space, ``B A`` is added to the factor of a `frozen_weight.FrozenWeight`: ``W' = L (F + B A)`` in a
+layer that is wide or square, ``(F + B A) R^T`` in a tall one. It adds no rank, so that none has to be set aside. In
+return, one side of what is learned stays in the space of the compressed weight's columns, or of its rows.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
     ``jactus_frozen_factor_scale`` beside them (`frozen_weight.RoundedWeight`).
 
     ``jactus_adapt_down`` ``(adaptation rank, in)`` and ``jactus_adapt_up`` ``(out, adaptation rank)`` train, where
-    there are adaptation ranks; in the retained space they have the shape of the factor, ``in`` or ``out`` less.
+    there are adaptation ranks; in the retained space their product has the shape of ``jactus_frozen_factor``.
 
     What does not train is held in persistent buffers, as PEFT's contract wants frozen tensors of an adapter: with the
     bases as frozen parameters 103 tests of PEFT 0.21.2's own suite fail, as they want a gradient for each of an
