@@ -78,7 +78,7 @@ UNCOMPRESSED = {
     "commonsense": ("lora", "dora", "pissa"),
 }
 # Rows at every ratio.
-COMPRESSED = dict.fromkeys(TASKS, ("jactus", "svd+lora", "svd-llm+lora"))
+COMPRESSED = dict.fromkeys(TASKS, ("jactus", "jactus-retained", "svd+lora", "svd-llm+lora"))
 COMPRESSED["language"] += ("jactus-embeddings",)
 COMPRESSED["commonsense"] = ("jactus", "jactus-retained", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
