@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Tr
 import peft_jactus
 from peft_jactus import CalibrationStatistics
 from peft_jactus.deployment.export import compressed_copy
+from peft_jactus.tuner.adapter_format import READABLE_FORMATS
 from tests.support.compressed_models import (
     batches_for,
     compressed,
@@ -235,7 +236,7 @@ def test_an_adapter_of_another_format_is_refused(tmp_path):
     saved_adapter(tmp_path, tiny_llama)
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for other in (4, None):
+    for other in (max(READABLE_FORMATS) + 1, None):
         path.write_text(json.dumps(config | {"adapter_format": other}))
         with pytest.raises(ValueError, match=f"has format {other} .*Load it with the version that wrote it"):
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
