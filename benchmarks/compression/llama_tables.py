@@ -45,8 +45,8 @@ def line(head, scores, dense):
     found = figures(scores)
     accuracy = f"{found['accuracy']:.1f}" if "accuracy" in found else ""
     if accuracy and scores is not dense and "multiple choice" in dense:
-        sets = (each["multiple choice"]["sets"] for each in (scores, dense))
-        accuracy += f" ± {standard_error(*sets):.1f}"
+        mine, reference = ([each["multiple choice"]["sets"]] for each in (scores, dense))
+        accuracy += f" ± {standard_error(mine, reference):.1f}"
     return [*head, *(perplexity_cell(found.get(name)) for name in ("wikitext2", "ptb")), accuracy]
 
 

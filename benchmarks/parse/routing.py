@@ -125,7 +125,8 @@ class Setting:
         routed = self.routed(case)
         names, data_dir = self.subject.routed_on[case.corpus], self.args.data_dir
         blocks = router_corpus(self.subject, data_dir, names, case.blocks, seed=case.seed)
-        batch_size, started = self.subject.batch_size, time.perf_counter()
+        batch_size = self.subject.batch_size
+        started = time.perf_counter()
         batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks].split(batch_size)]
         initialize_router_(routed, batches, seed=case.seed, progress_bar=False)
         initialized = time.perf_counter()

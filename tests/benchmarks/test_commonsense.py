@@ -151,7 +151,7 @@ def test_the_standard_error_is_that_of_independent_questions_that_two_models_ans
     first = {name: {"right": "1100"} for name in SPLITS}
     second = {name: {"right": "1010"} for name in SPLITS}
     # Differences 0, 1, -1, 0 have the variance 2/3, their mean a quarter of it, the mean of seven sets 1/7 of that.
-    assert scoring.standard_error(first, second) == pytest.approx(100 * math.sqrt(2 / 3 / 4 / 7))
+    assert scoring.standard_error([first], [second]) == pytest.approx(100 * math.sqrt(2 / 3 / 4 / 7))
     assert scoring.standard_error([first, second], [second, first]) == 0  # on average both answer alike
 
 

@@ -62,13 +62,12 @@ def standard_error(first, second):
     """Return that of the difference of two mean accuracies, in percent, from its spread over questions.
 
     Args:
-        first: By set, which questions one model answers right; see `evaluate`. Of several runs, the same questions in
-            each: a list of these.
-        second: The same of another model, on the same questions.
+        first: Of each run of one model, by set, which questions it answers right; see `evaluate`.
+        second: The same of another model. All runs have the same questions.
     """
     variances = []
     for name in SPLITS:
-        mine, theirs = (_shares_right(runs if isinstance(runs, list) else [runs], name) for runs in (first, second))
+        mine, theirs = (_shares_right(runs, name) for runs in (first, second))
         differences = [a - b for a, b in zip(mine, theirs, strict=True)]
         variances.append(statistics.variance(differences) / len(differences))
     return 100 * math.sqrt(sum(variances)) / len(variances)
