@@ -102,15 +102,7 @@ def compressed(model, case, workload, decomposition):
     )
     started = time.perf_counter()
     if config.factorization_options().decomposition.needs_statistics:
-        warmup = HEAD_WARMUP_STEPS if adapting and workload.head is not None else 0
-        calibrate(
-            model,
-            config,
-            workload.calibration_batches(),
-            head_warmup_steps=warmup,
-            head_warmup_lr=HEAD_WARMUP_LEARNING_RATE,
-            progress_bar=False,
-        )
+        config.statistics = statistics_for(model, config, case, workload)
     calibrated = time.perf_counter()
     model = get_peft_model(model, config)
     return model, {
@@ -118,3 +110,21 @@ def compressed(model, case, workload, decomposition):
         "factorization_seconds": time.perf_counter() - calibrated,
         "retained_ratio_reached": rank_summary(model).retained_ratio,
     }
+
+
+def statistics_for(model, config, case, workload):
+    """Return what calibration finds, with a head that is warmed up if the case adapts; or read it, see `Workload`."""
+    file = None
+    if workload.statistics_files is not None:
+        file = f"{workload.statistics_files}-{case.seed}.safetensors"
+        config = JactusConfig(task_type=workload.task_type, target_modules="all-linear")  # it serves every one
+    warmup = HEAD_WARMUP_STEPS if config.adaptation_rank and workload.head is not None else 0
+    return calibrate(
+        model,
+        config,
+        workload.calibration_batches(),
+        head_warmup_steps=warmup,
+        head_warmup_lr=HEAD_WARMUP_LEARNING_RATE,
+        statistics_file=file,
+        progress_bar=False,
+    )

@@ -7,7 +7,6 @@ from peft import get_peft_model, initialize_lora_eva_weights, preprocess_loraga
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch.utils.data import DataLoader
 
-from benchmarks.tasks.workload import CALIBRATION_BATCHES
 from peft_jactus import JactusConfig
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.summed_loss import SummedLoss
@@ -34,7 +33,7 @@ def with_eva(model, config, workload):
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
         model = get_peft_model(model, config)
     loader = DataLoader(workload.train, EVA_BATCH_SIZE, shuffle=True, collate_fn=workload.collator)
-    batches = [dict(batch) for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+    batches = [dict(batch) for batch, _ in zip(loader, range(workload.num_calibration_batches), strict=False)]
     initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=counted, show_progress_bar=False)
     return model
 

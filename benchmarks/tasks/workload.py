@@ -1,5 +1,6 @@
 """What is trained on what, and how rows are split and scored."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,8 +9,6 @@ from datasets import Dataset
 from sklearn.metrics import matthews_corrcoef
 from torch import nn
 from torch.utils.data import DataLoader
-
-CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,9 @@ class Workload:
         batch_size: Rows in a training batch.
         eval_batch_size: Rows in a batch that is scored.
         training_arguments: Further ones of the Trainer.
+        num_calibration_batches: Of the training batch's size.
+        statistics_files: Start of the names of files of statistics, which all compressed rows of a seed share, of
+            any decomposition; ``None``: each row has its own calibration.
     """
 
     train: Dataset
@@ -43,6 +45,8 @@ class Workload:
     batch_size: int = 16
     eval_batch_size: int = 128
     training_arguments: dict = field(default_factory=dict)
+    num_calibration_batches: int = 16
+    statistics_files: str | None = None
 
     @property
     def modules_to_save(self):
@@ -50,9 +54,18 @@ class Workload:
         return [self.head] if self.head is not None and self.task_type is None else None
 
     def calibration_batches(self):
-        """Return the first batches of a shuffled pass over the training rows."""
-        loader = DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=self.collator)
-        return [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+        """Return the rows of the first batches of a shuffled pass over the training rows.
+
+        Without a head, which is warmed up on them, they are of like lengths where those of the training are. That is
+        less padding for the same statistics.
+        """
+        loader = DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=list)
+        batches = [rows for rows, _ in zip(loader, range(self.num_calibration_batches), strict=False)]
+        by_length = self.training_arguments.get("train_sampling_strategy") == "group_by_length"
+        if by_length and self.head is None:
+            rows = sorted(itertools.chain.from_iterable(batches), key=lambda row: len(row["input_ids"]))
+            batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return [self.collator(rows) for rows in batches]
 
 
 def split_rows(data, *, num_rows, scored_on, max_test_rows=1000):
