@@ -83,15 +83,16 @@ def mean_scores(args, group, rates):
 
 def choose_in_group(args, group):
     """Run the grids until no method's best rate is at the end of its grid; return the best rates, and all means."""
-    rates, previous = {}, None
-    while rates != previous:  # methods with a first stage join in the second round
-        previous = rates
+    best, previous = {}, None  # also of methods whose grid is not complete, which `args.methods` may leave so
+    while best != previous:  # methods with a first stage join in the second round
+        previous = dict(best)
         run(
-            (case for case in learning_rate_cases(args, group, rates) if case.task in (args.tasks or group.tasks)),
+            (case for case in learning_rate_cases(args, group, best) if case.task in (args.tasks or group.tasks)),
             args,
         )
-        means = mean_scores(args, group, rates)
+        means = mean_scores(args, group, best)
         rates = {method: max(by_rate, key=by_rate.get) for method, by_rate in means.items()}
+        best |= rates
     return rates, means
 
 

@@ -242,6 +242,20 @@ def test_learning_rates_are_the_best_means_over_a_groups_tasks_of_complete_grids
             assert tried[0] < rate < tried[-1], method
 
 
+def test_a_grid_that_should_go_on_and_is_not_asked_for_ends_without_a_rate(monkeypatch, tmp_path):
+    args = argparse.Namespace(kind="language", out=tmp_path, tasks=None)
+    first = cases.grid("language", "lora")
+
+    def run(found, args):
+        for case in found:
+            if case.method == "lora" and case.learning_rate in first:
+                figures = {"loss": -case.learning_rate}  # best at the upper end
+                cases.results_of(tmp_path, "language").add(case.settings() | figures)
+
+    monkeypatch.setattr(learning_rates, "run", run)
+    assert learning_rates.choose_learning_rates(args) == {"others": {}}
+
+
 def test_a_task_has_the_learning_rates_of_its_group(tmp_path):
     rates = {"others": {"lora": 1e-3}, "clinc150": {"lora": 2e-3}}
     (tmp_path / "text-learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
