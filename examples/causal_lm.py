@@ -47,6 +47,9 @@ parser.add_argument("--dataset", default="yahma/alpaca-cleaned", help="Hub name"
 parser.add_argument("--data-dir", type=Path, help="directory of parquet files, instead of --dataset")
 parser.add_argument("--output-dir", type=Path, default=Path("outputs/causal_lm"))
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="kept share of the weights")
+parser.add_argument(
+    "--adaptation-space", choices=["free", "retained"], default="free", help="retained: no rank is set aside to train"
+)
 parser.add_argument("--calibration-batches", type=int, default=16)
 parser.add_argument("--max-statistics-memory", default="16GiB", help="with more, layers are calibrated in parts")
 parser.add_argument("--learning-rate", type=float, help="default: 2e-4, or 1e-3 with --small")
@@ -225,7 +228,12 @@ losses = {"dense": answer_loss(model)}
 
 # -- calibrate, compress, train -------------------------------------------------------------------
 
-config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=args.retained_ratio)
+config = JactusConfig(
+    task_type="CAUSAL_LM",
+    target_modules="all-linear",
+    retained_ratio=args.retained_ratio,
+    adaptation_space=args.adaptation_space,
+)
 loader = DataLoader(rows["train"], args.batch_size, collate_fn=collator)
 start = time.perf_counter()
 calibrate(
