@@ -34,8 +34,10 @@ class Subject:
         path: Where it is.
         calibrated_on: Corpus and split.
         tested_on: Corpora.
-        routed_on: By name, corpora that a router is trained on, in equal parts.
+        routed_on: By name, corpora that a router is trained on, in equal parts, and where it is not "train", their
+            split; the main one first.
         expert_size: Ranks that are chosen together.
+        studied: Decomposition whose routers are varied.
         batch_size: Of the router's training: the logits of 16 blocks of a large vocabulary take a gigabyte, several
             times.
     """
@@ -47,6 +49,7 @@ class Subject:
     routed_on: dict[str, tuple[str, ...]]
     expert_size: int = 8
     batch_size: int = 16
+    studied: str = "svd-llm"
 
 
 SUBJECTS = {
@@ -63,9 +66,13 @@ SUBJECTS = {
         SMOLLM2,
         ("wikitext2", "validation"),
         ("wikitext2", "ptb", "ag_news", "gsm8k", "trec", "docstrings"),
-        {"broad": ("novels", "ptb", "ag_news", "gsm8k", "trec", "docstrings")},
+        {
+            "broad": ("novels", "ptb", "ag_news", "gsm8k", "trec", "docstrings"),
+            "all kinds": ("novels", "ptb", "ag_news", "gsm8k", "trec", "docstrings", "wikitext2/validation"),
+        },
         expert_size=16,
         batch_size=4,
+        studied="jactus",
     ),
 }
 
@@ -85,10 +92,12 @@ def load_corpora(subject, data_dir, *, num_test):
     return calibration, test
 
 
-def router_corpus(subject, data_dir, names, num_blocks, *, seed):
-    """Return blocks of several corpora in equal parts; not those that the model was calibrated on."""
+def router_corpus(subject, data_dir, names, num_blocks, *, calibration, seed):
+    """Return blocks of several corpora in equal parts, without those of the calibration."""
     tokenizer = AutoTokenizer.from_pretrained(subject.path)
-    return mixed_blocks(data_dir, names, tokenizer, length=LENGTH, num_blocks=num_blocks, seed=2 + seed)
+    blocks = mixed_blocks(data_dir, names, tokenizer, length=LENGTH, num_blocks=num_blocks, seed=2 + seed)
+    seen = set(map(tuple, calibration.tolist()))
+    return blocks[[tuple(block) not in seen for block in blocks.tolist()]]
 
 
 def batches_of(blocks):

@@ -63,7 +63,7 @@ class Case:
     Attributes:
         decomposition: Of the factors.
         router: ``"linear"`` or ``"mlp"``.
-        corpus: One of the subject's.
+        corpus: One of the subject's `routed_on`.
         blocks: Of 256 tokens, that the router is trained on, once.
         seed: Of the corpus, its order, the labels drawn and the budgets.
         pool: Ratio of the ranks that are there.
@@ -77,11 +77,12 @@ class Case:
     pool: float = DEFAULT_POOL_RATIO
 
 
-def cases(blocks):
+def cases(blocks, subject):
     """Return all cases: the table first, then what it is compared with."""
     table = [main_case(name, blocks, seed) for seed in SEEDS for name in DECOMPOSITIONS]
-    changes = ({"router": "mlp"}, {"corpus": "novels"}, {"blocks": blocks // 4}, {"blocks": blocks // 2})
-    studies = [Case("svd-llm", **{"blocks": blocks, **change}, seed=seed) for seed in SEEDS for change in changes]
+    corpora = [{"corpus": name} for name in list(subject.routed_on)[1:]]
+    changes = ({"router": "mlp"}, *corpora, {"blocks": blocks // 4}, {"blocks": blocks // 2})
+    studies = [replace(main_case(subject.studied, blocks, seed), **change) for seed in SEEDS for change in changes]
     return table + studies
 
 
@@ -96,10 +97,10 @@ class Setting:
     def __init__(self, args):
         self.args, self.subject = args, args.subject
         self.dense = load_dense(self.subject)
-        calibration, self.test = load_corpora(self.subject, args.data_dir, num_test=args.test_blocks)
+        self.calibration, self.test = load_corpora(self.subject, args.data_dir, num_test=args.test_blocks)
         file = Path(self.subject.path) / "routing_statistics.safetensors"
         if not file.exists():
-            statistics_for(self.dense, calibration).save(file)
+            statistics_for(self.dense, self.calibration).save(file)
         self.statistics = CalibrationStatistics.load(file)
         scored = {name: losses(self.dense, blocks) for name, blocks in self.test.items()}
         self.dense_losses = {name: figures for name, (figures, _) in scored.items()}
@@ -124,7 +125,9 @@ class Setting:
         torch.manual_seed(case.seed)
         routed = self.routed(case)
         names, data_dir = self.subject.routed_on[case.corpus], self.args.data_dir
-        blocks = router_corpus(self.subject, data_dir, names, case.blocks, seed=case.seed)
+        blocks = router_corpus(
+            self.subject, data_dir, names, case.blocks, calibration=self.calibration, seed=case.seed
+        )
         batch_size = self.subject.batch_size
         started = time.perf_counter()
         batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks].split(batch_size)]
@@ -209,9 +212,10 @@ def runs(args):
     """Yield (fields of a case, function from the setting to its figures) of all that is asked for."""
     for name in args.decompositions if "static" in args.kinds else ():
         yield {"kind": "static", "decomposition": name}, functools.partial(run_static, name=name)
-    for case in cases(args.blocks) if "router" in args.kinds else ():
+    for case in cases(args.blocks, args.subject) if "router" in args.kinds else ():
         is_main = case == main_case(case.decomposition, args.blocks, case.seed)
         is_wanted = case.decomposition in args.decompositions and case.seed in args.seeds
+        is_wanted = is_wanted and args.corpus in (None, case.corpus)
         if is_wanted and (is_main or not args.main_only):
             yield {"kind": "router", **asdict(case)}, functools.partial(run_case, case=case)
     for name in ("svd-llm", "jactus") if "patterns" in args.kinds else ():
@@ -225,7 +229,7 @@ def run(args):
     settings = {
         name: str(value)
         for name, value in vars(args).items()
-        if name not in ("command", "subject", "name", "model", "data_dir", "out")
+        if name not in ("command", "subject", "name", "model", "data_dir", "out", "corpus")
     }
     table = results_of(args.out, args.name)
     for fields, make in runs(args):
@@ -260,6 +264,7 @@ def parse_arguments():
     parser.add_argument("--initial-blocks", type=int, default=128, help="of these, to start the router on")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--main-only", action="store_true", help="no other kinds of routers and corpora")
+    parser.add_argument("--corpus", help="only routers that are trained on this one; default: all")
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--oracle-steps", type=int, default=30)

@@ -18,6 +18,7 @@ def studies_of(blocks):
         "linear, broad": {},
         "two-layer, broad": {"router": "mlp"},
         "linear, novels alone": {"corpus": "novels"},
+        "linear, all kinds": {"corpus": "all kinds"},
         "linear, half of broad": {"blocks": blocks // 2},
         "linear, a quarter of broad": {"blocks": blocks // 4},
     }
@@ -186,11 +187,12 @@ def markdown(results, title, blocks):
         "## Perplexity",
         main_table(results, main, "perplexity", 2),
     ]
-    if any(matching(results, kind="router", **study) for study in list(studies.values())[1:]):
-        parts += [
-            f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, svd-llm factors",
-            studies_table(results, studies, "svd-llm", "divergence", 4),
-        ]
+    for name in decompositions_of(results):
+        if any(matching(results, kind="router", decomposition=name, **study) for study in list(studies.values())[1:]):
+            parts += [
+                f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, {name} factors",
+                studies_table(results, studies, name, "divergence", 4),
+            ]
     if matching(results, kind="patterns"):
         parts += [
             "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",

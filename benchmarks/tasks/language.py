@@ -87,11 +87,15 @@ def load_blocks(data_dir, corpus, split, tokenizer, *, length, max_blocks=None, 
 
 
 def mixed_blocks(data_dir, corpora, tokenizer, *, length, num_blocks, seed):
-    """Return blocks of the training splits of several corpora in equal parts, shuffled; a small corpus is repeated."""
+    """Return blocks of several corpora in equal parts, shuffled; a small corpus is repeated.
+
+    A corpus is a name, whose training split is meant, or ``"name/split"``.
+    """
     share = num_blocks // len(corpora)
     parts = []
-    for name in corpora:
-        blocks = load_blocks(data_dir, name, "train", tokenizer, length=length, max_blocks=share, seed=seed)
+    for corpus in corpora:
+        name, _, split = corpus.partition("/")
+        blocks = load_blocks(data_dir, name, split or "train", tokenizer, length=length, max_blocks=share, seed=seed)
         parts.append(blocks.repeat(-(-share // len(blocks)), 1)[:share])
     blocks = torch.cat(parts)
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
