@@ -132,14 +132,15 @@ def markdown(results):
 
 
 def sets_table(results):
-    """Return a row for each method: its accuracy on each set of questions, and its distance from `REFERENCE`'s.
+    """Return a row for each method: its loss, its accuracy on each set, and the distance of that from `REFERENCE`'s.
 
     Args:
         results: Of a task that is several sets; methods are compared in the seeds that both have.
     """
-    found = {}
+    found, losses = {}, {}
     for result in results:
         found.setdefault(result["label"], {})[result["seed"]] = result["sets"]
+        losses.setdefault(result["label"], []).append(result["loss"])
     names = list(results[0]["sets"])
     rows = []
     for label, seeds in found.items():
@@ -153,13 +154,15 @@ def sets_table(results):
             )
             difference = f"{mean - reference:+.1f} ± {standard_error(mine, theirs):.1f}"
         cells = [*(f"{value:.1f}" for value in accuracies), f"**{statistics.mean(accuracies):.1f}**", difference]
-        rows.append([label, *cells, str(len(seeds))])
+        rows.append([label, f"{statistics.mean(losses[label]):.3f}", *cells, str(len(seeds))])
     questions = ", ".join(str(len(results[0]["sets"][name]["right"])) for name in names)
     explanation = (
-        f"Accuracy on each set, %; {questions} questions. Differences from {REFERENCE}'s mean: ± the standard error "
-        "over the questions, which are the same."
+        f"Loss: of a token of the right endings of {results[0]['num_test_rows']} test rows, nats. Accuracy on each "
+        f"set, %; {questions} questions. Differences from {REFERENCE}'s mean: ± the standard error over questions, "
+        "which are the same."
     )
-    return f"{explanation}\n\n{markdown_table(['method', *names, 'mean', f'less {REFERENCE}', 'seeds'], sorted(rows))}"
+    head = ["method", "loss", *names, "mean", f"less {REFERENCE}", "seeds"]
+    return f"{explanation}\n\n{markdown_table(head, sorted(rows))}"
 
 
 @light_and_dark()

@@ -128,9 +128,9 @@ def test_the_loss_is_that_of_the_right_ending(data_dir, model_dir, monkeypatch):
 def test_methods_are_trained_jointly_and_scored_on_every_set(data_dir, model_dir, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "SMOLLM2", str(model_dir))
     monkeypatch.setattr(training, "NUM_QUESTIONS", 4)
-    rates = dict.fromkeys(["dora", "jactus-retained"], 1e-3)
+    rates = dict.fromkeys(["dora", "jactus-retained", "svd-llm+lora"], 1e-3)
     (tmp_path / "commonsense-learning_rates.json").write_text(json.dumps({"learning_rates": {"others": rates}}))
-    methods = ["dora", "jactus-retained pivoted 0.6"]
+    methods = ["dora", "jactus-retained pivoted 0.6", "svd-llm+lora 0.4"]
     options = ["--data-dir", data_dir, "--out", tmp_path]
     run(monkeypatch, compare, "run", "commonsense", *options, "--seeds", 0, "--rows", 32, "--methods", *methods)
     results = [json.loads(line) for line in (tmp_path / "commonsense.jsonl").read_text().splitlines()]
@@ -139,9 +139,13 @@ def test_methods_are_trained_jointly_and_scored_on_every_set(data_dir, model_dir
         assert set(result["sets"]) == set(SPLITS)
         assert 0 <= result["accuracy"] <= 1
         assert all(len(one["right"]) == 4 for one in result["sets"].values())
+    assert len(list(model_dir.glob("commonsense-*.safetensors"))) == 1  # one calibration for all that compress
     run(monkeypatch, compare, "report", "commonsense", "--out", tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    dora, jactus = ([line for line in lines if line.startswith(f"| {method} |")][-1].split("|") for method in methods)
+    dora, jactus, _ = (
+        [line for line in lines if line.startswith(f"| {method} |")][-1].split("|") for method in methods
+    )
+    assert float(dora[2]) == pytest.approx(results[methods.index("dora")]["loss"], abs=6e-4)
     assert float(dora[-4].strip(" *")) == pytest.approx(100 * results[methods.index("dora")]["accuracy"], abs=0.06)
     assert dora[-3].strip() == ""
     assert "±" in jactus[-3]
