@@ -7,6 +7,8 @@
     python -m benchmarks.pretrain.smollm2 --out outputs/smollm2    # once; then a real one, routing-smollm2.*
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions svd-llm jactus --seeds 0 \
         --kinds static router --main-only --test-blocks 8 --blocks 192 --initial-blocks 64
+    python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
+        --kinds router --corpus "all kinds" --test-blocks 8 --blocks 192 --initial-blocks 64    # another corpus
     python -m benchmarks.parse.routing report --subject smollm2 --blocks 192
 
 A block is 256 tokens: the router sees the first half, the second half is scored. The factors of the small Llama are

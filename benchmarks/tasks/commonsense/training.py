@@ -55,7 +55,7 @@ def load_workload(data_dir, task, *, num_rows, scored_on):
         eval_batch_size=32,
         training_arguments={"train_sampling_strategy": "group_by_length"},
         num_calibration_batches=NUM_CALIBRATION_BATCHES,
-        statistics_files=f"{SMOLLM2}/commonsense-{scored_on}-{num_rows}",
+        statistics_files=f"{SMOLLM2}/commonsense-{scored_on}-{num_rows}-{NUM_CALIBRATION_BATCHES}",
     )
 
 
