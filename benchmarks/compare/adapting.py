@@ -113,11 +113,11 @@ def compressed(model, case, workload, decomposition):
 
 
 def statistics_for(model, config, case, workload):
-    """Return what calibration finds, with a head that is warmed up if the case adapts; or read it, see `Workload`."""
+    """Return what calibration finds, after a head warm-up if the case adapts; or what a shared file has of it."""
     file = None
     if workload.statistics_files is not None:
         file = f"{workload.statistics_files}-{case.seed}.safetensors"
-        config = JactusConfig(task_type=workload.task_type, target_modules="all-linear")  # it serves every one
+        config = JactusConfig(task_type=workload.task_type, target_modules="all-linear")  # whatever the case needs
     warmup = HEAD_WARMUP_STEPS if config.adaptation_rank and workload.head is not None else 0
     return calibrate(
         model,

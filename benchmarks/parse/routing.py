@@ -216,8 +216,11 @@ def runs(args):
         yield {"kind": "static", "decomposition": name}, functools.partial(run_static, name=name)
     for case in cases(args.blocks, args.subject) if "router" in args.kinds else ():
         is_main = case == main_case(case.decomposition, args.blocks, case.seed)
-        is_wanted = case.decomposition in args.decompositions and case.seed in args.seeds
-        is_wanted = is_wanted and args.corpus in (None, case.corpus)
+        is_wanted = (
+            case.decomposition in args.decompositions
+            and case.seed in args.seeds
+            and args.corpus in (None, case.corpus)
+        )
         if is_wanted and (is_main or not args.main_only):
             yield {"kind": "router", **asdict(case)}, functools.partial(run_case, case=case)
     for name in ("svd-llm", "jactus") if "patterns" in args.kinds else ():
