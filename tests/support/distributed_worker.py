@@ -1,4 +1,4 @@
-"""What a process of `test_distributed.py` runs: `python -m tests.support.distributed_worker FOLDER MODEL OPTIONS`."""
+"""What a process of `test_distributed.py` runs: `python -m tests.support.distributed_worker MODEL OPTIONS`."""
 
 import functools
 import gc
@@ -158,13 +158,14 @@ def write_results(folder, name, *, wrapper=None, **options):
     save_file(tensors, Path(folder) / f"{rank}.safetensors", metadata=header)
 
 
-def main(folder, name, options):
+def main(name, options):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    options = json.loads(options)
-    write_results(folder, name, **options)
-    distributed.barrier()  # one that ends while others are at work may abort
-    if options.get("wrapper") in KEEP_THE_GROUP:
+    runs = json.loads(options)  # of each run, by its folder
+    for folder, options in runs.items():
+        write_results(folder, name, **options)
+        distributed.barrier()  # one that ends while others are at work may abort
+    if any(options.get("wrapper") in KEEP_THE_GROUP for options in runs.values()):
         os._exit(0)  # a thread of Gloo that is still there when Python shuts down may abort the process
     gc.collect()
     distributed.destroy_process_group()
