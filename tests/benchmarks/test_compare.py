@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -84,19 +83,13 @@ def write(folder, rows, features):
 
 
 @pytest.fixture
-def run(model_dirs, monkeypatch, capsys):
-    """Run a study in this process, which has imported all that takes long; return what it printed."""
+def run(model_dirs, monkeypatch, run_study):
+    """Run a study on the tiny models; return what it printed."""
     for kind, (module, name) in MODEL_NAMES.items():
         monkeypatch.setattr(module, name, str(model_dirs[kind]))
 
-    def run(study, *arguments):
-        monkeypatch.setattr(sys, "argv", [study.__name__, *map(str, arguments)])
-        capsys.readouterr()
-        study.main()
-        return capsys.readouterr().out
-
     verbosity, progress_bars = transformers.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    yield run
+    yield run_study
     transformers.logging.set_verbosity(verbosity)
     if progress_bars:
         datasets.enable_progress_bars()
