@@ -1,6 +1,7 @@
 """How long a routed model takes, in the same run as the dense one and static low-rank ones: a block of Llama-2-7B.
 
     python -m benchmarks.parse.latency
+    python -m benchmarks.parse.latency --shape smollm2    # SmolLM2-135M without its large vocabulary; --dtype bfloat16
     python -m benchmarks.parse.latency --shape small --repeats 2 --out /tmp/latency.json
 
 Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
@@ -23,7 +24,7 @@ from benchmarks.harness.arguments import study_parser
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, write_document
 from benchmarks.harness.reporting import write_markdown
-from benchmarks.parse.latency_tables import WHOLE_DEPTH, markdown
+from benchmarks.parse.latency_tables import markdown
 from peft_jactus.cli.stopwatch import Case, compare, decode_case, forward_case, num_bytes
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.layers import LowRankLinear
@@ -41,9 +42,18 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_hidden_layers": 1,
     },
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+    },
     "small": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 4},
 }
 RATIOS = (0.8, 0.6, 0.4)
+# Blocks of the whole model, whose experts its router scores.
+WHOLE_DEPTH = {"llama-7b": 32, "smollm2": 30, "small": 32}
 PROMPTS = (128, 512)
 BATCH = 8
 # Scores then have a standard deviation of one.
@@ -56,7 +66,7 @@ PARTS = ("its router", "its gathering", "router of the whole depth")
 def parse_arguments():
     parser = study_parser(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-7b")
-    parser.add_argument("--layers", type=int, help="blocks; default: 1 of llama-7b, 4 of small")
+    parser.add_argument("--layers", type=int, help="blocks; default: 1 of llama-7b, 30 of smollm2, 4 of small")
     parser.add_argument("--active-ratio", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--pool-ratio", type=float, default=0.95, help="of the dense parameters, in two factors")
     parser.add_argument(
@@ -66,10 +76,15 @@ def parse_arguments():
         help="of a layer: the leading experts, as trained routers mostly choose, or any, which have to be copied",
     )
     parser.add_argument("--expert-size", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="default: results/parse/latency-CHOICE-DEVICE.json")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/parse/latency-CHOICE-DEVICE[-SHAPE][-bfloat16].json"
+    )
     args = parse_timing_arguments(parser)
     args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
-    args.out = args.out or RESULTS / "parse" / f"latency-{args.choice}-{args.device}.json"
+    kind = [args.choice, args.device]
+    kind += [args.shape] if args.shape != "llama-7b" else []
+    kind += ["bfloat16"] if args.device == "cpu" and args.dtype == torch.bfloat16 else []
+    args.out = args.out or RESULTS / "parse" / f"latency-{'-'.join(kind)}.json"
     return args
 
 
@@ -113,8 +128,8 @@ def randomize_(router, choice):
 
 
 def router_of_whole_depth(router, args):
-    """Return a router over the experts of as many blocks as Llama-2-7B has, in multiples of the model's."""
-    times = max(1, WHOLE_DEPTH // args.layers)
+    """Return a router over the experts of as many blocks as the whole model has, in multiples of the model's."""
+    times = max(1, WHOLE_DEPTH[args.shape] // args.layers)
     width = router.input_mean.shape[0]
     whole = RankRouter(router.router_config, router.layers * times, width, device=args.device)
     randomize_(whole, args.choice)

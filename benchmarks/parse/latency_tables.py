@@ -2,17 +2,14 @@
 
 from benchmarks.harness.reporting import markdown_table
 
-# Blocks of Llama-2-7B, all of whose experts its router scores.
-WHOLE_DEPTH = 32
-
 NOTES = """\
 Times over the dense model's in the same run; in brackets the speed-up over "native": all ranks of the pool as two
 products. "static" has uniform ranks of the same active share, also as two products. On a GPU, the routed model decodes
 with its fused kernel, which the static ones do not have."""
-ROUTER_NOTES = f"""\
+ROUTER_NOTES = """\
 A miss in parts: "router" pools the embeddings, scores all experts of this model and selects; "gathering" copies the
 chosen factors; both were timed alone, and "rest" is what remains. "router / hit" is measured, of this model as it is.
-"{WHOLE_DEPTH} blocks" is an estimate: a router over the experts of that many such blocks, timed alone, over as many
+"whole depth" is an estimate: a router over the experts of {blocks} such blocks, timed alone, over as many
 times the time of a hit for each block of this model (with its embedding and its head of 1024 tokens)."""
 MEMORY_NOTES = "Memory of a pattern's gathered factors, of the pool and of the router, over the dense linear layers'."
 
@@ -40,7 +37,7 @@ def router_table(rows):
         numbers = [f"{row['hit_milliseconds']:.2f} ms", f"{miss:.2f} ms"]
         lines.append([str(row["prompt_tokens"]), f"{row['active_ratio']:g}", *numbers, *shares, *ratios])
     header = ["prompt", "active", "hit", "miss", "router", "gathering", "rest", "router / hit"]
-    return markdown_table([*header, f"the same, {WHOLE_DEPTH} blocks"], lines)
+    return markdown_table([*header, "the same, whole depth"], lines)
 
 
 def memory_table(rows):
@@ -53,5 +50,6 @@ def markdown(result, device):
     title = f"{result['shape']}, {result['layers']} block(s), {device}, {result['dtype']}, "
     title += f"pool {result['pool_ratio']:g}, {result['choice']} experts"
     ratios = [row["active_ratio"] for row in result["memory"]]
-    tables = [NOTES, times_table(result["times"], ratios), ROUTER_NOTES, router_table(result["router"])]
+    router_notes = ROUTER_NOTES.format(blocks=result["router"][0]["estimated_blocks"])
+    tables = [NOTES, times_table(result["times"], ratios), router_notes, router_table(result["router"])]
     return "\n\n".join([title, *tables, MEMORY_NOTES, memory_table(result["memory"])])
