@@ -9,6 +9,8 @@
         --kinds static router --main-only --test-blocks 8 --blocks 192 --initial-blocks 64
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
         --kinds router --corpus "all kinds" --test-blocks 8 --blocks 192 --initial-blocks 64    # another corpus
+    python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
+        --kinds router --corpus "all kinds" --test-blocks 8 --blocks 576 --initial-blocks 192    # more of it
     python -m benchmarks.parse.routing report --subject smollm2 --blocks 192
 
 A block is 256 tokens: the router sees the first half, the second half is scored. The factors of the small Llama are

@@ -19,6 +19,7 @@ def studies_of(blocks):
         "two-layer, broad": {"router": "mlp"},
         "linear, novels alone": {"corpus": "novels"},
         "linear, all kinds": {"corpus": "all kinds"},
+        "linear, three times all kinds": {"corpus": "all kinds", "blocks": 3 * blocks},
         "linear, half of broad": {"blocks": blocks // 2},
         "linear, a quarter of broad": {"blocks": blocks // 4},
     }
