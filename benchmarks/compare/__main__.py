@@ -27,7 +27,7 @@ from benchmarks.compare.cases import (
     first_stage,
     learning_rate_group,
 )
-from benchmarks.compare.learning_rates import choose_learning_rates, load_learning_rates
+from benchmarks.compare.learning_rates import choose_learning_rates, grid_labels, load_learning_rates
 from benchmarks.compare.running import run
 from benchmarks.compare.tables import write_report
 from benchmarks.harness.arguments import add_data_dir, study_parser
@@ -72,18 +72,23 @@ def table_cases(args):
             )
 
 
+def check_methods(asked, labels):
+    """Exit with a message if ``--methods`` has one that there is not."""
+    unknown = [method for method in asked or () if method not in labels]
+    if unknown:
+        raise SystemExit(f"--methods: there is no {', '.join(unknown)}, but {', '.join(labels)}.")
+
+
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
     if args.command == "learning-rates":
+        check_methods(args.methods, grid_labels(args.kind))
         print(json.dumps(choose_learning_rates(args), indent=1))
     elif args.command == "run":
         cases = list(table_cases(args))
-        labels = dict.fromkeys(case.label for case in cases)
-        unknown = [method for method in args.methods or () if method not in labels]
-        if unknown:
-            raise SystemExit(f"--methods: there is no {', '.join(unknown)}, but {', '.join(labels)}.")
+        check_methods(args.methods, dict.fromkeys(case.label for case in cases))
         run(cases, args)
     else:
         write_report(args.out, args.kind)

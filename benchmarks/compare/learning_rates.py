@@ -19,6 +19,9 @@ from benchmarks.compare.running import run
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import write_document
 
+# Whose best rate the other ratios get.
+GRID_RATIO = 0.6
+
 
 def file_of_rates(folder, kind):
     return folder / f"{kind}-learning_rates.json"
@@ -35,12 +38,18 @@ def load_learning_rates(folder, kind):
     return by_group
 
 
+def grid_labels(kind):
+    """Return the labels of all methods that have a grid."""
+    grids = [Case("", *budget) for budget in budgets(kind, ratios=(GRID_RATIO,))]
+    return [case.label for case in grids if case.method not in SAME_LEARNING_RATE]
+
+
 def learning_rate_cases(args, group, rates):
     """Yield the grid of each method on a group's tasks, around the rate that it has in ``rates``, the best so far.
 
     One with a first stage waits until ``rates`` has the rate of that stage.
     """
-    for method, ratio, storage in budgets(args.kind, ratios=(0.6,)):
+    for method, ratio, storage in budgets(args.kind, ratios=(GRID_RATIO,)):
         first = first_stage(method)
         if method in SAME_LEARNING_RATE or (first is not None and first not in rates):
             continue

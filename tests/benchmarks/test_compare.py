@@ -249,6 +249,11 @@ def test_a_grid_that_should_go_on_and_is_not_asked_for_ends_without_a_rate(monke
     assert learning_rates.choose_learning_rates(args) == {"others": {}}
 
 
+def test_a_grid_that_there_is_not_is_an_error_with_the_names_of_those_that_there_are(run):
+    with pytest.raises(SystemExit, match=r"there is no jactus, but full, .*jactus pivoted 0\.6"):
+        run(compare, "learning-rates", "text", "--methods", "full", "jactus")
+
+
 def test_a_task_has_the_learning_rates_of_its_group(tmp_path):
     rates = {"others": {"lora": 1e-3}, "clinc150": {"lora": 2e-3}}
     (tmp_path / "text-learning_rates.json").write_text(json.dumps({"learning_rates": rates}))
