@@ -101,8 +101,8 @@ def rows_of(subject, seconds):
 
 def main():
     parser = study_parser(__doc__)
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "cost" / "calibration.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
