@@ -9,13 +9,12 @@ the same random batches; a ratio is the median over rounds.
 import itertools
 import statistics
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cost.latency import MINILM
+from benchmarks.cost.training_step import batches, load_model, task_type
 from benchmarks.harness.arguments import study_parser
 from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS, write_document
@@ -24,34 +23,11 @@ from peft_jactus import JactusConfig, calibrate
 
 # Adaptation ranks, and so directions of the sketch; with none, there is no sketch.
 RANKS = (0, 16, 32)
-# Name, task type, and rows and tokens of a batch.
+# As a training step's: models and batches of one shape.
 SUBJECTS = {
-    "MiniLM": ("SEQ_CLS", 32, 128),
-    "a block of a Llama, width 2,048": ("CAUSAL_LM", 4, 256),
+    "MiniLM": Namespace(width=None, batch_size=32, length=128, dtype="float32"),
+    "a block of a Llama, width 2,048": Namespace(width=2048, blocks=1, batch_size=4, length=256, dtype="float32"),
 }
-NUM_LABELS = 6
-VOCABULARY = 1000
-
-
-def load(subject):
-    torch.manual_seed(0)
-    if subject == "MiniLM":
-        return AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=NUM_LABELS)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=5504, num_hidden_layers=1, num_attention_heads=16
-    )
-    return LlamaForCausalLM(config)
-
-
-def batches(subject, count):
-    task_type, rows, length = SUBJECTS[subject]
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(count):
-        ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
-        labels = ids if task_type == "CAUSAL_LM" else torch.randint(NUM_LABELS, (rows,), generator=generator)
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return found
 
 
 def run_pass(model, data):
@@ -65,11 +41,12 @@ def run_pass(model, data):
 
 def measure(subject, args):
     """Return the seconds of a batch, by kind and round; the first round only warms up."""
-    model, data = load(subject).requires_grad_(False).eval(), batches(subject, args.batches)
+    shape = SUBJECTS[subject]
+    model, data = load_model(shape).requires_grad_(False).eval(), list(batches(shape, args.batches))
     kinds = {"pass": lambda: run_pass(model, data)}
     for rank in RANKS:
         config = JactusConfig(
-            task_type=SUBJECTS[subject][0],
+            task_type=task_type(shape),
             target_modules="all-linear",
             adaptation_rank=rank,
             train_core=not rank,
@@ -105,8 +82,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "cost" / "calibration.json")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2.")
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
     started_at = environment()
     rows = [row for subject in SUBJECTS for row in rows_of(subject, measure(subject, args))]
     settings = {"batches": args.batches, "rounds": args.rounds}
