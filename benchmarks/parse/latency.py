@@ -31,9 +31,10 @@ from peft_jactus.deployment.layers import LowRankLinear
 from peft_jactus.deployment.names import checkpoint_names
 from peft_jactus.deployment.quantizer import attach_compression
 from peft_jactus.parse.config import RouterConfig
+from peft_jactus.parse.inputs import pool_states
 from peft_jactus.parse.installation import install_router
 from peft_jactus.parse.patterns import ExpertPattern
-from peft_jactus.parse.router import RankRouter, pool_embeddings
+from peft_jactus.parse.router import RankRouter
 
 SHAPES = {
     "llama-7b": {
@@ -191,7 +192,7 @@ def miss_case(ids):
 
 
 def choice_case(embeddings):
-    return Case("choice", lambda router, _: router.select(pool_embeddings(embeddings, None)).cpu())
+    return Case("choice", lambda router, _: router.select(pool_states(embeddings, None)).cpu())
 
 
 def gather_case(selected):
@@ -211,7 +212,7 @@ def prefill_times(length, models, whole_router, ratio, args):
     router = miss.rank_router
     with torch.inference_mode():
         embeddings = miss.get_input_embeddings()(ids)
-        selected = router.select(pool_embeddings(embeddings, None))[0].cpu()
+        selected = router.select(pool_states(embeddings, None))[0].cpu()
     contenders = {name: (model, prefill_case(ids)) for name, model in models.items()} | {
         "routed, hit": (hit, prefill_case(ids)),
         "routed, miss": (miss, miss_case(ids)),
@@ -291,7 +292,7 @@ def memory_row(models, ratio, args):
     router = routed.rank_router
     with torch.inference_mode():
         embeddings = routed.get_input_embeddings()(tokens(1, PROMPTS[0], args.device))
-        (pattern,) = router.choose(pool_embeddings(embeddings, None)).patterns
+        (pattern,) = router.choose(pool_states(embeddings, None)).patterns
     dense = linear_bytes(models["dense"])
     return {
         "active_ratio": ratio,

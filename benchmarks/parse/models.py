@@ -14,8 +14,7 @@ from peft_jactus import JactusConfig, calibrate
 from peft_jactus.deployment.export import compressed_copy
 from peft_jactus.parse import RouterTrainer, routed_copy
 from peft_jactus.parse.experts import relaxed_gates, select_experts
-from peft_jactus.parse.router import pool_embeddings
-from peft_jactus.parse.training import embeddings_of
+from peft_jactus.parse.inputs import pool_states, prompt_states
 
 DECOMPOSITIONS = ("svd", "fwsvd", "asvd", "svd-llm", "jactus")
 LENGTH = 256
@@ -181,10 +180,16 @@ def losses(model, blocks, expected=None, selected=None):
     return {"loss": total / count, "perplexity": math.exp(total / count), "divergence": divergence / count}, kept
 
 
+def read_by_router(routed, ids):
+    """Return the means ``(num, dim)`` of what the router reads of ``ids``."""
+    states = prompt_states(routed, {"input_ids": ids}, routed.rank_router.router_config.router_input)
+    return pool_states(states, None)
+
+
 @torch.no_grad()
 def prompts_of(routed, blocks):
-    """Return what the router sees of the first half of each block."""
-    return pool_embeddings(embeddings_of(routed, {"input_ids": blocks[:, :PROMPT]}), None)
+    """Return what the router reads of the first half of each block."""
+    return read_by_router(routed, blocks[:, :PROMPT])
 
 
 def choices(routed, blocks, ratio, kind):
@@ -244,7 +249,7 @@ def overlap_while_decoding(routed, test, ratio, *, start=64, every=16):
     router = routed.rank_router
 
     def choose(ids):
-        pooled = pool_embeddings(embeddings_of(routed, {"input_ids": ids}), None)
+        pooled = read_by_router(routed, ids)
         return select_experts(router(pooled), router.table, router.budgets(ratio), router.router_config.allocation)
 
     lengths = list(range(start, LENGTH + 1, every))

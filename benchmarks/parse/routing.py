@@ -8,9 +8,10 @@
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions svd-llm jactus --seeds 0 \
         --kinds static router --main-only --test-blocks 8 --blocks 192 --initial-blocks 64
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
-        --kinds router --corpus "all kinds" --test-blocks 8 --blocks 192 --initial-blocks 64    # another corpus
+        --kinds router --routers linear --corpus "all kinds" --test-blocks 8 --blocks 192 --initial-blocks 64
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
-        --kinds router --corpus "all kinds" --test-blocks 8 --blocks 576 --initial-blocks 192    # more of it
+        --kinds router --routers linear "first block" --corpus "all kinds" --test-blocks 8 --blocks 576 \
+        --initial-blocks 192    # more of it
     python -m benchmarks.parse.routing report --subject smollm2 --blocks 192
 
 A block is 256 tokens: the router sees the first half, the second half is scored. The factors of the small Llama are
@@ -58,6 +59,7 @@ POOL_RATIO = {"jactus": 0.99}
 DEFAULT_POOL_RATIO = 0.95
 # Of cases, with how long they take: one, several, many times the compression.
 KINDS = ("static", "router", "patterns")
+ROUTERS = {"linear": {}, "mlp": {"router_kind": "mlp"}, "first block": {"router_input": "first_block"}}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Case:
 
     Attributes:
         decomposition: Of the factors.
-        router: ``"linear"`` or ``"mlp"``.
+        router: ``"linear"`` or ``"mlp"``; or ``"first block"``, a linear one that reads its output.
         corpus: One of the subject's `routed_on`.
         blocks: Of 256 tokens, that the router is trained on, once.
         seed: Of the corpus, its order, the labels drawn and the budgets.
@@ -85,7 +87,8 @@ def cases(blocks, subject):
     """Return all cases: the table first, then what it is compared with."""
     table = [main_case(name, blocks, seed) for seed in SEEDS for name in DECOMPOSITIONS]
     corpora = [{"corpus": name} for name in list(subject.routed_on)[1:]]
-    changes = ({"router": "mlp"}, *corpora, {"blocks": blocks // 4}, {"blocks": blocks // 2})
+    first_block = [{"router": "first block", "corpus": name} for name in subject.routed_on]
+    changes = ({"router": "mlp"}, *corpora, *first_block, {"blocks": blocks // 4}, {"blocks": blocks // 2})
     studies = [replace(main_case(subject.studied, blocks, seed), **change) for seed in SEEDS for change in changes]
     return table + studies
 
@@ -118,7 +121,7 @@ class Setting:
         }
 
     def routed(self, case):
-        config = RouterConfig(active_ratio=0.6, expert_size=self.subject.expert_size, router_kind=case.router)
+        config = RouterConfig(active_ratio=0.6, expert_size=self.subject.expert_size, **ROUTERS[case.router])
         return routed_model(self.dense, self.statistics, case.decomposition, case.pool, config)
 
     def choices(self, routed, ratio, kind):
@@ -222,6 +225,7 @@ def runs(args):
             case.decomposition in args.decompositions
             and case.seed in args.seeds
             and args.corpus in (None, case.corpus)
+            and case.router in args.routers
         )
         if is_wanted and (is_main or not args.main_only):
             yield {"kind": "router", **asdict(case)}, functools.partial(run_case, case=case)
@@ -236,7 +240,7 @@ def run(args):
     settings = {
         name: str(value)
         for name, value in vars(args).items()
-        if name not in ("command", "subject", "name", "model", "data_dir", "out", "corpus")
+        if name not in ("command", "subject", "name", "model", "data_dir", "out", "corpus", "routers")
     }
     table = results_of(args.out, args.name)
     for fields, make in runs(args):
@@ -272,6 +276,7 @@ def parse_arguments():
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--main-only", action="store_true", help="no other kinds of routers and corpora")
     parser.add_argument("--corpus", help="only routers that are trained on this one; default: all")
+    parser.add_argument("--routers", nargs="+", default=list(ROUTERS), choices=ROUTERS, help="only these")
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--oracle-steps", type=int, default=30)

@@ -20,6 +20,9 @@ def studies_of(blocks):
         "linear, novels alone": {"corpus": "novels"},
         "linear, all kinds": {"corpus": "all kinds"},
         "linear, three times all kinds": {"corpus": "all kinds", "blocks": 3 * blocks},
+        "first block, broad": {"router": "first block"},
+        "first block, all kinds": {"router": "first block", "corpus": "all kinds"},
+        "first block, three times all kinds": {"router": "first block", "corpus": "all kinds", "blocks": 3 * blocks},
         "linear, half of broad": {"blocks": blocks // 2},
         "linear, a quarter of broad": {"blocks": blocks // 4},
     }

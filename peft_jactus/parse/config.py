@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from peft_jactus.parse.experts import ExpertAllocation
 
 RouterKind = Literal["linear", "mlp"]
+RouterInput = Literal["embeddings", "first_block"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class RouterConfig:
             and a larger router: it has a weight for each expert and each of the model's hidden features. 16 suits a
             width of 1,000, and 64 a width of 4,000. A multiple of 8 keeps the products fast.
         allocation: ``"global"``: one budget for all layers; ``"uniform"``: every layer runs the same share.
-        router_kind: How the router computes scores from the mean of the prompt's token embeddings: ``"linear"``, or
-            ``"mlp"`` with one hidden layer.
+        router_kind: How the router computes scores from what it reads: ``"linear"``, or ``"mlp"`` with one hidden
+            layer.
+        router_input: What the router reads, as a mean over the prompt's tokens: their ``"embeddings"``, or the output
+            of the model's ``"first_block"``, which knows more of the prompt. This block runs once more for each prompt
+            then, with all its ranks; generated tokens cost nothing.
         hidden_features: Width of that hidden layer.
         cache_entries: Largest number of prompts whose choice is cached; 0 caches none.
         cache_bytes: Largest memory for the gathered factors of cached choices. Default: as much as the dense weights
@@ -42,6 +46,7 @@ class RouterConfig:
     expert_size: int = 16
     allocation: ExpertAllocation = "global"
     router_kind: RouterKind = "linear"
+    router_input: RouterInput = "embeddings"
     hidden_features: int = 256
     cache_entries: int = 64
     cache_bytes: int | None = None
@@ -59,7 +64,7 @@ class RouterConfig:
         self._check("cache_similarity", _is_number(similarity) and 0 < similarity <= 1, "be in (0, 1]")
         self._check("reroute_continuations", isinstance(self.reroute_continuations, bool), "be true or false")
         hints = get_type_hints(type(self))
-        for name in ("allocation", "router_kind"):
+        for name in ("allocation", "router_kind", "router_input"):
             choices = get_args(hints[name])
             self._check(name, getattr(self, name) in choices, f"be one of {choices}")
 

@@ -8,6 +8,7 @@ from peft_jactus.deployment.extensions import CheckpointExtension
 from peft_jactus.deployment.layers import LowRankLinear
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.parse.config import RouterConfig
+from peft_jactus.parse.inputs import first_block
 from peft_jactus.parse.layer import RoutedLinear, RoutingState
 from peft_jactus.parse.router import RankRouter
 
@@ -35,7 +36,7 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
         one that can be routed.
     """
     check_routable(model)
-    embeddings = model.get_input_embeddings()
+    width = _width_read(model, config)
     state = RoutingState()
     layers = []
     for position, name in enumerate(names):
@@ -43,12 +44,20 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
         assert isinstance(layer, LowRankLinear)
         layers.append(RoutedLinear(layer.down, layer.up, position, state))
         model.set_submodule(name, layers[-1])
-    width = getattr(embeddings, "embedding_dim", None) or model.config.hidden_size
     router = RankRouter(config, layers, width, device=layers[0].weight.device)
     model.add_module(ROUTER_NAME, router)
     router.attach(model)
     router.train(model.training)
     return router
+
+
+def _width_read(model: PreTrainedModel, config: RouterConfig) -> int:
+    width = None
+    if config.router_input == "embeddings":
+        width = getattr(model.get_input_embeddings(), "embedding_dim", None)
+    else:
+        first_block(model)  # raises if it has none
+    return int(width or model.config.get_text_config().hidden_size)
 
 
 class RouterExtension(CheckpointExtension):
@@ -81,9 +90,10 @@ class RouterExtension(CheckpointExtension):
 
     def describe(self, config: RouterConfig) -> str:
         """Return a line about the settings, for people."""
+        reads = "embeddings" if config.router_input == "embeddings" else "the first block"
         return (
-            f"{config.router_kind}, experts of {config.expert_size} ranks; runs {config.active_ratio:.0%} of the "
-            f"dense parameters ({config.allocation})"
+            f"{config.router_kind} on {reads}, experts of {config.expert_size} ranks; runs "
+            f"{config.active_ratio:.0%} of the dense parameters ({config.allocation})"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a key-value cache keeps of its prompts, row by row: which experts run, and the embeddings that chose them.
+"""What a key-value cache keeps of its prompts, row by row: which experts run, and the states that chose them.
 
 It must say what the tokens in the cache would have chosen, whatever has been done to the cache since. So it is kept by
 parts of the prompt, and follows the cache's own methods. What has been done in another way shows in length and keys.
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PooledEmbeddings:
-    """Sums of the embeddings of a batch's rows, which add up over the parts of a prompt.
+class PooledStates:
+    """Sums of what the router reads of a batch's rows, which add up over the parts of a prompt.
 
     Attributes:
         total: ``(batch, dim)``, float64, so that padding does not show in the last digit; float32 where there is none.
@@ -38,40 +38,40 @@ class PooledEmbeddings:
     @classmethod
     def of(
         cls,
-        embeddings: Tensor,
+        states: Tensor,
         mask: Tensor | Mapping[str, Tensor] | None,
         *,
         start: int = 0,
         counted: int | None = None,
-    ) -> PooledEmbeddings:
-        """Return the sums over the positions that the mask keeps; see `router.pool_embeddings`.
+    ) -> PooledStates:
+        """Return the sums over the positions that the mask keeps; see `inputs.pool_states`.
 
         Args:
-            embeddings: As there.
+            states: As there.
             mask: As there.
             start: Number of positions in the key-value cache before these.
             counted: How many positions at most, the first ones. Default: all.
         """
-        wide = torch.float32 if embeddings.device.type == "mps" else torch.float64
-        embeddings = embeddings.detach().flatten(1, -2)
-        kept = _kept_positions(mask, start, embeddings.shape[1])
-        embeddings = embeddings[:, :counted].to(wide)
+        wide = torch.float32 if states.device.type == "mps" else torch.float64
+        states = states.detach().flatten(1, -2)
+        kept = _kept_positions(mask, start, states.shape[1])
+        states = states[:, :counted].to(wide)
         if kept is None:
-            count = embeddings.new_full((len(embeddings), 1), embeddings.shape[1])
-            return cls(embeddings.sum(1), count)
-        kept = kept[:, :counted].to(embeddings).unsqueeze(2)  # (batch, positions, 1)
-        return cls((embeddings * kept).sum(1), kept.sum(1))
+            count = states.new_full((len(states), 1), states.shape[1])
+            return cls(states.sum(1), count)
+        kept = kept[:, :counted].to(states).unsqueeze(2)  # (batch, positions, 1)
+        return cls((states * kept).sum(1), kept.sum(1))
 
     def mean(self) -> Tensor:
         """Return ``(batch, dim)``."""
         return self.total / self.count.clamp(min=1)
 
-    def __add__(self, other: PooledEmbeddings) -> PooledEmbeddings:
-        return PooledEmbeddings(self.total + other.total.to(self.total), self.count + other.count.to(self.count))
+    def __add__(self, other: PooledStates) -> PooledStates:
+        return PooledStates(self.total + other.total.to(self.total), self.count + other.count.to(self.count))
 
-    def selected(self, rows: Sequence[int]) -> PooledEmbeddings:
+    def selected(self, rows: Sequence[int]) -> PooledStates:
         """Return those of these rows, in their order."""
-        return PooledEmbeddings(self.total[list(rows)], self.count[list(rows)])
+        return PooledStates(self.total[list(rows)], self.count[list(rows)])
 
 
 def _kept_positions(mask: Tensor | Mapping[str, Tensor] | None, start: int, num_positions: int) -> Tensor | None:
@@ -102,7 +102,7 @@ class PromptPart:
     start: int
     end: int
     batch: PatternBatch
-    pooled: PooledEmbeddings
+    pooled: PooledStates
 
     def selected(self, rows: Sequence[int]) -> PromptPart:
         """Return it for these rows, in their order."""
@@ -184,7 +184,7 @@ class KeptPatterns:
         return self.parts[-1].batch
 
     @property
-    def pooled(self) -> PooledEmbeddings:
+    def pooled(self) -> PooledStates:
         """What chose them."""
         return self.parts[-1].pooled
 

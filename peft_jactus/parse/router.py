@@ -1,8 +1,9 @@
 """The router, and how it steers a model: through hooks, so that calls and ``generate`` stay as they are.
 
-A prompt is routed when its embeddings are computed, and keeps its experts while tokens are generated one by one: the
-choice travels on the key-value cache. A further part of a prompt is routed with all parts so far. What is routed with
-which earlier parts follows from the tokens in the cache; where these are not known, a call raises an error.
+A prompt is routed as soon as what the router reads of it is computed, and keeps its experts while tokens are generated
+one by one: the choice travels on the key-value cache. A further part of a prompt is routed with all parts so far. What
+is routed with which earlier parts follows from the tokens in the cache; where these are not known, a call raises an
+error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from peft_jactus.errors import RoutingWarning
 from peft_jactus.parse.cache import CacheInfo, PatternCache
 from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
 from peft_jactus.parse.generation import RoutedGenerate
-from peft_jactus.parse.kept_patterns import PooledEmbeddings, PromptPart, keep_on, kept_on, length_of
+from peft_jactus.parse.inputs import block_output, first_block
+from peft_jactus.parse.kept_patterns import PooledStates, PromptPart, keep_on, kept_on, length_of
 from peft_jactus.parse.layer import RoutedCall
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
 
@@ -43,12 +45,12 @@ FEATURE_LENGTH = 0.1
 
 
 class RankRouter(nn.Module):
-    """Scores every rank expert for a prompt, from the mean of its token embeddings, and runs the best experts.
+    """Scores every rank expert for a prompt, from a mean over its tokens, and runs the best experts.
 
     Args:
         config: Budget, kind and cache.
         layers: The layers to route, in the order of the experts.
-        in_features: Width of the embeddings.
+        in_features: Width of what it reads.
         device: Of the parameters.
 
     Attributes:
@@ -116,7 +118,7 @@ class RankRouter(nn.Module):
         """Return a score for each expert.
 
         Args:
-            pooled: ``(batch, in)``: mean embeddings of prompts, see `pool_embeddings`.
+            pooled: ``(batch, in)``: means over prompts, see `inputs.pool_states`.
 
         Returns:
             ``(batch, experts)``, float32: the log of the worth of a parameter, on no particular scale.
@@ -155,7 +157,7 @@ class RankRouter(nn.Module):
 
     @torch.no_grad()
     def select(self, pooled: Tensor) -> Tensor:
-        """Return ``(batch, experts)``, bool: the choice for each prompt, of mean embeddings ``(batch, in)``."""
+        """Return ``(batch, experts)``, bool: the choice for each prompt, of means over prompts ``(batch, in)``."""
         return select_experts(self(pooled), self.table, self._budgets, self.router_config.allocation)
 
     @torch.no_grad()
@@ -237,7 +239,10 @@ class RankRouter(nn.Module):
         for module in dict.fromkeys((model, model.base_model)):
             module.register_forward_pre_hook(self._begin, with_kwargs=True)
             module.register_forward_hook(self._end, always_call=True)
-        model.get_input_embeddings().register_forward_hook(self._route_embeddings)
+        if self._reads_embeddings:
+            model.get_input_embeddings().register_forward_hook(self._route_embeddings)
+        else:
+            first_block(model).register_forward_pre_hook(self._route_block, with_kwargs=True)
         if isinstance(model, GenerationMixin) and "generate" not in vars(model):  # a checkpoint may bring its own
             model.generate = RoutedGenerate(model, self._state)
 
@@ -262,8 +267,8 @@ class RankRouter(nn.Module):
         if call.cache is not None:
             inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
             self._continue(call, *inputs.shape[:2])
-        if embeddings is not None and call.patterns is None:
-            self._route(call, embeddings)
+        if embeddings is not None and self._reads_embeddings:
+            self._route_embeddings(module, args, embeddings)
 
     def _continue(self, call: RoutedCall, num_rows: int, length: int) -> None:
         """Note what the cache of a call says of it: earlier parts of the prompt, and whether this is another one.
@@ -313,11 +318,20 @@ class RankRouter(nn.Module):
         if call is not None and call.patterns is None:
             self._route(call, output)
 
-    def _route(self, call: RoutedCall, embeddings: Tensor) -> None:
-        pooled = PooledEmbeddings.of(embeddings, call.mask, start=call.past, counted=call.counted)
+    def _route_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._state.call
+        if call is not None and call.patterns is None:
+            self._route(call, block_output(block, args, kwargs, past=call.past))  # nothing is chosen: all ranks run
+
+    @property
+    def _reads_embeddings(self) -> bool:
+        return self.router_config.router_input == "embeddings"
+
+    def _route(self, call: RoutedCall, states: Tensor) -> None:
+        pooled = PooledStates.of(states, call.mask, start=call.past, counted=call.counted)
         if call.parts:
             pooled = call.parts[-1].pooled + pooled
-        call.length = call.length or embeddings.shape[1]
+        call.length = call.length or states.shape[1]
         end = call.past + (call.length if call.counted is None else call.counted)
         call.patterns = self.choose(pooled.mean())
         call.parts = (*call.parts, PromptPart(call.past, end, call.patterns, pooled))
@@ -339,8 +353,8 @@ class RankRouter(nn.Module):
         self._state.call = None
         if call.patterns is None and output is not None:
             warnings.warn(
-                f"{type(module).__name__} was called without computing its input embeddings, so nothing was routed "
-                "and all ranks ran.",
+                f"{type(module).__name__} was called without computing what its router reads (input embeddings or "
+                "the first block), so nothing was routed and all ranks ran.",
                 RoutingWarning,
                 stacklevel=2,
             )
@@ -361,17 +375,3 @@ def _cache_of(output: Any) -> Cache | None:
     if not isinstance(output, Mapping | tuple):
         return None
     return next((value for value in values if isinstance(value, Cache)), None)
-
-
-def pool_embeddings(embeddings: Tensor, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor:
-    """Return the mean of each row's embeddings over the positions that the mask keeps.
-
-    Args:
-        embeddings: ``(batch, ..., dim)``.
-        mask: ``(batch, positions)``, zero for padding; or as `generate` makes it for static caches, ``(batch, 1,
-            queries, keys)``, true or zero where a query sees a key, perhaps several by name. ``None`` keeps all.
-
-    Returns:
-        ``(batch, dim)``; float64, so that padding does not show in the last digit (float32 where there is no float64).
-    """
-    return PooledEmbeddings.of(embeddings, mask).mean()

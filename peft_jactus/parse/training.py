@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 from peft_jactus._progress import progress
 from peft_jactus.parse.experts import relaxed_gates
 from peft_jactus.parse.importance import counted_positions, expert_importance, logits_of
+from peft_jactus.parse.inputs import pool_states, prompt_states
 from peft_jactus.parse.installation import router_of
-from peft_jactus.parse.router import pool_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,15 +33,6 @@ _IMPORTANCE_FLOOR = 1e-6
 # Penalties of the ridge regression, over the largest squared singular value, in powers of ten; the last is as good as
 # no regression.
 _PENALTIES = [exponent / 2 for exponent in range(-8, 9)]
-
-
-def embeddings_of(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return what the router of ``model`` sees, before it is averaged: the embeddings ``(batch, ..., dim)``."""
-    inputs = batch.get("input_ids")
-    if inputs is None:
-        inputs = batch[model.main_input_name]
-    embeddings: Tensor = model.get_input_embeddings()(inputs)
-    return embeddings
 
 
 class RouterTrainer(Trainer):
@@ -123,8 +114,8 @@ class RouterTrainer(Trainer):
         del num_items_in_batch
         with torch.no_grad():
             expected = logits_of(self.teacher, inputs)
-            embeddings = embeddings_of(self.routed, inputs)
-            pooled = pool_embeddings(embeddings, self._prompt_mask(inputs, embeddings))
+            states = prompt_states(self.routed, inputs, self.router.router_config.router_input)
+            pooled = pool_states(states, self._prompt_mask(inputs, states))
         low, high = self.active_ratios
         ratio = low + (high - low) * (float(torch.rand(())) if model.training else 0.5)
         budgets = self.router.budgets(ratio)
@@ -135,11 +126,11 @@ class RouterTrainer(Trainer):
         loss = divergence(expected, logits)[counted_positions(inputs, logits)].mean()
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _prompt_mask(self, inputs: Batch, embeddings: Tensor) -> Tensor | None:
+    def _prompt_mask(self, inputs: Batch, states: Tensor) -> Tensor | None:
         mask = inputs.get("attention_mask")
         if self.prompt_tokens is None:
             return mask
-        mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.int64) if mask is None else mask
+        mask = states.new_ones(states.shape[:2], dtype=torch.int64) if mask is None else mask
         low, high = self.prompt_tokens
         lengths = torch.randint(low, high + 1, (len(mask), 1), device=mask.device)
         return mask * (mask.cumsum(1) <= lengths)
@@ -207,7 +198,8 @@ def initialize_router_(
     importance, pooled = [], []
     for batch in progress(batches, description="Weighing experts", unit="batch", shown=progress_bar):
         importance.append(expert_importance(model, batch, generator=generator))
-        pooled.append(pool_embeddings(embeddings_of(model, batch), batch.get("attention_mask")))
+        states = prompt_states(model, batch, router.router_config.router_input)
+        pooled.append(pool_states(states, batch.get("attention_mask")))
     if not pooled:
         raise ValueError("`batches` is empty; a router needs at least one.")
     inputs, worth = torch.cat(pooled), torch.cat(importance).double()

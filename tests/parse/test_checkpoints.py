@@ -208,7 +208,7 @@ def test_what_add_router_cannot_use(monkeypatch):
 def test_inspecting_names_the_router(saved):
     _, folder = saved
     text = str(inspect_folder(folder))
-    assert re.search(r"router +linear, experts of 2 ranks; runs 50% of the dense parameters \(global\)", text)
+    assert re.search(r"router +linear on embeddings, experts of 2 ranks; runs 50% of the dense parameters \(global\)", text)
 
 
 def test_the_loader_knows_the_router_by_the_names_that_it_has():

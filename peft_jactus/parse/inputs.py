@@ -1,0 +1,116 @@
+"""What a router reads of a prompt: its token embeddings, or what the model's first block makes of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from peft_jactus.parse.kept_patterns import PooledStates
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from peft_jactus.calibration.batches import Batch
+    from peft_jactus.parse.config import RouterInput
+
+
+def first_block(model: PreTrainedModel) -> nn.Module:
+    """Return the first transformer block of a model: of its text model, where it has several.
+
+    Raises:
+        TypeError: If it has none that is known as such.
+    """
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]  # transformers: untyped
+    for module in decoder.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            return module
+    raise TypeError(
+        f"{type(model).__name__} has no block that transformers marks as one (`GradientCheckpointingLayer`), so its "
+        "router cannot read the first one. Set `router_input='embeddings'`."
+    )
+
+
+@torch.no_grad()
+def block_output(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, past: int = 0) -> Tensor:
+    """Run a block by itself, without the hooks on it and without a key-value cache.
+
+    Args:
+        block: A transformer block.
+        args: Of the call.
+        kwargs: Of the call. Of an attention mask ``(..., keys)``, only the keys of this call are used.
+        past: Number of positions that are in the key-value cache before this call. The block does not see them.
+
+    Returns:
+        The block's hidden states ``(batch, positions, dim)``.
+    """
+    states = args[0] if args else kwargs["hidden_states"]
+    mask = kwargs.get("attention_mask")
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+    if isinstance(mask, torch.Tensor) and mask.dim() > 1 and mask.shape[-1] > states.shape[1]:
+        first = min(past, mask.shape[-1] - states.shape[1])
+        kwargs["attention_mask"] = mask[..., first : first + states.shape[1]]
+    output = block.forward(*args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def prompt_states(model: PreTrainedModel, batch: Batch, router_input: RouterInput) -> Tensor:
+    """Return what a router of ``model`` reads, before it is averaged: ``(batch, ..., dim)``.
+
+    Args:
+        model: A routed model. Of its first block, all ranks run, as when a prompt is served.
+        batch: Its keyword arguments.
+        router_input: As in `RouterConfig`.
+
+    Raises:
+        RuntimeError: If the model's first block was not called.
+    """
+    if router_input == "embeddings":
+        inputs = batch.get("input_ids")
+        embeddings: Tensor = model.get_input_embeddings()(batch[model.main_input_name] if inputs is None else inputs)
+        return embeddings
+
+    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstBlockError(block_output(block, args, kwargs))
+
+    handle = first_block(model).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+    except _FirstBlockError as ended:
+        return ended.states
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} was called, but its first block was not.")
+
+
+class _FirstBlockError(Exception):
+    """Ends the call of a model of which only the first block is wanted; never leaves this module.
+
+    Args:
+        states: Output of the block.
+    """
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def pool_states(states: Tensor, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor:
+    """Return the mean of each row's states over the positions that the mask keeps.
+
+    Args:
+        states: ``(batch, ..., dim)``.
+        mask: ``(batch, positions)``, zero for padding; or as `generate` makes it for static caches, ``(batch, 1,
+            queries, keys)``, true or zero where a query sees a key, perhaps several by name. ``None`` keeps all.
+
+    Returns:
+        ``(batch, dim)``; float64, so that padding does not show in the last digit (float32 where there is no float64).
+    """
+    return PooledStates.of(states, mask).mean()
