@@ -25,9 +25,6 @@ class RouterConfig:
         allocation: ``"global"``: one budget for all layers; ``"uniform"``: every layer runs the same share.
         router_kind: How the router computes scores from what it reads: ``"linear"``, or ``"mlp"`` with one hidden
             layer.
-        router_input: What the router reads, as a mean over the prompt's tokens: their ``"embeddings"``, or the output
-            of the model's ``"first_block"``, which knows more of the prompt. This block runs once more for each prompt
-            then, with all its ranks; generated tokens cost nothing.
         hidden_features: Width of that hidden layer.
         cache_entries: Largest number of prompts whose choice is cached; 0 caches none.
         cache_bytes: Largest memory for the gathered factors of cached choices. Default: as much as the dense weights
@@ -40,18 +37,21 @@ class RouterConfig:
             first part decides for all that follows, whatever is done to the cache. ``generate`` never takes the drafts
             of assisted generation for a part of the prompt; other loops that check several tokens in one call need
             this to be off.
+        router_input: What the router reads, as a mean over the prompt's tokens: their ``"embeddings"``, or the output
+            of the model's ``"first_block"``, which knows more of the prompt. This block runs once more for each prompt
+            then, with all its ranks; generated tokens cost nothing.
     """
 
     active_ratio: float = 0.6
     expert_size: int = 16
     allocation: ExpertAllocation = "global"
     router_kind: RouterKind = "linear"
-    router_input: RouterInput = "embeddings"
     hidden_features: int = 256
     cache_entries: int = 64
     cache_bytes: int | None = None
     cache_similarity: float = 1.0
     reroute_continuations: bool = True
+    router_input: RouterInput = "embeddings"
 
     def __post_init__(self) -> None:
         self._check("active_ratio", _is_number(self.active_ratio) and 0 < self.active_ratio <= 1, "be in (0, 1]")

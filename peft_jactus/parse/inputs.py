@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,13 +51,15 @@ def block_output(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Returns:
         The block's hidden states ``(batch, positions, dim)``.
     """
-    states = args[0] if args else kwargs["hidden_states"]
-    mask = kwargs.get("attention_mask")
-    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    if isinstance(mask, torch.Tensor) and mask.dim() > 1 and mask.shape[-1] > states.shape[1]:
-        first = min(past, mask.shape[-1] - states.shape[1])
-        kwargs["attention_mask"] = mask[..., first : first + states.shape[1]]
-    output = block.forward(*args, **kwargs)
+    call = inspect.signature(block.forward).bind(*args, **kwargs)
+    for arguments in (call.arguments, call.arguments.get("kwargs", {})):
+        arguments.update({name: None for name, value in arguments.items() if isinstance(value, Cache)})
+    length = call.args[0].shape[1]
+    mask = call.arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() > 1 and mask.shape[-1] > length:
+        first = min(past, mask.shape[-1] - length)
+        call.arguments["attention_mask"] = mask[..., first : first + length]
+    output = block.forward(*call.args, **call.kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 
@@ -76,30 +80,25 @@ def prompt_states(model: PreTrainedModel, batch: Batch, router_input: RouterInpu
         embeddings: Tensor = model.get_input_embeddings()(batch[model.main_input_name] if inputs is None else inputs)
         return embeddings
 
+    outputs = []
+
     def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _FirstBlockError(block_output(block, args, kwargs))
+        outputs.append(block_output(block, args, kwargs))
+        raise _FirstBlockError
 
     handle = first_block(model).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), suppress(_FirstBlockError):
             model(**{name: value for name, value in batch.items() if name != "labels"})
-    except _FirstBlockError as ended:
-        return ended.states
     finally:
         handle.remove()
-    raise RuntimeError(f"{type(model).__name__} was called, but its first block was not.")
+    if not outputs:
+        raise RuntimeError(f"{type(model).__name__} was called, but its first block was not.")
+    return outputs[0]
 
 
 class _FirstBlockError(Exception):
-    """Ends the call of a model of which only the first block is wanted; never leaves this module.
-
-    Args:
-        states: Output of the block.
-    """
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
+    """Ends the call of a model of which only the first block is wanted; never leaves this module."""
 
 
 def pool_states(states: Tensor, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor:

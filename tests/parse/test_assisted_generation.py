@@ -48,8 +48,9 @@ def assistance(kind, model):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("kind", ["look-up", "dense", "routed", "itself"])
 @pytest.mark.parametrize("reroute", [True, False])
-def test_assisted_generation_is_plain_generation(make, kind, reroute):
-    model = routed(make(), reroute_continuations=reroute)
+@pytest.mark.parametrize("router_input", ["embeddings", "first_block"])
+def test_assisted_generation_is_plain_generation(make, kind, reroute, router_input):
+    model = routed(make(), reroute_continuations=reroute, router_input=router_input)
     options = assistance(kind, model)
     for ids in repetitive_prompts():
         assert_equal(generate(model, ids, **options), generate(model, ids))

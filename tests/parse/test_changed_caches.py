@@ -12,9 +12,9 @@ from tests.support.compressed_models import VOCABULARY, tiny_llama
 from tests.support.routed_models import cache_of, padded, prompts, routed, with_cache
 
 
-@pytest.fixture(scope="module")
-def model():
-    return routed(tiny_llama())
+@pytest.fixture(scope="module", params=["embeddings", "first_block"])
+def model(request):
+    return routed(tiny_llama(), router_input=request.param)
 
 
 def tokens(length, *, rows=1, seed=0):

@@ -43,9 +43,9 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("make", CLASSES)
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_loaded_model_routes_as_the_saved_one(make, kind, tmp_path):
-    model = routed(make(), router_kind=kind, active_ratio=0.6, allocation="uniform")
+@pytest.mark.parametrize("fields", [{}, {"router_kind": "mlp"}, {"router_input": "first_block"}], ids=str)
+def test_a_loaded_model_routes_as_the_saved_one(make, fields, tmp_path):
+    model = routed(make(), active_ratio=0.6, allocation="uniform", **fields)
     inputs = inputs_of(model)
     model.rank_router.active_ratio = 0.5
     expected = run(model, **inputs)
@@ -208,7 +208,9 @@ def test_what_add_router_cannot_use(monkeypatch):
 def test_inspecting_names_the_router(saved):
     _, folder = saved
     text = str(inspect_folder(folder))
-    assert re.search(r"router +linear on embeddings, experts of 2 ranks; runs 50% of the dense parameters \(global\)", text)
+    assert re.search(
+        r"router +linear on embeddings, experts of 2 ranks; runs 50% of the dense parameters \(global\)", text
+    )
 
 
 def test_the_loader_knows_the_router_by_the_names_that_it_has():

@@ -149,10 +149,10 @@ def test_an_initialised_router_chooses_what_matters_on_average():
 # -- training ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_training_brings_the_model_nearer_to_the_dense_one_and_changes_the_router_alone(kind, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"router_kind": "mlp"}, {"router_input": "first_block"}], ids=str)
+def test_training_brings_the_model_nearer_to_the_dense_one_and_changes_the_router_alone(fields, tmp_path):
     dense = tiny_llama()
-    model = untrained(dense, router_kind=kind)
+    model = untrained(dense, **fields)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = RouterTrainer(model, dense, arguments(tmp_path), train_dataset=corpus(), eval_dataset=corpus(seed=1))
     start = trainer.evaluate()["eval_loss"]
