@@ -60,7 +60,7 @@ class PooledStates:
             count = states.new_full((len(states), 1), states.shape[1])
             return cls(states.sum(1), count)
         kept = kept[:, :counted].to(states).unsqueeze(2)  # (batch, positions, 1)
-        return cls((states * kept).sum(1), kept.sum(1))
+        return cls(states.masked_fill(kept == 0, 0).sum(1), kept.sum(1))  # what padding becomes may be NaN
 
     def mean(self) -> Tensor:
         """Return ``(batch, dim)``."""

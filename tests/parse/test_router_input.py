@@ -83,6 +83,13 @@ def test_padding_is_not_read(make):
     torch.testing.assert_close(read[0], torch.cat(read[1:]), rtol=0, atol=1e-5)
 
 
+def test_padding_that_becomes_nan_is_not_read():
+    states = torch.ones(2, 3, 4)
+    states[0, 0] = torch.nan
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert torch.equal(inputs.pool_states(states, mask), torch.ones(2, 4, dtype=torch.float64))
+
+
 def test_order_matters_to_the_first_block():
     model = reading_the_first_block()
     read, prompt = read_by(model), tokens(8)
@@ -101,6 +108,22 @@ def test_each_part_of_a_prompt_is_read_by_itself(make):
     alone = [outputs_of_first_block(model, input_ids=part).sum(1) for part in parts[:2]]
     torch.testing.assert_close(read[0].float(), alone[0] / 6, rtol=0, atol=1e-5)
     torch.testing.assert_close(read[1].float(), (alone[0] + alone[1]) / 9, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [dynamic, static_cache])
+def test_padding_in_any_part_of_a_prompt_is_not_read(make):
+    model = reading_the_first_block()
+    rows = [prompt for prompt in prompts(16, 10) if len(prompt) > 6][:4]
+    batch = padded([*rows, prompts(1, 10, seed=1)[0][:3]])  # the last row is only padding in the first part
+    ids, mask = batch.values()
+    read = read_by(model)
+    model.generate(**batch, **with_cache(model, make(model)), max_new_tokens=1, prefill_chunk_size=4, pad_token_id=0)
+    total = torch.zeros(len(ids), model.config.hidden_size)
+    for row, (prompt, kept) in enumerate(zip(ids, mask, strict=True)):
+        for part, is_kept in zip(prompt.split(4), kept.bool().split(4), strict=True):
+            if is_kept.any():
+                total[row] += outputs_of_first_block(model, input_ids=part[is_kept].unsqueeze(0))[0].sum(0)
+    torch.testing.assert_close(read[-1].float(), total / mask.sum(1, keepdim=True), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
