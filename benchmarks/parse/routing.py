@@ -21,12 +21,16 @@ the dense model knows, or on novels alone; nobody has seen WikiText-2. Those of 
 
 import argparse
 import functools
+import hashlib
+import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.arguments import add_data_dir
 from benchmarks.harness.environment import environment
@@ -127,10 +131,27 @@ class Setting:
     def choices(self, routed, ratio, kind):
         return {name: choices(routed, blocks, ratio, kind) for name, blocks in self.test.items()}
 
-    def train(self, case):
-        """Return the routed model of a case, and figures of its training."""
+    def trained(self, case):
+        """Return the routed model of a case, and figures of its training, which is not done twice."""
         torch.manual_seed(case.seed)
         routed = self.routed(case)
+        settings = {name: getattr(self.args, name) for name in ("learning_rate", "temperature", "initial_blocks")}
+        described = json.dumps(asdict(case) | settings)
+        name = hashlib.sha256(described.encode()).hexdigest()[:16]
+        file = Path(self.subject.path) / "routers" / f"{name}.safetensors"
+        if not file.exists():
+            figures = self.train(routed, case)
+            file.parent.mkdir(exist_ok=True)
+            partial = file.with_suffix(".partial")
+            state = routed.rank_router.state_dict()
+            save_file(state, partial, metadata={"case": described, "figures": json.dumps(figures)})
+            partial.replace(file)
+        routed.rank_router.load_state_dict(load_file(file))
+        with safe_open(file, "pt") as contents:
+            return routed, json.loads(contents.metadata()["figures"])
+
+    def train(self, routed, case):
+        """Train the router of a case; return figures of it."""
         names, data_dir = self.subject.routed_on[case.corpus], self.args.data_dir
         blocks = router_corpus(
             self.subject, data_dir, names, case.blocks, calibration=self.calibration, seed=case.seed
@@ -156,7 +177,7 @@ class Setting:
                 temperature=self.args.temperature,
                 initial_batches=0,
             )
-        return routed, {
+        return {
             "initialization_seconds": initialized - started,
             "training_seconds": time.perf_counter() - training,
             "training_log": [entry["loss"] for entry in log if "loss" in entry],
@@ -179,7 +200,7 @@ def run_static(setting, name):
 
 def run_case(setting, case):
     """Return the figures of a trained router: of its average choice, and of its choice for each prompt."""
-    routed, figures = setting.train(case)
+    routed, figures = setting.trained(case)
     for kind in ("average", "routed"):
         figures[kind] = {str(ratio): setting.score(routed, setting.choices(routed, ratio, kind)) for ratio in RATIOS}
     router = routed.rank_router
@@ -190,7 +211,7 @@ def run_case(setting, case):
 
 def run_patterns(setting, name):
     """Return how much there is to gain, and what patterns look like, for one decomposition."""
-    routed, _ = setting.train(main_case(name, setting.args.blocks, 0))
+    routed, _ = setting.trained(main_case(name, setting.args.blocks, 0))
     ratios = (0.6, 0.4)
     blocks = {name: blocks[:16] for name, blocks in setting.test.items()}
     expected = {name: logits[:1] for name, logits in setting.expected.items()}
