@@ -180,10 +180,10 @@ def losses(model, blocks, expected=None, selected=None):
     return {"loss": total / count, "perplexity": math.exp(total / count), "divergence": divergence / count}, kept
 
 
-def read_by_router(routed, ids):
-    """Return the means ``(num, dim)`` of what the router reads of ``ids``."""
-    states = prompt_states(routed, {"input_ids": ids}, routed.rank_router.router_config.router_input)
-    return pool_states(states, None)
+def read_by_router(routed, input_ids, attention_mask=None):
+    """Return the means ``(num, dim)`` of what the router reads of prompts."""
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return pool_states(prompt_states(routed, batch, routed.rank_router.router_config.router_input), attention_mask)
 
 
 @torch.no_grad()
@@ -193,16 +193,21 @@ def prompts_of(routed, blocks):
 
 
 def choices(routed, blocks, ratio, kind):
-    """Return ``(num, experts)``: what runs for each block.
+    """Return ``(num, experts)``: what runs for each block, of which the first half is the prompt; see `choose`."""
+    return choose(routed, prompts_of(routed, blocks), ratio, kind)
+
+
+def choose(routed, pooled, ratio, kind):
+    """Return ``(num, experts)``: what runs for each prompt.
 
     Args:
         routed: The model.
-        blocks: Their first halves are the prompts.
+        pooled: ``(num, dim)``: what `read_by_router` returns.
         ratio: Active share.
         kind: ``"routed"``; or ``"average"``: the scores of the average prompt, for all alike.
     """
     router = routed.rank_router
-    scores = router(prompts_of(routed, blocks)) if kind == "routed" else router.bias.expand(len(blocks), -1)
+    scores = router(pooled) if kind == "routed" else router.bias.expand(len(pooled), -1)
     return select_experts(scores, router.table, router.budgets(ratio), router.router_config.allocation)
 
 

@@ -11,7 +11,10 @@
         --kinds router --routers linear --corpus "all kinds" --test-blocks 8 --blocks 192 --initial-blocks 64
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
         --kinds router --routers linear "first block" --corpus "all kinds" --test-blocks 8 --blocks 576 \
-        --initial-blocks 192    # more of it
+        --initial-blocks 192    # more of it; and with this router, patterns and multiple choice:
+    python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 \
+        --kinds patterns accuracy --routers "first block" --corpus "all kinds" --test-blocks 8 --blocks 576 \
+        --initial-blocks 192 --oracle-steps 0
     python -m benchmarks.parse.routing report --subject smollm2 --blocks 192
 
 A block is 256 tokens: the router sees the first half, the second half is scored. The factors of the small Llama are
@@ -31,6 +34,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from benchmarks.harness.arguments import add_data_dir
 from benchmarks.harness.environment import environment
@@ -52,6 +56,7 @@ from benchmarks.parse.models import (
     train_router,
 )
 from benchmarks.parse.tables import results_of, write_report
+from benchmarks.tasks.commonsense.scoring import evaluate
 from peft_jactus import CalibrationStatistics
 from peft_jactus.parse import RouterConfig, initialize_router_
 
@@ -61,8 +66,10 @@ SEEDS = (0, 1, 2)
 # ranks. A static JACTUS model keeps whole layers dense, so 0.95 is too little for a router to do the same.
 POOL_RATIO = {"jactus": 0.99}
 DEFAULT_POOL_RATIO = 0.95
-# Of cases, with how long they take: one, several, many times the compression.
-KINDS = ("static", "router", "patterns")
+# Of cases: static models, trained routers, what their choices look like, and how many questions they answer.
+KINDS = ("static", "router", "patterns", "accuracy")
+# What the last two look at.
+STUDIED = ("svd-llm", "jactus")
 ROUTERS = {"linear": {}, "mlp": {"router_kind": "mlp"}, "first block": {"router_input": "first_block"}}
 
 
@@ -209,10 +216,19 @@ def run_case(setting, case):
     return figures
 
 
-def run_patterns(setting, name):
-    """Return how much there is to gain, and what patterns look like, for one decomposition."""
-    routed, _ = setting.trained(main_case(name, setting.args.blocks, 0))
+def run_patterns(setting, case):
+    """Return what the patterns of a trained router look like, and how much there is to gain."""
+    routed, _ = setting.trained(case)
     ratios = (0.6, 0.4)
+    return {
+        "gain": gain(setting, routed, ratios) if setting.args.oracle_steps else {},
+        "decoding": {str(ratio): overlap_while_decoding(routed, setting.test, ratio) for ratio in ratios},
+        "similarity": {str(ratio): prompt_similarity(routed, setting.test, ratio) for ratio in ratios},
+    }
+
+
+def gain(setting, routed, ratios):
+    """Return the figures of average, routed and optimised choices on a batch of each corpus."""
     blocks = {name: blocks[:16] for name, blocks in setting.test.items()}
     expected = {name: logits[:1] for name, logits in setting.expected.items()}
     rows = {}
@@ -229,30 +245,61 @@ def run_patterns(setting, name):
             rows[str(ratio)][corpus] = {
                 kind: losses(routed, ids, expected[corpus], selected)[0] for kind, selected in choice.items()
             }
-    return {
-        "gain": rows,
-        "decoding": {str(ratio): overlap_while_decoding(routed, setting.test, ratio) for ratio in ratios},
-        "similarity": {str(ratio): prompt_similarity(routed, setting.test, ratio) for ratio in ratios},
-    }
+    return rows
+
+
+def run_accuracy(setting, case):
+    """Return how many questions of the commonsense sets are answered right: by `evaluate`."""
+    from benchmarks.parse.multiple_choice import RoutedByQuestion
+
+    routed, _ = setting.trained(case)
+    tokenizer = AutoTokenizer.from_pretrained(setting.subject.path)
+    score = functools.partial(
+        evaluate, tokenizer=tokenizer, data_dir=setting.args.data_dir, num_questions=setting.args.questions
+    )
+    found = {"dense": score(setting.dense)}
+    for ratio in setting.args.accuracy_ratios:
+        static = compressed(setting.dense, setting.statistics, case.decomposition, ratio, allocation="global")
+        found[str(ratio)] = {"static global": score(static)}
+        for kind in ("average", "routed"):
+            found[str(ratio)][kind] = score(RoutedByQuestion(routed, tokenizer, ratio, kind))
+    return {"questions": setting.args.questions, "accuracy": found}
 
 
 def runs(args):
     """Yield (fields of a case, function from the setting to its figures) of all that is asked for."""
     for name in args.decompositions if "static" in args.kinds else ():
         yield {"kind": "static", "decomposition": name}, functools.partial(run_static, name=name)
-    for case in cases(args.blocks, args.subject) if "router" in args.kinds else ():
-        is_main = case == main_case(case.decomposition, args.blocks, case.seed)
-        is_wanted = (
-            case.decomposition in args.decompositions
-            and case.seed in args.seeds
-            and args.corpus in (None, case.corpus)
-            and case.router in args.routers
-        )
-        if is_wanted and (is_main or not args.main_only):
-            yield {"kind": "router", **asdict(case)}, functools.partial(run_case, case=case)
-    for name in ("svd-llm", "jactus") if "patterns" in args.kinds else ():
-        if name in args.decompositions:
-            yield {"kind": "patterns", "decomposition": name}, functools.partial(run_patterns, name=name)
+    wanted = [case for case in cases(args.blocks, args.subject) if is_wanted(case, args)]
+    # Main cases, or those of a corpus that was asked for.
+    looked_at = [
+        case
+        for case in wanted
+        if (args.corpus or is_main(case, args)) and case.blocks == args.blocks and case.decomposition in STUDIED
+    ]
+    kinds = {
+        "router": (wanted, run_case),
+        "patterns": ([case for case in looked_at if case.seed == 0], run_patterns),
+        "accuracy": (looked_at, run_accuracy),
+    }
+    for kind in args.kinds:
+        for case in kinds[kind][0] if kind in kinds else ():
+            yield {"kind": kind, **asdict(case)}, functools.partial(kinds[kind][1], case=case)
+
+
+def is_wanted(case, args):
+    """Whether a case is one of those that were asked for."""
+    return (
+        case.decomposition in args.decompositions
+        and case.seed in args.seeds
+        and args.corpus in (None, case.corpus)
+        and case.router in args.routers
+        and (is_main(case, args) or not args.main_only)
+    )
+
+
+def is_main(case, args):
+    return case == main_case(case.decomposition, args.blocks, case.seed)
 
 
 def run(args):
@@ -261,7 +308,7 @@ def run(args):
     settings = {
         name: str(value)
         for name, value in vars(args).items()
-        if name not in ("command", "subject", "name", "model", "data_dir", "out", "corpus", "routers")
+        if name not in ("command", "subject", "name", "model", "data_dir", "out", "corpus", "routers", "kinds")
     }
     table = results_of(args.out, args.name)
     for fields, make in runs(args):
@@ -294,13 +341,15 @@ def parse_arguments():
     parser.add_argument("--test-blocks", type=int, default=32, help="of each corpus")
     parser.add_argument("--blocks", type=int, default=768, help="of 256 tokens, that a router is trained on")
     parser.add_argument("--initial-blocks", type=int, default=128, help="of these, to start the router on")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS[:3]), choices=KINDS)
     parser.add_argument("--main-only", action="store_true", help="no other kinds of routers and corpora")
     parser.add_argument("--corpus", help="only routers that are trained on this one; default: all")
     parser.add_argument("--routers", nargs="+", default=list(ROUTERS), choices=ROUTERS, help="only these")
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--oracle-steps", type=int, default=30)
+    parser.add_argument("--oracle-steps", type=int, default=30, help="of each choice that is optimised; 0: none")
+    parser.add_argument("--questions", type=int, default=100, help="of each commonsense set, for the accuracy")
+    parser.add_argument("--accuracy-ratios", type=float, nargs="+", default=[0.6], help="active shares for it")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.name, args.subject = args.subject, SUBJECTS[args.subject]

@@ -4,6 +4,7 @@ import statistics
 
 from benchmarks.harness.records import Table
 from benchmarks.harness.reporting import markdown_table, mean_and_spread, spread, write_markdown
+from benchmarks.tasks.commonsense.scoring import standard_error
 from peft_jactus.deployment.plots import light_and_dark
 
 RATIOS = ("0.8", "0.6", "0.4")
@@ -117,6 +118,26 @@ def gain_table(results):
     return markdown_table(head, rows)
 
 
+def accuracy_table(results):
+    """Return a row for each router, active share and choice of ranks."""
+    rows = []
+    for result in results:
+        found = dict(result["accuracy"])
+        dense = found.pop("dense")
+        described = [result["decomposition"], f"{result['router']}, {result['corpus']}, {result['blocks']} blocks"]
+        rows.append([*described, "", "dense", f"{dense['accuracy']:.1f}", "", ""])
+        for ratio, by_choice in found.items():
+            for choice, scores in by_choice.items():
+                differences = [
+                    f"{scores['accuracy'] - other['accuracy']:+.1f} ± "
+                    f"{standard_error([scores['sets']], [other['sets']]):.1f}"
+                    for other in (dense, by_choice["average"])
+                ]
+                rows.append([*described, ratio, choice, f"{scores['accuracy']:.1f}", *differences])
+    head = ["factors", "router", "active", "choice of ranks", "mean", "less dense", "less average"]
+    return markdown_table(head, rows)
+
+
 @light_and_dark()
 def plot_shares(results, study, path):
     """Draw divergence from the dense model against the active share."""
@@ -197,10 +218,18 @@ def markdown(results, title, blocks):
                 f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, {name} factors",
                 studies_table(results, studies, name, "divergence", 4),
             ]
-    if matching(results, kind="patterns"):
+    if any(result["gain"] for result in matching(results, kind="patterns")):
         parts += [
             "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
             gain_table(results),
+        ]
+    answered = matching(results, kind="accuracy")
+    if answered:
+        parts += [
+            f"## Multiple choice, {answered[0]['questions']} questions of each of 7 sets",
+            "Mean of the sets, %, by lm-evaluation-harness. Routed: by the question, without its endings. Differences "
+            "with the standard error over questions, which are the same.",
+            accuracy_table(answered),
         ]
     return "\n\n".join(parts)
 

@@ -4,10 +4,14 @@ import json
 import random
 
 import pytest
+import torch
 from datasets import Dataset
 
 from benchmarks.parse import routing
 from benchmarks.pretrain import language as pretraining
+from tests.support.compressed_models import tiny_llama
+from tests.support.routed_models import cache_of, prompts, routed, with_cache
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 COLUMNS = {"novels": "text", "ptb": "sentence", "wikitext2": "text", "ag_news": "text", "gsm8k": "question"}
 
@@ -48,3 +52,26 @@ def test_a_router_is_trained_on_a_pretrained_model_and_reported(run_study, data_
     assert table.count("| jactus | routed |") == 2
     assert (out / "routing.md").read_text() == table
     assert (out / "routing.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@torch.no_grad()
+def log_likelihood_as_served(model, question, ending):
+    """Route the question, then run the ending on its key-value cache."""
+    output = model(input_ids=torch.tensor([question]))
+    following = model(input_ids=torch.tensor([ending]), **with_cache(model, cache_of(output)))
+    predicted = torch.cat([output.logits[0, -1:], following.logits[0, :-1]]).log_softmax(-1)
+    return float(predicted.gather(1, torch.tensor(ending).unsqueeze(1)).sum())
+
+
+@pytest.mark.parametrize("router_input", ["embeddings", "first_block"])
+def test_endings_are_scored_with_the_ranks_of_their_question(router_input):
+    multiple_choice = pytest.importorskip("benchmarks.parse.multiple_choice", reason="lm_eval is not installed")
+    model = routed(tiny_llama(), router_input=router_input, reroute_continuations=False)
+    rows = [row.tolist() for row in prompts(12)]
+    requests = [(("", ""), row, ending) for row in rows[:6] for ending in (rows[6][:3], rows[7][:2])]
+    scored = multiple_choice.RoutedByQuestion(model, tiny_tokenizer(), 0.5, "routed", batch_size=5)
+    found = scored._loglikelihood_tokens(requests, disable_tqdm=True)
+    expected = [log_likelihood_as_served(model, question, ending) for _, question, ending in requests]
+    assert [score for score, _ in found] == pytest.approx(expected, abs=1e-4)
+    average = multiple_choice.RoutedByQuestion(model, tiny_tokenizer(), 0.5, "average", batch_size=5)
+    assert found != average._loglikelihood_tokens(requests, disable_tqdm=True)

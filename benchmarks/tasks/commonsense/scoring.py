@@ -23,7 +23,7 @@ def evaluate(model, tokenizer, data_dir, *, num_questions, batch_size=32):
     """Return the mean accuracy, in percent, and by set the accuracy and which questions are answered right.
 
     Args:
-        model: A causal language model, plain or compressed.
+        model: A causal language model, plain or compressed; or one that is wrapped for the harness.
         tokenizer: Its tokenizer.
         data_dir: Folder of the sets.
         num_questions: Of each set; fewer where there are fewer.
@@ -33,12 +33,15 @@ def evaluate(model, tokenizer, data_dir, *, num_questions, batch_size=32):
         ``{"accuracy": mean over the sets, "sets": {name: {"accuracy": ..., "right": "0110..."}}}``.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # In bfloat16, log-probabilities of long endings are too coarse to tell choices apart.
-    wrapped = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    wrapped = model
+    if not isinstance(model, LM):
+        wrapped = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     manager = TaskManager(
         include_path=str(FOLDER), include_defaults=False, metadata={"data_dir": str(Path(data_dir).resolve())}
     )
