@@ -6,7 +6,8 @@
 
 Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
 they are stored; "static" has uniform ranks of the routed model's active share. A *miss* chooses experts and gathers
-their factors, a *hit* finds them remembered. Models take turns on one thread, and the time is that thread's (see
+their factors, a *hit* finds them remembered. "by the first block": the router
+reads its output, so it runs once more (models of several blocks). Models take turns on one thread, and the time is that thread's (see
 peft_jactus/cli/stopwatch.py).
 """
 
@@ -106,12 +107,14 @@ def low_rank_model(dense, ratio, args):
     return model.eval().to(args.device)
 
 
-def routed_model(pool, ratio, args):
+def routed_model(pool, ratio, args, router_input="embeddings"):
     """Return a routed model with a cache of its own, that shares the factors of the pool."""
     model = copy.deepcopy(pool, {id(tensor): tensor for tensor in (*pool.parameters(), *pool.buffers())})
     layers = [name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)]
     names = checkpoint_names(model, layers)
-    config = RouterConfig(active_ratio=ratio, expert_size=args.expert_size, cache_bytes=CACHE_BYTES)
+    config = RouterConfig(
+        active_ratio=ratio, expert_size=args.expert_size, cache_bytes=CACHE_BYTES, router_input=router_input
+    )
     randomize_(install_router(model, sorted(layers, key=names.__getitem__), config), args.choice)
     return model
 
@@ -220,6 +223,9 @@ def prefill_times(length, models, whole_router, ratio, args):
         "its gathering": (router, gather_case(selected)),
         "router of the whole depth": (whole_router, choice_case(embeddings)),
     }
+    if args.layers > 1:
+        reads_block = routed_model(models["native"], ratio, args, "first_block")
+        contenders["routed by the first block, hit"] = (reads_block, prefill_case(ids))
     timings = times(f"prefill 1 x {length}", contenders, args)
     info = hit.rank_router.cache_info()
     assert (info.misses, info.entries) == (1, 1), info
