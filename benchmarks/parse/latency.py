@@ -6,8 +6,8 @@
 
 Weights are random, since values make no difference to time. "native" runs all ranks of the pool as two products, as
 they are stored; "static" has uniform ranks of the routed model's active share. A *miss* chooses experts and gathers
-their factors, a *hit* finds them remembered. "by the first block": the router
-reads its output, so it runs once more (models of several blocks). Models take turns on one thread, and the time is that thread's (see
+their factors, a *hit* finds them remembered. "by the first block": the router reads its output, so that this block
+runs once more (in models of several blocks). Models take turns on one thread, and the time is that thread's (see
 peft_jactus/cli/stopwatch.py).
 """
 
@@ -112,9 +112,7 @@ def routed_model(pool, ratio, args, router_input="embeddings"):
     model = copy.deepcopy(pool, {id(tensor): tensor for tensor in (*pool.parameters(), *pool.buffers())})
     layers = [name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)]
     names = checkpoint_names(model, layers)
-    config = RouterConfig(
-        active_ratio=ratio, expert_size=args.expert_size, cache_bytes=CACHE_BYTES, router_input=router_input
-    )
+    config = RouterConfig(ratio, args.expert_size, cache_bytes=CACHE_BYTES, router_input=router_input)
     randomize_(install_router(model, sorted(layers, key=names.__getitem__), config), args.choice)
     return model
 
