@@ -32,6 +32,7 @@ parser.add_argument("--output-dir", type=Path, default=Path("outputs/ranks_by_pr
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="what the compressed model keeps")
 parser.add_argument("--active-ratio", type=float, default=0.5, help="what runs for one prompt")
 parser.add_argument("--expert-size", type=int, default=16)
+parser.add_argument("--router-input", choices=("embeddings", "first_block"), default="embeddings")
 parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
 parser.add_argument("--sequences", type=int, default=512, help="to train the router on")
 parser.add_argument("--batch-size", type=int, default=16)
@@ -93,7 +94,7 @@ losses["compressed"] = loss_of(compressed)
 
 # -- route ----------------------------------------------------------------------------------------
 
-router_config = RouterConfig(active_ratio=args.active_ratio, expert_size=args.expert_size)
+router_config = RouterConfig(args.active_ratio, args.expert_size, router_input=args.router_input)
 routed = routed_copy(compressed, router_config, statistics=statistics)
 trainer = RouterTrainer(
     routed,

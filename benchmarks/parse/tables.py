@@ -181,7 +181,7 @@ def plot_patterns(results, path):
         left.set_title(f"{result['decomposition']}: choice for a longer text against that for its start", fontsize=9)
         left.set_xlabel("tokens")
         left.set_ylabel("overlap (Jaccard)")
-        left.legend(fontsize=7)
+        left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         for ratio, bins in result["similarity"].items():
             points = [point for point in bins if point["pairs"] >= 20]
             right.plot([p["cosine"] for p in points], [p["overlap"] for p in points], label=f"active {ratio}")
