@@ -129,7 +129,9 @@ def accuracy_table(results):
         for ratio, by_choice in found.items():
             for choice, scores in by_choice.items():
                 differences = [
-                    f"{scores['accuracy'] - other['accuracy']:+.1f} ± "
+                    ""
+                    if other is scores
+                    else f"{scores['accuracy'] - other['accuracy']:+.1f} ± "
                     f"{standard_error([scores['sets']], [other['sets']]):.1f}"
                     for other in (dense, by_choice["average"])
                 ]
