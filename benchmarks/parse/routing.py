@@ -142,12 +142,13 @@ class Setting:
         """Return the routed model of a case, and figures of its training, which is not done twice."""
         torch.manual_seed(case.seed)
         routed = self.routed(case)
-        settings = {name: getattr(self.args, name) for name in ("learning_rate", "temperature", "initial_blocks")}
+        names = ("learning_rate", "temperature", "initial_blocks", "test_blocks")
+        settings = {name: getattr(self.args, name) for name in names}
         described = json.dumps(asdict(case) | settings)
         name = hashlib.sha256(described.encode()).hexdigest()[:16]
         file = Path(self.subject.path) / "routers" / f"{name}.safetensors"
         if not file.exists():
-            figures = self.train(routed, case)
+            figures = {**self.train(routed, case), "trained_by": environment()["commit"]}
             file.parent.mkdir(exist_ok=True)
             partial = file.with_suffix(".partial")
             state = routed.rank_router.state_dict()
