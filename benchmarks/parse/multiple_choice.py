@@ -2,6 +2,7 @@
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from benchmarks.parse.models import choose, read_by_router
@@ -48,8 +49,8 @@ class RoutedByQuestion(HFLM):
 
 
 def _padded(texts):
-    longest = max(map(len, texts))
+    rows = [torch.tensor(text) for text in texts]
     return {
-        "input_ids": torch.tensor([text + [0] * (longest - len(text)) for text in texts]),
-        "attention_mask": torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts]),
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
     }

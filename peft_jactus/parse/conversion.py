@@ -60,7 +60,7 @@ def routed_copy(
             ``statistics`` that are missing for a layer. A `TypeError` is raised for an encoder-decoder model.
     """
     layers = _factorized_layers(model)
-    check_routable(model)
+    check_routable(model, config)
     decomposition = decomposition or ("svd" if statistics is None else "kfac")
     if decomposition not in get_args(Decomposition):
         raise ValueError(f"`decomposition` must be one of {get_args(Decomposition)}; got {decomposition!r}.")

@@ -51,9 +51,9 @@ def block_output(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Returns:
         The block's hidden states ``(batch, positions, dim)``.
     """
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     call = inspect.signature(block.forward).bind(*args, **kwargs)
-    for arguments in (call.arguments, call.arguments.get("kwargs", {})):
-        arguments.update({name: None for name, value in arguments.items() if isinstance(value, Cache)})
     length = call.args[0].shape[1]
     mask = call.arguments.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.dim() > 1 and mask.shape[-1] > length:

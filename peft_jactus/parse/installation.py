@@ -35,8 +35,7 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
         The router, which is ``model.rank_router``: untrained, all scores zero. A `TypeError` says if the model is not
         one that can be routed.
     """
-    check_routable(model)
-    width = _width_read(model, config)
+    check_routable(model, config)
     state = RoutingState()
     layers = []
     for position, name in enumerate(names):
@@ -44,20 +43,13 @@ def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterC
         assert isinstance(layer, LowRankLinear)
         layers.append(RoutedLinear(layer.down, layer.up, position, state))
         model.set_submodule(name, layers[-1])
+    embeddings = model.get_input_embeddings() if config.router_input == "embeddings" else None
+    width = getattr(embeddings, "embedding_dim", None) or model.config.get_text_config().hidden_size
     router = RankRouter(config, layers, width, device=layers[0].weight.device)
     model.add_module(ROUTER_NAME, router)
     router.attach(model)
     router.train(model.training)
     return router
-
-
-def _width_read(model: PreTrainedModel, config: RouterConfig) -> int:
-    width = None
-    if config.router_input == "embeddings":
-        width = getattr(model.get_input_embeddings(), "embedding_dim", None)
-    else:
-        first_block(model)  # raises if it has none
-    return int(width or model.config.get_text_config().hidden_size)
 
 
 class RouterExtension(CheckpointExtension):
@@ -97,13 +89,15 @@ class RouterExtension(CheckpointExtension):
         )
 
 
-def check_routable(model: PreTrainedModel) -> None:
-    """Raise `TypeError` if a model is not one that can be routed."""
+def check_routable(model: PreTrainedModel, config: RouterConfig) -> None:
+    """Raise `TypeError` if a model is not one that can be routed, or lacks what the router reads."""
     if model.config.is_encoder_decoder or model.get_input_embeddings() is None:
         raise TypeError(
             f"{type(model).__name__} cannot be routed: only encoder models and decoder-only models can, not "
             "encoder-decoder models."
         )
+    if config.router_input == "first_block":
+        first_block(model)
 
 
 def remove_router(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_jactus.errors import RoutingWarning
-from peft_jactus.parse import RouterConfig, inputs, routed_copy
+from peft_jactus.parse import RouterConfig, conversion, inputs, routed_copy
 from peft_jactus.parse.inputs import first_block, prompt_states
 from peft_jactus.parse.installation import remove_router
 from tests.parse.test_changed_caches import dynamic, sliding, tokens
@@ -166,6 +166,7 @@ def test_an_error_in_the_first_block_leaves_nothing_behind():
 def test_a_model_without_known_blocks_is_refused_before_any_work(monkeypatch):
     model = static(tiny_llama())
     monkeypatch.setattr(PreTrainedModel, "get_decoder", lambda self: nn.Linear(2, 2))
+    monkeypatch.setattr(conversion, "_in_order", lambda *_: pytest.fail("work was done"))
     config = RouterConfig(active_ratio=0.5, expert_size=2, router_input="first_block")
     with pytest.raises(TypeError, match=r"LlamaForCausalLM has no block .* Set `router_input='embeddings'`"):
         routed_copy(model, config, progress_bar=False)
