@@ -18,7 +18,7 @@ from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from benchmarks.compare.adapting import with_lora
+from benchmarks.compare.adapting import with_adapter
 from benchmarks.compare.cases import EPOCHS, EPOCHS_BY_TASK, LEARNING_RATE_GROUPS
 from benchmarks.compare.starts import HEAD_WARMUP_STEPS
 from benchmarks.compare.training import make_trainer
@@ -88,7 +88,7 @@ def adapted(case, workload):
     model = workload.make_model()
     fields = VARIANTS[case["variant"]]
     if fields is None:
-        return with_lora(model, "lora", workload), 1.0
+        return with_adapter(model, "lora", workload), 1.0
     fields = dict(fields)
     warmup = fields.pop("head_warmup_steps", 0)
     config = JactusConfig(

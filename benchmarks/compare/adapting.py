@@ -1,39 +1,54 @@
 """Every method of the comparison as functions: a model comes in, a model that is ready to train goes out."""
 
 import time
+from functools import partial
 
-from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft import EvaConfig, HiraConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 from benchmarks.compare.cases import FULL_SIZE, IN_FEW_BITS, is_ours
-from benchmarks.compare.starts import HEAD_WARMUP_LEARNING_RATE, HEAD_WARMUP_STEPS, with_eva, with_lora_ga
+from benchmarks.compare.starts import (
+    HEAD_WARMUP_LEARNING_RATE,
+    HEAD_WARMUP_STEPS,
+    with_corda,
+    with_eva,
+    with_lora_ga,
+)
 from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.deployment.export import compressed_copy
 
 RANK = 16
-STARTS = {"eva": with_eva, "lora-ga": with_lora_ga}
-LORA = {
-    "lora": {"lora_alpha": 2 * RANK},
-    "lora-embeddings": {"lora_alpha": 2 * RANK},
-    "dora": {"lora_alpha": 2 * RANK, "use_dora": True},
+STARTS = {"eva": with_eva, "corda": with_corda, "lora-ga": with_lora_ga}
+CONFIGS = {
+    "lora": partial(LoraConfig, lora_alpha=2 * RANK),
+    "lora-embeddings": partial(LoraConfig, lora_alpha=2 * RANK),
+    "dora": partial(LoraConfig, lora_alpha=2 * RANK, use_dora=True),
     # As its authors do: no scaling, so that the adapter starts as the leading directions of the weight.
-    "pissa": {"lora_alpha": RANK, "init_lora_weights": "pissa"},
-    "rslora": {"lora_alpha": 2 * RANK, "use_rslora": True},
+    "pissa": partial(LoraConfig, lora_alpha=RANK, init_lora_weights="pissa"),
+    "rslora": partial(LoraConfig, lora_alpha=2 * RANK, use_rslora=True),
     # Rows of A along the inputs, of length one, and the ranks shared out by what they explain.
-    "eva": {"lora_alpha": RANK, "init_lora_weights": "eva", "eva_config": EvaConfig(use_label_mask=False)},
+    "eva": partial(LoraConfig, lora_alpha=RANK, init_lora_weights="eva", eva_config=EvaConfig(use_label_mask=False)),
+    # The leading directions of the weight times the inputs' covariance, its authors' choice for the best accuracy.
+    "corda": partial(
+        LoraConfig, lora_alpha=RANK, init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm")
+    ),
     # Both sides along the gradient, with its authors' scale.
-    "lora-ga": {
-        "lora_alpha": RANK,
-        "use_rslora": True,
-        "init_lora_weights": "lora_ga",
-        "lora_ga_config": LoraGAConfig(),
-    },
+    "lora-ga": partial(
+        LoraConfig,
+        lora_alpha=RANK,
+        use_rslora=True,
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    ),
+    # The weight itself, times a matrix of this rank, element by element.
+    "hira": HiraConfig,
 }
 
 
 def full_size(model, method, workload):
     """Return the model ready for one of `FULL_SIZE`, which keep every parameter; a fresh head trains whole in each."""
-    return model.requires_grad_(True) if method == "full" else with_lora(model, method, workload)
+    return model.requires_grad_(True) if method == "full" else with_adapter(model, method, workload)
 
 
 def adapt(model, case, workload):
@@ -49,13 +64,12 @@ def adapt(model, case, workload):
     return full_size(compressed_copy(model), on_top, workload) if on_top else model, figures
 
 
-def with_lora(model, name, workload):
-    config = LoraConfig(
+def with_adapter(model, name, workload):
+    config = CONFIGS[name](
         task_type=workload.task_type,
         target_modules="all-linear",
         modules_to_save=workload.modules_to_save,
         r=RANK,
-        **LORA[name],
     )
     start = STARTS.get(name)
     model = get_peft_model(model, config) if start is None else start(model, config, workload)

@@ -32,7 +32,7 @@ EPOCHS_BY_TASK = {"clinc150": 10, "commonsense": 1}
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does; jactus-embeddings
 # is jactus with these; jactus-8-bits and jactus-4-bits hold in so few bits what does not train; jactus-retained has
 # its adaptation in the retained space.)
-FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora", "eva", "lora-ga")
+FULL_SIZE = ("full", "lora", "lora-embeddings", "dora", "pissa", "rslora", "eva", "corda", "lora-ga", "hira")
 # Part of the steps that a method which starts with a full-size stage gives to it. One schedule goes over both stages,
 # but for a warm-up of what is new in the last one.
 FIRST_STAGE_SHARE = 0.8
@@ -72,7 +72,7 @@ LEARNING_RATE_GRID = {
 }
 # Rows without compression.
 UNCOMPRESSED = {
-    "text": ("full", "lora", "dora", "pissa", "eva", "lora-ga"),
+    "text": ("full", "lora", "dora", "pissa", "eva", "corda", "lora-ga", "hira"),
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
     "commonsense": ("lora", "dora", "pissa"),

@@ -1,9 +1,11 @@
 """Starts of LoRA that look at data first, as PEFT has them."""
 
 import warnings
+from contextlib import contextmanager
 
 import torch
 from peft import get_peft_model, initialize_lora_eva_weights, preprocess_loraga
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch.utils.data import DataLoader
 
@@ -38,16 +40,43 @@ def with_eva(model, config, workload):
     return model
 
 
+def with_corda(model, config, workload):
+    """Return the model with both sides along the weight times the inputs' covariance."""
+    config.target_modules = targets(model, workload)
+    loader = DataLoader(workload.train, shuffle=True, collate_fn=workload.collator)
+    num_rows = workload.num_calibration_batches * workload.batch_size
+
+    def forward():
+        for row, _ in zip(loader, range(num_rows), strict=False):  # one by one: it takes no batches, nor padding
+            model(**row)
+
+    with sequences_only(model, config.target_modules):
+        preprocess_corda(model, config, forward)
+    return get_peft_model(model, config)
+
+
+@contextmanager
+def sequences_only(model, names):
+    """Give the layers ``(1, 1, d)`` for the ``(1, d)`` of a pooler, of which CorDA would drop the first dimension."""
+
+    def as_sequence(layer, args):
+        return (args[0].unsqueeze(0) if args[0].dim() == 2 else args[0], *args[1:])
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(as_sequence) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def with_lora_ga(model, config, workload):
     """Return the model with both sides along the gradient; a fresh head is warmed up for it as for ours."""
-    ours = JactusConfig(
-        task_type=workload.task_type, target_modules="all-linear", modules_to_save=workload.modules_to_save
-    )
-    config.target_modules = sorted(targeted_modules(model, ours))  # "all-linear" it would not find
+    config.target_modules = targets(model, workload)
     if workload.head is not None:
         warmup = HeadWarmup(HEAD_WARMUP_STEPS, HEAD_WARMUP_LEARNING_RATE)
         loss = SummedLoss(None, "mean")
-        warm_up_head(model, ours, workload.calibration_batches(), loss, warmup, progress_bar=False)
+        warm_up_head(model, ours(workload), workload.calibration_batches(), loss, warmup, progress_bar=False)
 
     def backward():
         for batch in workload.calibration_batches():
@@ -58,3 +87,14 @@ def with_lora_ga(model, config, workload):
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(model, config, backward)
     return get_peft_model(model, config)
+
+
+def targets(model, workload):
+    """Return the names of the layers that ``"all-linear"`` means, which the starts would not find by it."""
+    return sorted(targeted_modules(model, ours(workload)))
+
+
+def ours(workload):
+    return JactusConfig(
+        task_type=workload.task_type, target_modules="all-linear", modules_to_save=workload.modules_to_save
+    )

@@ -35,7 +35,9 @@ COLORS = {
     "dora": "#8c6d5a",
     "pissa": "#c2568f",
     "eva": "#848484",
+    "corda": "#b59a00",
     "lora-ga": "#6f7f2f",
+    "hira": "#5b8c85",
 }
 
 

@@ -29,7 +29,9 @@ FURTHER_METHODS = {
         "lora+svd-llm+lora 0.4",
         "lora+jactus-cores pivoted 0.4",
         "eva",
+        "corda",
         "lora-ga",
+        "hira",
     ],
     "vision": ["jactus+lora pivoted 0.4"],
     "language": [
@@ -103,7 +105,9 @@ def test_methods_are_compared_on_the_same_rows_and_a_finished_case_is_skipped(ki
         "lora-embeddings",
         "dora",
         "eva",
+        "corda",
         "lora-ga",
+        "hira",
         "jactus",
         "jactus+lora",
         "jactus+full",
@@ -175,7 +179,7 @@ def test_what_trains_whole_beside_an_adapter_has_the_learning_rate_of_a_head():
     workload = workload_of_two_layers()
 
     def rates(method):
-        model = adapting.with_lora(tiny_llama(), method, workload)
+        model = adapting.with_adapter(tiny_llama(), method, workload)
         groups = training.make_optimizer(model, None, 1e-3, 1.0).param_groups
         rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
         return {name: rate_of[id(p)] for name, p in model.named_parameters() if p.requires_grad}
