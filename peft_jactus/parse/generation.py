@@ -1,4 +1,4 @@
-"""``generate`` of a routed model: it says where the prompt ends, if several tokens are generated in one call."""
+"""``generate`` of a routed model: it says where the prompt ends, where a call has generated tokens, too."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_token
 
 
 class RoutedGenerate:
-    """In place of a model's ``generate``: the same, and assisted generation gives what plain generation gives.
+    """In place of a model's ``generate``: with assistance, or without a cache, it gives what it gives otherwise.
 
     Assisted generation checks several drafted tokens in one call, the first ones in the call that reads the prompt.
-    They must not be taken for a part of it. While the model only makes drafts for another one, which go back and
-    forth over the end of the prompt, its first choice stays.
+    Without a cache, each call reads all that was generated. These tokens must not be taken for a part of the prompt.
+    While the model only makes drafts for another one, which go back and forth over the end of the prompt, its first
+    choice stays.
 
     Args:
         model: The model. It holds this object, so this one does not hold it.
@@ -67,7 +68,8 @@ def _generation(model: GenerationMixin, args: tuple[Any, ...], kwargs: dict[str,
     if getattr(config, "is_assistant", False):
         return Generation(None, assists=True)
     sources = (arguments, vars(config) if config is not None else {}, vars(model.generation_config))
-    if not any(source.get(name) for source in sources for name in _ASSISTED):
+    without_cache = any(source.get("use_cache") is False for source in sources)
+    if not without_cache and not any(source.get(name) for source in sources for name in _ASSISTED):
         return None
     return Generation(_prompt_length(arguments), assists=False)
 

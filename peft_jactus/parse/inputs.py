@@ -10,7 +10,7 @@ import torch
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_jactus.parse.kept_patterns import PooledStates
+from peft_jactus.parse.kept_patterns import PooledStates, cache_among
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,10 @@ def block_output(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     args = tuple(None if isinstance(value, Cache) else value for value in args)
     kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    call = inspect.signature(block.forward).bind(*args, **kwargs)
+    signature = inspect.signature(block.forward)
+    # Raises if there is one still, which the block would fill.
+    cache_among(signature.bind_partial(*args).arguments | kwargs)
+    call = signature.bind(*args, **kwargs)
     length = call.args[0].shape[1]
     mask = call.arguments.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.dim() > 1 and mask.shape[-1] > length:

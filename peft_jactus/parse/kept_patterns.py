@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from peft_jactus.parse.layer import RoutingState
     from peft_jactus.parse.patterns import PatternBatch
 
+# What models of transformers, and blocks of them, call what they keep of earlier tokens.
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_params", "state", "mems")
+
 
 @dataclass(frozen=True)
 class PooledStates:
@@ -235,6 +238,25 @@ class KeptPatterns:
                 "(`batch_repeat_interleave`, `batch_select_indices`), or fill a new one."
             )
         return self.selected([0] * num_rows)
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
+    """Return the key-value cache among a call's arguments, by name.
+
+    Raises:
+        TypeError: If there is one of a class that can't be followed: a model's own, or a tuple of tensors.
+    """
+    for value in arguments.values():
+        if isinstance(value, Cache):
+            return value
+    for name in CACHE_ARGUMENTS:
+        value = arguments.get(name)
+        if value is not None:
+            raise TypeError(
+                f"`{name}` is a {type(value).__name__}, not a `Cache` of transformers, so it cannot carry the ranks of"
+                " its prompts. Call the model with `use_cache=False`, also in `generate`."
+            )
+    return None
 
 
 def length_of(cache: Cache | None) -> int:

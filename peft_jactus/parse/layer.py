@@ -56,10 +56,10 @@ class RoutedCall:
 
 @dataclass(frozen=True)
 class Generation:
-    """What is known of a running call of ``generate`` that is assisted, or assists another one.
+    """What is known of a running call of ``generate`` that is assisted, or assists another one, or has no cache.
 
     Attributes:
-        prompt_end: Position in the cache after the prompt; what follows are drafts.
+        prompt_end: Position after the prompt; what follows is generated.
         assists: Whether it only makes drafts, which the model that it assists will check.
     """
 

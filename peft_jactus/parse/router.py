@@ -26,7 +26,7 @@ from peft_jactus.parse.cache import CacheInfo, PatternCache
 from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
 from peft_jactus.parse.generation import RoutedGenerate
 from peft_jactus.parse.inputs import block_output, first_block
-from peft_jactus.parse.kept_patterns import PooledStates, PromptPart, keep_on, kept_on, length_of
+from peft_jactus.parse.kept_patterns import PooledStates, PromptPart, cache_among, keep_on, kept_on, length_of
 from peft_jactus.parse.layer import RoutedCall
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
 
@@ -259,19 +259,20 @@ class RankRouter(nn.Module):
             arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         mask = arguments.get("attention_mask")
         call.mask = call.mask if mask is None else mask
-        call.cache = next((value for value in arguments.values() if isinstance(value, Cache)), call.cache)
+        cache = cache_among(arguments)
+        call.cache = call.cache if cache is None else cache
         if call.patterns is not None:
             return
         embeddings = arguments.get("inputs_embeds")
         call.past = length_of(call.cache)
-        if call.cache is not None:
+        if call.cache is not None or self._state.generation is not None:
             inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
             self._continue(call, *inputs.shape[:2])
         if embeddings is not None and self._reads_embeddings:
             self._route_embeddings(module, args, embeddings)
 
     def _continue(self, call: RoutedCall, num_rows: int, length: int) -> None:
-        """Note what the cache of a call says of it: earlier parts of the prompt, and whether this is another one.
+        """Note what a call's cache and `generate` say of it: earlier parts of the prompt, and whether this is another.
 
         Raises:
             ValueError: If it does not say which tokens are in it, and results may depend on them.

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from peft_jactus.parse.installation import remove_router
 from tests.support.compressed_models import tiny_gpt2, tiny_llama
-from tests.support.routed_models import cache_of, prompts, routed, with_cache
+from tests.support.routed_models import cache_of, padded, prompts, routed, with_cache
 
 NUM_NEW = 12
 
@@ -60,6 +60,22 @@ def test_a_model_that_assists_itself_with_its_first_layers_generates_as_alone():
     model = routed(tiny_llama())
     for ids in repetitive_prompts():
         assert_equal(generate(model, ids, **assistance("early exit", model)), generate(model, ids))
+
+
+@pytest.mark.parametrize("router_input", ["embeddings", "first_block"])
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+def test_without_a_cache_the_prompt_alone_chooses_too(router_input, where):
+    model = routed(tiny_llama(), router_input=router_input)
+    batch = padded([ids[0] for ids in repetitive_prompts()])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = generate(model, ids, mask=mask)
+    if where == "argument":
+        options = {"use_cache": False}
+    elif where == "config":
+        options = {"generation_config": GenerationConfig(use_cache=False)}
+    else:
+        options, model.generation_config.use_cache = {}, False
+    assert_equal(generate(model, ids, mask=mask, **options), expected)
 
 
 def test_drafts_are_asked_for_by_a_config_too():

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache, xLSTMConfig, xLSTMForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from peft_jactus.parse.inputs import block_output
 from tests.support.compressed_models import VOCABULARY, tiny_llama
 from tests.support.routed_models import cache_of, padded, prompts, routed, with_cache
 
@@ -287,3 +288,40 @@ def test_padding_of_a_later_part_is_not_counted(make):
     pooled = embeddings.sum(1) / mask.sum(1, keepdim=True)
     chosen = torch.stack([pattern.selected for pattern in cache_of(output).jactus_patterns.batch.patterns])
     assert torch.equal(chosen, model.rank_router.select(pooled))
+
+
+@pytest.fixture(scope="module", params=["embeddings", "first_block"])
+def model_with_its_own_cache(request):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2}
+    config = xLSTMConfig(**sizes, qk_dim_factor=1.0, v_dim_factor=1.0, chunk_size=16, max_inference_chunksize=64)
+    model = xLSTMForCausalLM(config)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 2:  # some start as zero
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return routed(model, router_input=request.param)
+
+
+def test_a_cache_that_is_the_models_own_is_refused(model_with_its_own_cache):
+    model, options = model_with_its_own_cache, {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with pytest.raises(TypeError, match=r"a (xLSTMCache|tuple), not a `Cache` .* `use_cache=False`"):
+        model.generate(FIRST, **options)
+    chosen, choose = [], model.rank_router.choose
+    model.rank_router.choose = lambda pooled: chosen.append(pooled) or choose(pooled)
+    continued = model.generate(FIRST, **options, use_cache=False)
+    assert continued.shape[1] == FIRST.shape[1] + 4
+    assert len(chosen) == 4
+    for pooled in chosen[1:]:  # the prompt's, whatever follows it
+        torch.testing.assert_close(pooled, chosen[0], rtol=0, atol=1e-5)
+
+
+def test_a_block_does_not_fill_a_cache_that_is_none_of_transformers():
+    def forward(hidden_states, layer_past):
+        raise AssertionError("the block ran")
+
+    block = torch.nn.Module()
+    block.forward = forward
+    with pytest.raises(TypeError, match="`layer_past` is a list, not a `Cache`"):
+        block_output(block, (torch.zeros(1, 2, 4), []), {})
+    with pytest.raises(TypeError, match="`layer_past` is a list, not a `Cache`"):
+        block_output(block, (torch.zeros(1, 2, 4),), {"layer_past": []})
