@@ -19,6 +19,7 @@ from peft_jactus import JactusConfig, calibrate, rank_summary
 from peft_jactus.deployment.export import compressed_copy
 
 RANK = 16
+RANKS = {"rslora": 64}
 STARTS = {"eva": with_eva, "corda": with_corda, "lora-ga": with_lora_ga}
 CONFIGS = {
     "lora": partial(LoraConfig, lora_alpha=2 * RANK),
@@ -26,7 +27,8 @@ CONFIGS = {
     "dora": partial(LoraConfig, lora_alpha=2 * RANK, use_dora=True),
     # As its authors do: no scaling, so that the adapter starts as the leading directions of the weight.
     "pissa": partial(LoraConfig, lora_alpha=RANK, init_lora_weights="pissa"),
-    "rslora": partial(LoraConfig, lora_alpha=2 * RANK, use_rslora=True),
+    # As PEFT's own comparison has it.
+    "rslora": partial(LoraConfig, lora_alpha=64, use_rslora=True),
     # Rows of A along the inputs, of length one, and the ranks shared out by what they explain.
     "eva": partial(LoraConfig, lora_alpha=RANK, init_lora_weights="eva", eva_config=EvaConfig(use_label_mask=False)),
     # The leading directions of the weight times the inputs' covariance, its authors' choice for the best accuracy.
@@ -69,7 +71,7 @@ def with_adapter(model, name, workload):
         task_type=workload.task_type,
         target_modules="all-linear",
         modules_to_save=workload.modules_to_save,
-        r=RANK,
+        r=RANKS.get(name, RANK),
     )
     start = STARTS.get(name)
     model = get_peft_model(model, config) if start is None else start(model, config, workload)

@@ -65,14 +65,18 @@ LEARNING_RATE_GROUPS = {
     "commonsense": {"others": LearningRateGroup(("commonsense",), 800)},
 }
 LEARNING_RATE_GRID = {
-    "text": {"full": (5e-5, 1e-4, 2e-4, 4e-4), "default": (2.5e-4, 5e-4, 1e-3, 2e-3)},
+    "text": {
+        "full": (5e-5, 1e-4, 2e-4, 4e-4),
+        "hira": (2e-3, 4e-3, 8e-3, 1.6e-2),  # around its rate in PEFT's own comparison
+        "default": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    },
     "vision": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "commonsense": {"default": (5e-4, 1e-3, 2e-3)},
 }
 # Rows without compression.
 UNCOMPRESSED = {
-    "text": ("full", "lora", "dora", "pissa", "eva", "corda", "lora-ga", "hira"),
+    "text": ("full", "lora", "dora", "pissa", "rslora", "eva", "corda", "lora-ga", "hira"),
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
     "commonsense": ("lora", "dora", "pissa"),

@@ -34,6 +34,7 @@ COLORS = {
     "lora-embeddings": "#bb6bd9",
     "dora": "#8c6d5a",
     "pissa": "#c2568f",
+    "rslora": "#d19a3e",
     "eva": "#848484",
     "corda": "#b59a00",
     "lora-ga": "#6f7f2f",
