@@ -12,7 +12,7 @@ from peft_jactus.deployment.plots import GREY, light_and_dark
 # The row that the others' means are compared with, seed by seed.
 REFERENCE = "dora"
 # The same method, the same colour in every plot.
-# JACTUS in blues, SVD-LLM in reds, full size in greys, violets and browns.
+# JACTUS in blues, SVD-LLM in reds, full size in greys, violets, browns and olives.
 COLORS = {
     "jactus pivoted": "#3a72b0",
     "jactus-embeddings pivoted": "#5f6fd0",
@@ -35,11 +35,13 @@ COLORS = {
     "dora": "#8c6d5a",
     "pissa": "#c2568f",
     "rslora": "#d19a3e",
-    "eva": "#848484",
+    "eva": "#c9a3e0",
     "corda": "#b59a00",
     "lora-ga": "#6f7f2f",
-    "hira": "#5b8c85",
+    "hira": "#5a4636",
 }
+# Of methods with a single point each, in a plot; in points of the kept share.
+POINT_DISTANCE = 1.0
 
 
 def load_results(folder, kind):
@@ -185,13 +187,25 @@ def plot(results, path):
         name, _, ratio = label.rpartition(" ")
         point = (100 * float(ratio) if name else 100.0, statistics.mean(means), spread(means))
         lines.setdefault(name or label, []).append(point)
-    for name, points in sorted(lines.items()):
+    for name, points in side_by_side(lines):
         x, y, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(x, y, spreads, capsize=3, label=name, color=COLORS.get(name))
-    axes.set_xlabel("kept of the targeted parameters, %")
+    axes.set_xlabel("kept of the targeted parameters, % (points of one share are side by side)")
     axes.set_ylabel(textwrap.fill(f"{score_name(results)}, mean over tasks", width=40))
     figure.legend(loc="outside right upper")  # lines may be anywhere within
     figure.savefig(path, dpi=150)
+
+
+def side_by_side(lines):
+    """Yield (name, points) by name; methods of a single point each have a place of their own around their share."""
+    alone = {}
+    for name, points in sorted(lines.items()):
+        if len(points) == 1:
+            alone.setdefault(points[0][0], []).append(name)
+    for name, points in sorted(lines.items()):
+        names = alone.get(points[0][0], [])
+        shift = POINT_DISTANCE * (names.index(name) - (len(names) - 1) / 2) if name in names else 0.0
+        yield name, [(share + shift, *rest) for share, *rest in points]
 
 
 def write_report(folder, kind):
