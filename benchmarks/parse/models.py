@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -162,7 +163,7 @@ def losses(model, blocks, expected=None, selected=None):
         expected: Logits of the dense model for the second half, by batch.
         selected: ``(num, experts)``: what a routed model runs; its router does not.
     """
-    total, divergence, kept = 0.0, 0.0, []
+    total, divergences, kept = 0.0, [], []
     for number, ids in enumerate(blocks.split(BATCH_SIZE)):
         if selected is None:
             logits = model(input_ids=ids).logits[:, PROMPT - 1 : -1].float()
@@ -175,9 +176,13 @@ def losses(model, blocks, expected=None, selected=None):
         if expected is not None:
             # In float64: some divergences are below the rounding of float32.
             wanted, found = (values.double().log_softmax(-1) for values in (expected[number], logits))
-            divergence += functional.kl_div(found, wanted, log_target=True, reduction="sum").item()
-    count = len(blocks) * (LENGTH - PROMPT)
-    return {"loss": total / count, "perplexity": math.exp(total / count), "divergence": divergence / count}, kept
+            divergence = functional.kl_div(found, wanted, log_target=True, reduction="none").sum(2).mean(1)
+            divergences += divergence.tolist()
+    loss = total / len(blocks) / (LENGTH - PROMPT)
+    figures = {"loss": loss, "perplexity": math.exp(loss)}
+    if divergences:
+        figures |= {"divergence": statistics.mean(divergences), "divergence_by_block": divergences}
+    return figures, kept
 
 
 def read_by_router(routed, input_ids, attention_mask=None):

@@ -106,6 +106,39 @@ def studies_table(results, studies, decomposition, figure, digits):
     return markdown_table(head, rows)
 
 
+def prompt_table(results):
+    """Return what each router's choice by prompt changes, against its own choice for all prompts."""
+    by_case = {}
+    for result in matching(results, kind="router"):
+        case = (result["decomposition"], f"{result['router']}, {result['corpus']}, {result['blocks']} blocks")
+        by_case.setdefault(case, []).append(result)
+    columns = [(corpus, ratio) for corpus in corpora_of(results) for ratio in RATIOS]
+    rows = [
+        [*case, *(change_by_prompt(found, ratio, corpus) for corpus, ratio in columns)]
+        for case, found in by_case.items()
+    ]
+    return markdown_table(["factors", "router", *(" ".join(column) for column in columns)], rows)
+
+
+def change_by_prompt(results, ratio, corpus):
+    """Return the divergence of *routed* over that of *average*, less one, in percent, of all seeds together.
+
+    With its standard error over blocks, where their divergences are known.
+    """
+    routed, average = ([result[kind][ratio][corpus] for result in results] for kind in ("routed", "average"))
+    quotient = sum(of_seed["divergence"] for of_seed in routed) / sum(of_seed["divergence"] for of_seed in average)
+    change = f"{100 * (quotient - 1):+.1f}"
+    if not all("divergence_by_block" in of_seed for of_seed in (*routed, *average)):
+        return change
+    mine, theirs = (
+        [statistics.mean(values) for values in zip(*(of_seed["divergence_by_block"] for of_seed in kind), strict=True)]
+        for kind in (routed, average)
+    )
+    residuals = [one - quotient * other for one, other in zip(mine, theirs, strict=True)]
+    error = statistics.stdev(residuals) / len(residuals) ** 0.5 / statistics.mean(theirs)
+    return f"{change} ± {100 * error:.1f}"
+
+
 def gain_table(results):
     """Return how near a trained router comes to choices that were optimised on the scored text itself."""
     head = ["factors", "active", "text", "average", "routed", "optimised on the scored text"]
@@ -213,6 +246,9 @@ def markdown(results, title, blocks):
         main_table(results, main, "divergence", 4),
         "## Perplexity",
         main_table(results, main, "perplexity", 2),
+        "## What the prompt adds: divergence of *routed* against *average*, %",
+        "± is the standard error over blocks of text, where it is known; below zero, the choice by prompt is better.",
+        prompt_table(results),
     ]
     for name in decompositions_of(results):
         if any(matching(results, kind="router", decomposition=name, **study) for study in list(studies.values())[1:]):

@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
+import statistics
 
 import pytest
 import torch
 from datasets import Dataset
 
-from benchmarks.parse import routing
+from benchmarks.parse import routing, tables
 from benchmarks.pretrain import language as pretraining
 from tests.support.compressed_models import tiny_llama
 from tests.support.routed_models import cache_of, prompts, routed, with_cache
@@ -39,7 +41,7 @@ def test_a_router_is_trained_on_a_pretrained_model_and_reported(run_study, data_
     assert "holds a model already" in run_study(pretraining, "--out", model, *options)
 
     options += ["--model", model, "--out", out, "--decompositions", "jactus", "--seeds", 0]
-    options += ["--test-blocks", 1, "--blocks", 32, "--oracle-steps", 1]
+    options += ["--test-blocks", 2, "--blocks", 32, "--oracle-steps", 1]
     run_study(routing, "run", *options)
     patterns, result, static = map(json.loads, (out / "routing.jsonl").read_text().splitlines())
     assert [record["kind"] for record in (patterns, result, static)] == ["patterns", "router", "static"]
@@ -50,8 +52,29 @@ def test_a_router_is_trained_on_a_pretrained_model_and_reported(run_study, data_
     table = run_study(routing, "report", "--out", out, "--blocks", 32)
     assert table.count("| jactus | static") == 2 * 2  # a table of divergence, and one of perplexity
     assert table.count("| jactus | routed |") == 2
+    assert len(re.findall(r"[+-]\d+\.\d ± \d+\.\d", table.partition("What the prompt adds")[2])) == 3 * 3
     assert (out / "routing.md").read_text() == table
     assert (out / "routing.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_change_by_prompt_has_the_standard_error_of_a_quotient():
+    draw = random.Random(0)
+    average = [draw.uniform(1, 2) for _ in range(4000)]
+    routed = [0.9 * value + draw.gauss(0, 0.3) for value in average]
+
+    def change(first, last):
+        kinds = {"routed": routed[first:last], "average": average[first:last]}
+        figures = {
+            kind: {"0.6": {"ptb": {"divergence": statistics.mean(values), "divergence_by_block": values}}}
+            for kind, values in kinds.items()
+        }
+        found, error = tables.change_by_prompt([figures], "0.6", "ptb").split(" ± ")
+        return float(found), float(error)
+
+    samples = [change(first, first + 20) for first in range(0, 4000, 20)]
+    changes, errors = zip(*samples, strict=True)
+    assert statistics.mean(changes) == pytest.approx(-10, abs=1)
+    assert statistics.mean(errors) == pytest.approx(statistics.stdev(changes), rel=0.1)
 
 
 @torch.no_grad()
