@@ -256,6 +256,12 @@ def markdown(results, title, blocks):
                 f"## Kinds of routers and of corpora ({blocks} blocks of 256 tokens): divergence, {name} factors",
                 studies_table(results, studies, name, "divergence", 4),
             ]
+    return "\n\n".join([*parts, *further_parts(results)])
+
+
+def further_parts(results):
+    """Return what is in the report if it was run: how much there is to gain, and multiple choice."""
+    parts = []
     if any(result["gain"] for result in matching(results, kind="patterns")):
         parts += [
             "## How much there is to gain: divergence on 16 blocks of each corpus, seed 0",
@@ -269,7 +275,7 @@ def markdown(results, title, blocks):
             "with the standard error over questions, which are the same.",
             accuracy_table(answered),
         ]
-    return "\n\n".join(parts)
+    return parts
 
 
 def write_report(folder, subject, title, blocks):
