@@ -107,16 +107,16 @@ def studies_table(results, studies, decomposition, figure, digits):
 
 
 def prompt_table(results):
-    """Return what each router's choice by prompt changes, against its own choice for all prompts."""
+    """Return what each router's choice by prompt changes, against its own for all prompts; of the largest pool."""
     by_case = {}
     for result in matching(results, kind="router"):
         case = (result["decomposition"], f"{result['router']}, {result['corpus']}, {result['blocks']} blocks")
         by_case.setdefault(case, []).append(result)
     columns = [(corpus, ratio) for corpus in corpora_of(results) for ratio in RATIOS]
-    rows = [
-        [*case, *(change_by_prompt(found, ratio, corpus) for corpus, ratio in columns)]
-        for case, found in by_case.items()
-    ]
+    rows = []
+    for case, found in by_case.items():
+        largest = matching(found, pool=max(result["pool"] for result in found))
+        rows.append([*case, *(change_by_prompt(largest, ratio, corpus) for corpus, ratio in columns)])
     return markdown_table(["factors", "router", *(" ".join(column) for column in columns)], rows)
 
 
@@ -134,6 +134,8 @@ def change_by_prompt(results, ratio, corpus):
         [statistics.mean(values) for values in zip(*(of_seed["divergence_by_block"] for of_seed in kind), strict=True)]
         for kind in (routed, average)
     )
+    if len(mine) < 2:
+        return change
     residuals = [one - quotient * other for one, other in zip(mine, theirs, strict=True)]
     error = statistics.stdev(residuals) / len(residuals) ** 0.5 / statistics.mean(theirs)
     return f"{change} ± {100 * error:.1f}"

@@ -68,8 +68,8 @@ def _generation(model: GenerationMixin, args: tuple[Any, ...], kwargs: dict[str,
     if getattr(config, "is_assistant", False):
         return Generation(None, assists=True)
     sources = (arguments, vars(config) if config is not None else {}, vars(model.generation_config))
-    without_cache = any(source.get("use_cache") is False for source in sources)
-    if not without_cache and not any(source.get(name) for source in sources for name in _ASSISTED):
+    use_cache = next((value for source in sources if (value := source.get("use_cache")) is not None), None)
+    if use_cache is not False and not any(source.get(name) for source in sources for name in _ASSISTED):
         return None
     return Generation(_prompt_length(arguments), assists=False)
 

@@ -71,6 +71,8 @@ def test_the_change_by_prompt_has_the_standard_error_of_a_quotient():
         found, error = tables.change_by_prompt([figures], "0.6", "ptb").split(" ± ")
         return float(found), float(error)
 
+    figures = {"0.6": {"ptb": {"divergence": 1.0, "divergence_by_block": [1.0]}}}
+    assert tables.change_by_prompt([{"routed": figures, "average": figures}], "0.6", "ptb") == "+0.0"
     samples = [change(first, first + 20) for first in range(0, 4000, 20)]
     changes, errors = zip(*samples, strict=True)
     assert statistics.mean(changes) == pytest.approx(-10, abs=1)
