@@ -94,13 +94,13 @@ def rank_multiple(decomposition):
 
 def adaptation_rank(method):
     """Return how many ranks are left to the task: none where cores train, or something that comes on top."""
-    adapts = method in ("jactus", "jactus-embeddings", "jactus-retained") or method in IN_FEW_BITS
+    adapts = method in ("jactus", "jactus-embeddings", "jactus-retained", *IN_FEW_BITS)
     return JactusConfig().adaptation_rank if adapts else 0
 
 
 def compressed(model, case, workload, decomposition):
     """Return the model compressed, JACTUS with its own allocation, a peer with uniform ranks; and figures about it."""
-    adapting = adaptation_rank(case.method)
+    adapting = adaptation_rank(case.last_stages)
     config = JactusConfig(
         task_type=workload.task_type,
         target_modules="all-linear",
@@ -111,8 +111,8 @@ def compressed(model, case, workload, decomposition):
         allocation=JactusConfig().allocation if decomposition == "jactus" else "uniform",
         rank_multiple=rank_multiple(decomposition),
         adaptation_rank=adapting,
-        adaptation_space="retained" if case.method == "jactus-retained" else "free",
-        frozen_bits=IN_FEW_BITS.get(case.method),
+        adaptation_space="retained" if case.last_stages == "jactus-retained" else "free",
+        frozen_bits=IN_FEW_BITS.get(case.last_stages),
         # On for all that are calibrated. The published peers have none, so it is in their favour.
         bias_correction=True,
     )
@@ -129,12 +129,13 @@ def compressed(model, case, workload, decomposition):
 
 
 def statistics_for(model, config, case, workload):
-    """Return what calibration finds, after a head warm-up if the case adapts; or what a shared file has of it."""
+    """Return what calibration finds, after a head warm-up if the head is new; or what a shared file has of it."""
     file = None
     if workload.statistics_files is not None:
         file = f"{workload.statistics_files}-{case.seed}.safetensors"
         config = JactusConfig(task_type=workload.task_type, target_modules="all-linear")  # whatever the case needs
-    warmup = HEAD_WARMUP_STEPS if config.adaptation_rank and workload.head is not None else 0
+    new_head = workload.head is not None and not case.first_epochs
+    warmup = HEAD_WARMUP_STEPS if config.adaptation_rank and new_head else 0
     return calibrate(
         model,
         config,

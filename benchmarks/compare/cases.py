@@ -29,6 +29,7 @@ EPOCHS_BY_TASK = {"clinc150": 10, "commonsense": 1}
 #   lora+jactus-cores train LoRA for the first part of the steps, merge it, then as jactus-cores; so does
 #                     lora+svd-llm+lora
 #   full+jactus-cores the same with all weights in the first part; so does full+svd-llm+lora
+#   hira+jactus       HiRA in the first part, then as jactus, but for the warm-up of a head that is not new any more
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does; jactus-embeddings
 # is jactus with these; jactus-8-bits and jactus-4-bits hold in so few bits what does not train; jactus-retained has
 # its adaptation in the retained space.)
@@ -72,17 +73,18 @@ LEARNING_RATE_GRID = {
     },
     "vision": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
     "language": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
-    "commonsense": {"default": (5e-4, 1e-3, 2e-3)},
+    "commonsense": {"hira": (2e-3, 4e-3, 8e-3), "default": (5e-4, 1e-3, 2e-3)},
 }
 # Rows without compression.
 UNCOMPRESSED = {
     "text": ("full", "lora", "dora", "pissa", "rslora", "eva", "corda", "lora-ga", "hira"),
     "vision": ("full", "lora", "dora", "pissa"),
     "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
-    "commonsense": ("lora", "dora", "pissa"),
+    "commonsense": ("lora", "dora", "pissa", "hira"),
 }
 # Rows at every ratio.
 COMPRESSED = dict.fromkeys(TASKS, ("jactus", "jactus-retained", "svd+lora", "svd-llm+lora"))
+COMPRESSED["text"] += ("hira+jactus",)
 COMPRESSED["language"] += ("jactus-embeddings",)
 COMPRESSED["commonsense"] = ("jactus", "jactus-retained", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
