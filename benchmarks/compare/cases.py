@@ -29,7 +29,7 @@ EPOCHS_BY_TASK = {"clinc150": 10, "commonsense": 1}
 #   lora+jactus-cores train LoRA for the first part of the steps, merge it, then as jactus-cores; so does
 #                     lora+svd-llm+lora
 #   full+jactus-cores the same with all weights in the first part; so does full+svd-llm+lora
-#   hira+jactus       HiRA in the first part, then as jactus, but for the warm-up of a head that is not new any more
+#   hira+jactus-cores the same with HiRA in the first part; after a first stage, cores are better than adaptation ranks
 # (lora-embeddings trains embeddings, tied to the output layer, and norms whole, too, as full does; jactus-embeddings
 # is jactus with these; jactus-8-bits and jactus-4-bits hold in so few bits what does not train; jactus-retained has
 # its adaptation in the retained space.)
@@ -84,7 +84,7 @@ UNCOMPRESSED = {
 }
 # Rows at every ratio.
 COMPRESSED = dict.fromkeys(TASKS, ("jactus", "jactus-retained", "svd+lora", "svd-llm+lora"))
-COMPRESSED["text"] += ("hira+jactus",)
+COMPRESSED["text"] += ("hira+jactus-cores",)
 COMPRESSED["language"] += ("jactus-embeddings",)
 COMPRESSED["commonsense"] = ("jactus", "jactus-retained", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
