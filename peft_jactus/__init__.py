@@ -2,12 +2,13 @@
 
 Importing this package registers the tuner type ``JACTUS`` with PEFT, and compressed checkpoints with transformers.
 
-The rooms (subpackages); each imports only those above it:
+The rooms; each imports only those above it:
 
 - `numerics`: the mathematics of the method, on tensors only.
 - `tuner`: what PEFT uses: config, layer and model; and the plan of the ranks.
 - `calibration`: computes statistics from a model and a few batches.
 - `deployment`: writes, loads and inspects compressed checkpoints.
+- `callbacks`: compresses in mid-run of a `transformers.Trainer`.
 - `parse`: ranks chosen for each prompt. It is only imported if you use it.
 - `cli`: the command ``peft-jactus``.
 """
@@ -15,6 +16,7 @@ The rooms (subpackages); each imports only those above it:
 from peft_jactus._registration import register as _register
 from peft_jactus._version import __version__ as __version__
 from peft_jactus.calibration import CalibrationStatistics, calibrate
+from peft_jactus.callbacks import CompressionCallback
 from peft_jactus.deployment import (
     LowRankLinear,
     PivotedLinear,
@@ -37,6 +39,8 @@ __all__ = [  # noqa: RUF022  # grouped
     "calibrate",
     "plan_ranks",
     "plot_plan",
+    # Train at full size first
+    "CompressionCallback",
     # Look at what was decided
     "RankSummary",
     "plot_ranks",

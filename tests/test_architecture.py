@@ -39,6 +39,12 @@ ROOMS = [
         "accelerate huggingface_hub matplotlib peft torch transformers typing_extensions",
     ),
     (
+        "callbacks",
+        "compresses in mid-run",
+        "calibration deployment tuner",
+        "peft torch transformers",
+    ),
+    (
         "parse",
         "ranks by prompt",
         "errors _progress numerics tuner calibration deployment",
@@ -51,7 +57,7 @@ ROOMS = [
         "datasets huggingface_hub peft torch transformers",
     ),
     ("_registration", "tells PEFT and transformers", "tuner deployment parse", "peft transformers"),
-    ("__init__", "the public names", "_version errors tuner calibration deployment _registration", ""),
+    ("__init__", "the public names", "_version errors tuner calibration deployment callbacks _registration", ""),
     ("__main__", "python -m peft_jactus", "", "peft_jactus_cli"),
 ]
 ROOM_NAMES = [name for name, *_ in ROOMS]

@@ -8,6 +8,7 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.trainer_utils import IntervalStrategy
 
 from peft_jactus import export_compressed
 from tests.docs.snippets import blocks_of, run_page
@@ -93,6 +94,13 @@ def with_compressed(make, of):
     return make()
 
 
+def mid_run():
+    """Checkpoints that the page resumes from."""
+    args = arguments()
+    args.output_dir, args.save_strategy, args.max_steps = "output", IntervalStrategy.STEPS, 3
+    return classification() | {"args": args}
+
+
 def preferences():
     trl = pytest.importorskip("trl")
     return common(tiny_llama()) | {
@@ -147,6 +155,7 @@ NAMESPACES = {
     "docs/concepts/storage.md": dict,
     "docs/from_lora.md": classification,
     "docs/howto/dpo.md": preferences,
+    "docs/howto/full_size_first.md": mid_run,
     "docs/howto/hub.md": shipped,
     "docs/howto/lora.md": lambda: with_compressed(classification, tiny_bert),
     "docs/howto/ratio.md": classification,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
-from transformers import LlamaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from peft_jactus import JactusConfig, calibrate
-from tests.support.compressed_models import batches_for, tiny_llama
+from peft_jactus import CompressionCallback, JactusConfig, calibrate, export_compressed
+from tests.support.compressed_models import batches_for, logits_of, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
@@ -59,6 +59,24 @@ def test_sft(tmp_path):
         processing_class=tiny_tokenizer(),
     )  # fmt: skip
     check_trained(trainer, model)
+
+
+def test_sft_with_lora_that_is_compressed_in_mid_run(tmp_path):
+    model = tiny_llama()
+    trainer = trl.SFTTrainer(
+        model, args=arguments(trl.SFTConfig, tmp_path, max_length=16), train_dataset=texts("text"),
+        processing_class=tiny_tokenizer(), peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )  # fmt: skip
+    config = JactusConfig(task_type="CAUSAL_LM", target_modules="all-linear", retained_ratio=0.6)
+    batches = trainer.get_train_dataloader()
+    trainer.add_callback(CompressionCallback(trainer, config, batches, after=0.5, progress_bar=False))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
+    export_compressed(trainer.model, tmp_path / "compressed", progress_bar=False)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "compressed")
+    batch = batches_for(loaded)[0]
+    torch.testing.assert_close(logits_of(loaded, batch), logits_of(trainer.model, batch), rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
 def test_the_batches_of_a_trainer_are_what_calibrate_takes(tmp_path):

@@ -1,0 +1,270 @@
+"""Train at full size first, compress in mid-run, and go on with the small model: one call, one schedule."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import TrainerCallback
+
+from peft_jactus.calibration import calibrate
+from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
+from peft_jactus.deployment.copying import structural_copy
+from peft_jactus.tuner import JactusConfig, JactusModel
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from peft_jactus.calibration.batches import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class CompressionCallback(TrainerCallback):
+    """Compresses the model of a `transformers.Trainer` in mid-run.
+
+    The first part of the steps trains the model at full size: with another PEFT adapter, or all weights. Before the
+    next step, the adapter is merged, and the model is calibrated and compressed. The last steps train the compressed
+    model. Batches, schedule and log go on as if nothing had happened. So do the optimizer's averages of what trains in
+    both parts, such as a new head. From then on ``trainer.model`` is the compressed `peft.PeftModel`.
+
+    The merged model is saved before it is compressed, because adapters do not hold what other layers have learned.
+    Checkpoints of the compressed part refer to it. To resume from one of them, load the merged model, put the adapter
+    of the checkpoint on it with ``PeftModel.from_pretrained(model, checkpoint, is_trainable=True)``, and give that to
+    a trainer with the same callback.
+
+    It takes as much memory as training at full size does. It needs one process, and an optimizer that the trainer
+    makes itself.
+
+    Args:
+        trainer: The trainer that gets this callback (``trainer.add_callback``).
+        config: How to compress. `calibrate` sets its statistics.
+        batches: For `calibrate`; they are read in mid-run, so an iterator that can be read once is not enough.
+        after: Share of the steps that train at full size, in (0, 1).
+        learning_rate: Peak of the schedule for all that trains in the compressed part. Default: that of the trainer.
+        merged_model_dir: Where to save the merged model. It must not be there yet, or be empty. Default: ``merged`` in
+            the trainer's ``output_dir``, which replaces that of an earlier run.
+        **calibration_options: Further arguments of `calibrate`, such as ``max_batches``.
+
+    A `ValueError` or `TypeError` is raised before the first step for arguments out of range, a trainer or a model that
+    this does not work with, and for layers that cannot be compressed.
+
+    Example::
+
+        trainer = Trainer(model=get_peft_model(model, HiraConfig(target_modules="all-linear")), args=args, ...)
+        config = JactusConfig(target_modules="all-linear", retained_ratio=0.8)
+        trainer.add_callback(CompressionCallback(trainer, config, train_loader, max_batches=16))
+        trainer.train()
+        export_compressed(trainer.model, "compressed")
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: JactusConfig,
+        batches: Iterable[Batch],
+        *,
+        after: float = 0.8,
+        learning_rate: float | None = None,
+        merged_model_dir: str | os.PathLike[str] | None = None,
+        **calibration_options: Any,
+    ) -> None:
+        if not 0 < after < 1:
+            raise ValueError(f"`after` must be a share of the steps between 0 and 1; got {after}.")
+        if learning_rate is not None and not 0 < learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be positive and finite; got {learning_rate}.")
+        if iter(batches) is batches:
+            raise ValueError(
+                "`batches` is an iterator that can be read once; a run that is resumed reads it again. Pass a "
+                "DataLoader or a list."
+            )
+        inspect.signature(calibrate).bind(trainer.model, config, batches, **calibration_options)
+        _check_trainer(trainer)
+        if merged_model_dir is not None:
+            check_target(
+                Path(merged_model_dir), overwrite=False, argument="`merged_model_dir`", overwriting="empty it"
+            )
+        self.trainer: Any = trainer  # whose model, optimizer and schedule are there in a run
+        self.config = config
+        self.batches = batches
+        self.after = after
+        self.learning_rate = learning_rate
+        self.merged_model_dir = Path(merged_model_dir or Path(str(trainer.args.output_dir)) / "merged")
+        self.calibration_options = calibration_options
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check all that can be checked before the first step."""
+        del control, kwargs
+        is_compressed = _is_compressed(self.trainer.model)
+        if state.global_step >= self._first_step(state):
+            if not is_compressed:
+                raise ValueError(
+                    f"The run resumes at step {state.global_step}, where the model is compressed already, but the "
+                    f"trainer's model is not. Load {self.merged_model_dir}, put the checkpoint on it with "
+                    "`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)`, and give the trainer that."
+                )
+            return
+        if is_compressed:
+            raise ValueError("`trainer.model` is compressed already; train it without this callback.")
+        if self.trainer.model_wrapped is not self.trainer.model or self.trainer.accelerator.num_processes > 1:
+            raise ValueError(
+                "The model is wrapped or sharded (several processes or devices, `torch_compile`), and cannot be "
+                "compressed in mid-run. Train the two parts one after the other, each with its own trainer."
+            )
+        depends_on_step_only = isinstance(self.trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
+        if not depends_on_step_only:
+            raise ValueError(
+                f"`lr_scheduler_type={args.lr_scheduler_type}` depends on more than the step, so that it cannot go on "
+                "with another model. Use a schedule such as 'linear' or 'cosine'."
+            )
+        self._try_calibration()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compress the model if it is time."""
+        del args, control, kwargs
+        if state.global_step >= self._first_step(state) and not _is_compressed(self.trainer.model):
+            self._compress(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take accelerate's mixed precision off the model inside, which it was put on before it was inside."""
+        del args, state, control, kwargs
+        model = _base_of(self.trainer.model)
+        # `Accelerator.unwrap_model` would take off transformers' own decorators as well.
+        if (forward := vars(model).pop("_original_forward", None)) is not None:
+            model.forward = forward
+
+    def _first_step(self, state: TrainerState) -> int:
+        """Return the number of steps before the model is compressed: at least one on each side."""
+        return min(max(math.ceil(self.after * state.max_steps), 1), state.max_steps - 1)
+
+    def _try_calibration(self) -> None:
+        """Calibrate a copy, which shares all tensors, with one batch: what can fail fails before the first step."""
+        model: Any = structural_copy(self.trainer.model)
+        options = self.calibration_options | {
+            "max_batches": 1,
+            "head_warmup_steps": 0,
+            "statistics_file": None,
+            "leave_unusable_dense": True,  # one batch need not reach all layers
+            "progress_bar": False,
+        }
+        config = copy.deepcopy(self.config)
+        calibrate(model.unload() if isinstance(model, PeftModel) else model, config, self.batches, **options)
+
+    def _compress(self, state: TrainerState) -> None:
+        trainer = self.trainer
+        averages = _averages_by_name(trainer)
+        model = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
+        self._save(model)
+        calibrate(model, self.config, self.batches, **self.calibration_options)
+        # The loop keeps calling the model that it started with. The layers inside it are the new ones.
+        trainer.model = trainer.model_wrapped = get_peft_model(model, self.config).train()
+        self._renew_optimizer(averages)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(trainer.callback_handler, name, getattr(trainer, name))
+        # A checkpoint of before holds another kind of adapter, which could not be loaded at the end.
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        logger.info("Step %d: compressed; the merged model is in %s.", state.global_step, self.merged_model_dir)
+
+    def _save(self, model: Any) -> None:
+        """Save the merged model, and note in it where."""
+        with appearing_whole(self.merged_model_dir) as folder:
+            model.save_pretrained(folder)
+            if self.trainer.processing_class is not None:
+                self.trainer.processing_class.save_pretrained(folder)
+        model.name_or_path = str(self.merged_model_dir)  # where PEFT looks for what it writes to an adapter's config
+
+    def _renew_optimizer(self, averages: dict[str, tuple[torch.Size, dict[str, Any]]]) -> None:
+        """Give the trainer an optimizer and a schedule for the new model, which go on where the old ones are."""
+        trainer, args = self.trainer, self.trainer.args
+        progress = trainer.lr_scheduler.state_dict()
+        peak = args.learning_rate
+        trainer.optimizer = trainer.lr_scheduler = None
+        try:
+            args.learning_rate = self.learning_rate or peak
+            optimizer = trainer.create_optimizer()
+        finally:
+            args.learning_rate = peak
+        for name, parameter in _trained(trainer.model).items():
+            shape, entries = averages.get(name, (None, {}))
+            if shape == parameter.shape:
+                optimizer.state[parameter] = entries
+        trainer.accelerator.free_memory()
+        _, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
+        scheduler: Any = trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
+        rates = [
+            peak * factor(progress["last_epoch"])
+            for peak, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        own = {"base_lrs": scheduler.base_lrs, "lr_lambdas": [None] * len(rates), "_last_lr": rates}
+        scheduler.load_state_dict(progress | own)
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """Raise unless the model can be compressed in mid-run, and the optimizer made anew."""
+    model: Any = trainer.model
+    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+        raise ValueError(
+            "The trainer was given its `optimizers`, or has trained before, so that they cannot be made anew for the "
+            "compressed model. Set them in `TrainingArguments`, or override `Trainer.create_optimizer`."
+        )
+    if trainer.args.auto_find_batch_size:
+        raise ValueError("`auto_find_batch_size=True` may start the run again after the compression. Unset it.")
+    if isinstance(model, PeftModel) and not isinstance(model.base_model, BaseTuner):
+        raise TypeError(f"{type(model.base_model).__name__} cannot be merged (prompts); use LoRA or another adapter.")
+    if not hasattr(_base_of(model), "save_pretrained"):
+        raise TypeError(
+            f"{type(_base_of(model)).__name__} has no `save_pretrained`, and adapters would refer to a merged model "
+            "that is in no file. Use a model of transformers."
+        )
+
+
+def _is_compressed(model: nn.Module | None) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.base_model, JactusModel)
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    """Return what trains, by its name in a model without adapters."""
+    return {
+        _name_without_adapters(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _name_without_adapters(name: str) -> str:
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+
+
+def _averages_by_name(trainer: Any) -> dict[str, tuple[torch.Size, dict[str, Any]]]:
+    """Return shape and optimizer state of all that trains, by its name in a model without adapters."""
+    state = trainer.optimizer.state
+    return {
+        name: (parameter.shape, state[parameter])
+        for name, parameter in _trained(trainer.model).items()
+        if parameter in state
+    }
