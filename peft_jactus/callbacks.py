@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ class CompressionCallback(TrainerCallback):
     The first part of the steps trains the model at full size: with another PEFT adapter, or all weights. Before the
     next step, the adapter is merged, and the model is calibrated and compressed. The last steps train the compressed
     model. Batches, schedule and log go on as if nothing had happened. So do the optimizer's averages of what trains in
-    both parts, such as a new head. From then on ``trainer.model`` is the compressed `peft.PeftModel`.
+    both parts, such as a new head. From then on ``trainer.model`` is the compressed `peft.PeftModel`. If the trainer
+    was given a `peft.PeftModel`, that object becomes it.
 
     The merged model is saved before it is compressed, because adapters do not hold what other layers have learned.
     Checkpoints of the compressed part refer to it. To resume from one of them, load the merged model, put the adapter
@@ -85,8 +87,8 @@ class CompressionCallback(TrainerCallback):
             raise ValueError(f"`after` must be a share of the steps between 0 and 1; got {after}.")
         if learning_rate is not None and not 0 < learning_rate < math.inf:
             raise ValueError(f"`learning_rate` must be positive and finite; got {learning_rate}.")
-        if iter(batches) is batches:
-            raise ValueError(
+        if isinstance(batches, Iterator):
+            raise TypeError(
                 "`batches` is an iterator that can be read once; a run that is resumed reads it again. Pass a "
                 "DataLoader or a list."
             )
@@ -145,7 +147,14 @@ class CompressionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take accelerate's mixed precision off the model inside, which it was put on before it was inside."""
-        del args, state, control, kwargs
+        del args, control, kwargs
+        if not _is_compressed(self.trainer.model):
+            logger.warning(
+                "The run ended after %d steps. The model is at full size: it was to be compressed after %d.",
+                state.global_step,
+                self._first_step(state),
+            )
+            return
         model = _base_of(self.trainer.model)
         # `Accelerator.unwrap_model` would take off transformers' own decorators as well.
         if (forward := vars(model).pop("_original_forward", None)) is not None:
@@ -171,11 +180,16 @@ class CompressionCallback(TrainerCallback):
     def _compress(self, state: TrainerState) -> None:
         trainer = self.trainer
         averages = _averages_by_name(trainer)
-        model = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
+        is_adapted = isinstance(trainer.model, PeftModel)
+        model = trainer.model.merge_and_unload() if is_adapted else trainer.model
         self._save(model)
         calibrate(model, self.config, self.batches, **self.calibration_options)
-        # The loop keeps calling the model that it started with. The layers inside it are the new ones.
-        trainer.model = trainer.model_wrapped = get_peft_model(model, self.config).train()
+        compressed = get_peft_model(model, self.config).train()
+        # The loop goes on with the object that it has: the adapted model, or the one inside, whose layers are new.
+        if is_adapted:
+            _become_(trainer.model, compressed)
+        else:
+            trainer.model = trainer.model_wrapped = compressed
         self._renew_optimizer(averages)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))
@@ -236,6 +250,13 @@ def _check_trainer(trainer: Trainer) -> None:
             f"{type(_base_of(model)).__name__} has no `save_pretrained`, and adapters would refer to a merged model "
             "that is in no file. Use a model of transformers."
         )
+
+
+def _become_(module: nn.Module, other: nn.Module) -> None:
+    """Make a module another one, for all who hold it."""
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(vars(other))
 
 
 def _is_compressed(model: nn.Module | None) -> bool:

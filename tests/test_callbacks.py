@@ -71,14 +71,19 @@ def trainer_for(model, folder, *, trainer_class=Trainer, **options):
     return trainer_class(model, args, train_dataset=rows(), eval_dataset=rows())
 
 
-def with_callback(trainer, config=None, **options):
-    options = {"after": FIRST_STEPS / STEPS, "progress_bar": False} | options
-    trainer.add_callback(CompressionCallback(trainer, config or jactus_config(), calibration_batches(), **options))
+def with_callback(trainer, **options):
+    options = {
+        "config": jactus_config(),
+        "batches": calibration_batches(),
+        "after": FIRST_STEPS / STEPS,
+        "progress_bar": False,
+    } | options
+    trainer.add_callback(CompressionCallback(trainer, **options))
     return trainer
 
 
-def trained(model, folder, *, config=None, callback=None, **options):
-    trainer = with_callback(trainer_for(model, folder, **options), config, **callback or {})
+def trained(model, folder, *, callback=None, **options):
+    trainer = with_callback(trainer_for(model, folder, **options), **callback or {})
     trainer.train()
     return trainer
 
@@ -131,7 +136,8 @@ def train_by_hand(first, config, *, learning_rate=PEAK, carried_over=True):
 @pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("adaptation_rank", [0, 4])
 def test_it_is_what_a_loop_by_hand_does(first, adaptation_rank, tmp_path):
-    model = trained(full_size(first), tmp_path, config=jactus_config(adaptation_rank=adaptation_rank)).model
+    config = jactus_config(adaptation_rank=adaptation_rank)
+    model = trained(full_size(first), tmp_path, callback={"config": config}).model
     expected = train_by_hand(first, jactus_config(adaptation_rank=adaptation_rank))
     torch.testing.assert_close(logits_of(model), logits_of(expected))
     started_anew = train_by_hand(first, jactus_config(adaptation_rank=adaptation_rank), carried_over=False)
@@ -167,7 +173,23 @@ def test_the_saved_adapter_loads_with_what_other_layers_have_learned(first, tmp_
     trainer.model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits_of(loaded), logits_of(trainer.model), rtol=0, atol=0)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()].count("merged") == 1
+
+
+def test_the_model_of_the_script_is_the_compressed_one(tmp_path):
+    model = full_size("lora")
+    trainer = trained(model, tmp_path)
+    assert trainer.model is model
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert isinstance(loaded.base_model, JactusModel)
+
+
+def test_a_run_that_ends_early_says_that_nothing_was_compressed(tmp_path, caplog):
+    trainer = with_callback(trainer_for(full_size("lora"), tmp_path), after=0.9)
+    trainer.add_callback(StopAfter())
+    trainer.train()
+    assert "ended after 6 steps. The model is at full size: it was to be compressed after 9." in caplog.text
+    assert not isinstance(trainer.model.base_model, JactusModel)
 
 
 @pytest.mark.parametrize("step", [4, 8], ids=["before", "after"])
@@ -222,6 +244,7 @@ def fails(error, message, trainer, **options):
         ({"after": 0}, ValueError, "`after` must be a share"),
         ({"learning_rate": 0.0}, ValueError, "`learning_rate` must be positive"),
         ({"max_batch": 1}, TypeError, "max_batch"),
+        ({"batches": iter([])}, TypeError, "`batches` is an iterator"),
         ({"loss_fn": lambda model, batch: None}, ValueError, "`loss_fn` returned no scalar"),
         ({"config": JactusConfig(target_modules=["nothing"])}, ValueError, "nothing"),
     ],
