@@ -71,20 +71,29 @@ LEARNING_RATE_GRID = {
         "hira": (2e-3, 4e-3, 8e-3, 1.6e-2),  # around its rate in PEFT's own comparison
         "default": (2.5e-4, 5e-4, 1e-3, 2e-3),
     },
-    "vision": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
-    "language": {"full": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "default": (1e-3, 2e-3, 4e-3, 8e-3)},
+    "vision": {
+        "full": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
+        "hira": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        "default": (1e-3, 2e-3, 4e-3, 8e-3),
+    },
+    "language": {
+        "full": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
+        "hira": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+        "default": (1e-3, 2e-3, 4e-3, 8e-3),
+    },
     "commonsense": {"hira": (2e-3, 4e-3, 8e-3), "default": (5e-4, 1e-3, 2e-3)},
 }
 # Rows without compression.
 UNCOMPRESSED = {
     "text": ("full", "lora", "dora", "pissa", "rslora", "eva", "corda", "lora-ga", "hira"),
-    "vision": ("full", "lora", "dora", "pissa"),
-    "language": ("full", "lora", "lora-embeddings", "dora", "pissa"),
+    "vision": ("full", "lora", "dora", "pissa", "hira"),
+    "language": ("full", "lora", "lora-embeddings", "dora", "pissa", "hira"),
     "commonsense": ("lora", "dora", "pissa", "hira"),
 }
 # Rows at every ratio.
 COMPRESSED = dict.fromkeys(TASKS, ("jactus", "jactus-retained", "svd+lora", "svd-llm+lora"))
 COMPRESSED["text"] += ("hira+jactus-cores",)
+COMPRESSED["vision"] += ("hira+jactus-cores",)
 COMPRESSED["language"] += ("jactus-embeddings",)
 COMPRESSED["commonsense"] = ("jactus", "jactus-retained", "svd-llm+lora")
 # At the smallest ratio only: the paper's way, and what a first stage at full size does for it and for the best peer;
