@@ -1,5 +1,6 @@
 """`CompressionCallback`: one run of a Trainer, at full size first, and compressed for the rest."""
 
+import copy
 import re
 
 import pytest
@@ -29,7 +30,8 @@ from peft_jactus import (
     export_compressed,
     rank_summary,
 )
-from tests.support.compressed_models import batches_for, logits_of, tiny_bert
+from tests.support.compressed_models import batches_for, logits_of, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.support.compressed_models import jactus_config as model_config
 
 STEPS, FIRST_STEPS = 10, 6
 PEAK = 5e-3
@@ -61,14 +63,17 @@ def calibration_batches():
     return batches_for(tiny_bert(), seed=1)
 
 
-def trainer_for(model, folder, *, trainer_class=Trainer, **options):
+def arguments(folder, **options):
     options = {
         "max_steps": STEPS, "learning_rate": PEAK, "per_device_train_batch_size": 2, "max_grad_norm": 0.0,
         "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True,
         "disable_tqdm": True,
     } | options  # fmt: skip
-    args = TrainingArguments(output_dir=str(folder), **options)
-    return trainer_class(model, args, train_dataset=rows(), eval_dataset=rows())
+    return TrainingArguments(output_dir=str(folder), **options)
+
+
+def trainer_for(model, folder, *, trainer_class=Trainer, **options):
+    return trainer_class(model, arguments(folder, **options), train_dataset=rows(), eval_dataset=rows())
 
 
 def with_callback(trainer, **options):
@@ -88,9 +93,18 @@ def trained(model, folder, *, callback=None, **options):
     return trainer
 
 
-def test_layers_are_compressed_after_the_first_steps_and_the_run_goes_on(tmp_path):
-    trainer = trained(full_size("lora"), tmp_path)
-    plain = trainer_for(full_size("lora"), tmp_path)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},
+        {"lr_scheduler_type": "polynomial", "warmup_steps": 3, "lr_scheduler_kwargs": {"lr_end": 1e-3}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 0.8, "lr_scheduler_kwargs": {"min_lr": 1e-3}},
+    ],
+    ids=["linear", "polynomial", "cosine"],
+)
+def test_layers_are_compressed_after_the_first_steps_and_the_run_goes_on(schedule, tmp_path):
+    trainer = trained(full_size("lora"), tmp_path, **schedule)
+    plain = trainer_for(full_size("lora"), tmp_path, **schedule)
     plain.train()
     assert isinstance(trainer.model, PeftModel)
     assert isinstance(trainer.model.base_model, JactusModel)
@@ -328,6 +342,30 @@ def test_a_compression_that_is_interrupted_leaves_the_merged_model(tmp_path, mon
 class StopAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == FIRST_STEPS
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "options"),
+    [
+        (tiny_llama, LoraConfig(target_modules="all-linear"), {"activation_checkpointing": True}),
+        (tiny_t5, LoraConfig(target_modules="all-linear"), {}),
+        (tiny_vit, LoraConfig(target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]), {}),
+        (tiny_gpt2, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), {"optim": "adafactor"}),
+    ],
+    ids=["llama", "t5", "vit", "gpt2"],
+)
+def test_other_models(build, config, options, tmp_path):
+    model = build()
+    batches = batches_for(model)
+    rows = [{key: values[0] for key, values in batch.items()} for batch in batches]
+    ours = model_config(model, retained_ratio=0.5)
+    args = arguments(tmp_path, **options)
+    trainer = Trainer(get_peft_model(model, copy.deepcopy(config)), args, train_dataset=rows)
+    with_callback(trainer, config=ours, batches=batches).train()
+    assert rank_summary(trainer.model).retained_ratio == pytest.approx(0.5, abs=0.02)
+    export_compressed(trainer.model, tmp_path / "compressed", progress_bar=False)
+    loaded = type(model).from_pretrained(tmp_path / "compressed")
+    torch.testing.assert_close(logits_of(loaded), logits_of(trainer.model.eval()), rtol=1e-4, atol=1e-5)
 
 
 def test_steps_of_several_batches(tmp_path):
