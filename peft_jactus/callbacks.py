@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from peft_jactus.calibration import calibrate
@@ -47,8 +48,8 @@ class CompressionCallback(TrainerCallback):
     of the checkpoint on it with ``PeftModel.from_pretrained(model, checkpoint, is_trainable=True)``, and give that to
     a trainer with the same callback.
 
-    It takes as much memory as training at full size does. It needs one process, and an optimizer that the trainer
-    makes itself.
+    It takes as much memory as training at full size does. The trainer must make its optimizer itself. In several
+    processes, each holds the whole model (`DistributedDataParallel`), and gives `calibrate` its share of the batches.
 
     Args:
         trainer: The trainer that gets this callback (``trainer.add_callback``).
@@ -122,10 +123,12 @@ class CompressionCallback(TrainerCallback):
             return
         if is_compressed:
             raise ValueError("`trainer.model` is compressed already; train it without this callback.")
-        if self.trainer.model_wrapped is not self.trainer.model or self.trainer.accelerator.num_processes > 1:
+        is_whole = isinstance(self.trainer.model_wrapped, DistributedDataParallel)
+        if not is_whole and self.trainer.model_wrapped is not self.trainer.model:
             raise ValueError(
-                "The model is wrapped or sharded (several processes or devices, `torch_compile`), and cannot be "
-                "compressed in mid-run. Train the two parts one after the other, each with its own trainer."
+                "The model is sharded or compiled (FSDP, DeepSpeed, `torch_compile`, several devices in one process), "
+                "and cannot be compressed in mid-run. Train the two parts one after the other, each with its own "
+                "trainer."
             )
         depends_on_step_only = isinstance(self.trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
         if not depends_on_step_only:
@@ -185,12 +188,17 @@ class CompressionCallback(TrainerCallback):
         self._save(model)
         calibrate(model, self.config, self.batches, **self.calibration_options)
         compressed = get_peft_model(model, self.config).train()
-        # The loop goes on with the object that it has: the adapted model, or the one inside, whose layers are new.
+        # The loop goes on with the object that it has: the adapted model, or the one inside, whose layers are new; or
+        # DistributedDataParallel around it.
         if is_adapted:
             _become_(trainer.model, compressed)
         else:
-            trainer.model = trainer.model_wrapped = compressed
-        self._renew_optimizer(averages)
+            trainer.model = compressed
+        wrapped = self._renew_optimizer(averages)
+        if isinstance(trainer.model_wrapped, DistributedDataParallel):
+            _become_(trainer.model_wrapped, wrapped)
+        else:
+            trainer.model_wrapped = wrapped
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))
         # A checkpoint of before holds another kind of adapter, which could not be loaded at the end.
@@ -199,14 +207,19 @@ class CompressionCallback(TrainerCallback):
 
     def _save(self, model: Any) -> None:
         """Save the merged model, and note in it where."""
-        with appearing_whole(self.merged_model_dir) as folder:
-            model.save_pretrained(folder)
-            if self.trainer.processing_class is not None:
-                self.trainer.processing_class.save_pretrained(folder)
+        if self.trainer.args.should_save:
+            with appearing_whole(self.merged_model_dir) as folder:
+                model.save_pretrained(folder)
+                if self.trainer.processing_class is not None:
+                    self.trainer.processing_class.save_pretrained(folder)
         model.name_or_path = str(self.merged_model_dir)  # where PEFT looks for what it writes to an adapter's config
 
-    def _renew_optimizer(self, averages: dict[str, tuple[torch.Size, dict[str, Any]]]) -> None:
-        """Give the trainer an optimizer and a schedule for the new model, which go on where the old ones are."""
+    def _renew_optimizer(self, averages: dict[str, tuple[torch.Size, dict[str, Any]]]) -> nn.Module:
+        """Give the trainer an optimizer and a schedule for the new model, which go on where the old ones are.
+
+        Returns:
+            The model, in what accelerate wraps it in for several processes.
+        """
         trainer, args = self.trainer, self.trainer.args
         progress = trainer.lr_scheduler.state_dict()
         peak = args.learning_rate
@@ -221,7 +234,7 @@ class CompressionCallback(TrainerCallback):
             if shape == parameter.shape:
                 optimizer.state[parameter] = entries
         trainer.accelerator.free_memory()
-        _, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
+        wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
         scheduler: Any = trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
         rates = [
             peak * factor(progress["last_epoch"])
@@ -231,6 +244,7 @@ class CompressionCallback(TrainerCallback):
         scheduler.load_state_dict(progress | own)
         for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        return wrapped  # type: ignore[no-any-return]  # accelerate: untyped
 
 
 def _check_trainer(trainer: Trainer) -> None:

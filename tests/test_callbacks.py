@@ -286,7 +286,7 @@ def test_an_optimizer_that_was_given_cannot_be_made_anew(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_wrapped_model_cannot_be_compressed_in_mid_run(tmp_path):
-    fails(ValueError, "The model is wrapped", trainer_for(full_size("lora"), tmp_path, torch_compile=True))
+    fails(ValueError, "The model is sharded or compiled", trainer_for(full_size("lora"), tmp_path, torch_compile=True))
 
 
 def test_prompts_cannot_be_merged(tmp_path):
