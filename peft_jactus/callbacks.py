@@ -21,6 +21,7 @@ from peft_jactus.calibration import calibrate
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.copying import structural_copy
 from peft_jactus.tuner import JactusConfig, JactusModel
+from peft_jactus.tuner.targeting import targeted_modules
 
 if TYPE_CHECKING:
     import os
@@ -186,6 +187,9 @@ class CompressionCallback(TrainerCallback):
         is_adapted = isinstance(trainer.model, PeftModel)
         model = trainer.model.merge_and_unload() if is_adapted else trainer.model
         self._save(model)
+        targets = targeted_modules(model, self.config)
+        averages = {name: found for name, found in averages.items() if name.rpartition(".")[0] not in targets}
+        trainer.optimizer.state.clear()  # the rest is not needed any more: twice the size of what has trained
         calibrate(model, self.config, self.batches, **self.calibration_options)
         compressed = get_peft_model(model, self.config).train()
         # The loop goes on with the object that it has: the adapted model, or the one inside, whose layers are new; or
@@ -237,8 +241,8 @@ class CompressionCallback(TrainerCallback):
         wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
         scheduler: Any = trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
         rates = [
-            peak * factor(progress["last_epoch"])
-            for peak, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            base * factor(progress["last_epoch"])
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
         own = {"base_lrs": scheduler.base_lrs, "lr_lambdas": [None] * len(rates), "_last_lr": rates}
         scheduler.load_state_dict(progress | own)

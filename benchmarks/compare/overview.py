@@ -22,7 +22,11 @@ PANELS = {
 }
 # Label in the tables, name, and style or width of the line.
 FULL_SIZE = (("full", "full fine-tuning", ":"), ("lora", "LoRA", "--"), ("dora", "DoRA", "-."))
-COMPRESSED = (("jactus pivoted", "JACTUS", 3), ("svd-llm+lora", "SVD-LLM, then LoRA", 1.5))
+COMPRESSED = (
+    ("jactus pivoted", "JACTUS", 3),
+    ("hira+jactus-cores pivoted", "HiRA, then JACTUS", 2),  # of texts only
+    ("svd-llm+lora", "SVD-LLM, then LoRA", 1.5),
+)
 LEAST_SPAN = 5  # of an axis, so that tenths of a point look like what they are
 
 
@@ -45,8 +49,9 @@ def draw_panel(axes, title, found):
         axes.axhline(found[label], color=COLORS[label], linestyle=style, linewidth=1.5, label=f"{name}, 100 %")
     shares = [100 * ratio for ratio in RATIOS]
     for label, name, width in COMPRESSED:
-        values = [found[f"{label} {ratio:g}"] for ratio in RATIOS]
-        axes.plot(shares, values, color=COLORS[label], linewidth=width, label=name)
+        values = [found[key] for ratio in RATIOS if (key := f"{label} {ratio:g}") in found]
+        if values:
+            axes.plot(shares, values, color=COLORS[label], linewidth=width, label=name)
     middle, span = statistics.mean(axes.get_ylim()), axes.get_ylim()[1] - axes.get_ylim()[0]
     axes.set_ylim(middle - max(span, LEAST_SPAN) / 2, middle + max(span, LEAST_SPAN) / 2)
     axes.set_title(title, fontsize=10)

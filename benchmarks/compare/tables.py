@@ -22,6 +22,7 @@ COLORS = {
     "jactus-cores pivoted": "#0f8b8d",
     "lora+jactus-cores pivoted": "#6a86a8",
     "full+jactus-cores pivoted": "#7a74c8",
+    "hira+jactus-cores pivoted": "#e08a1e",
     "jactus+lora pivoted": "#2f8f5b",
     "jactus+full pivoted": "#7a8a2a",
     "full+svd-llm+lora": "#d0572f",
