@@ -58,8 +58,9 @@ class CompressionCallback(TrainerCallback):
         batches: For `calibrate`; they are read in mid-run, so an iterator that can be read once is not enough.
         after: Share of the steps that train at full size, in (0, 1).
         learning_rate: Peak of the schedule for all that trains in the compressed part. Default: that of the trainer.
-        merged_model_dir: Where to save the merged model. It must not be there yet, or be empty. Default: ``merged`` in
-            the trainer's ``output_dir``, which replaces that of an earlier run.
+        merged_model_dir: Where to save the merged model. It must not be there yet, or be empty, unless the run resumes
+            where the model is compressed. Default: ``merged`` in the trainer's ``output_dir``, which replaces that of
+            an earlier run.
         **calibration_options: Further arguments of `calibrate`, such as ``max_batches``.
 
     A `ValueError` or `TypeError` is raised before the first step for arguments out of range, a trainer or a model that
@@ -96,15 +97,12 @@ class CompressionCallback(TrainerCallback):
             )
         inspect.signature(calibrate).bind(trainer.model, config, batches, **calibration_options)
         _check_trainer(trainer)
-        if merged_model_dir is not None:
-            check_target(
-                Path(merged_model_dir), overwrite=False, argument="`merged_model_dir`", overwriting="empty it"
-            )
         self.trainer: Any = trainer  # whose model, optimizer and schedule are there in a run
         self.config = config
         self.batches = batches
         self.after = after
         self.learning_rate = learning_rate
+        self.may_replace = merged_model_dir is None
         self.merged_model_dir = Path(merged_model_dir or Path(str(trainer.args.output_dir)) / "merged")
         self.calibration_options = calibration_options
 
@@ -137,6 +135,8 @@ class CompressionCallback(TrainerCallback):
                 f"`lr_scheduler_type={args.lr_scheduler_type}` depends on more than the step, so that it cannot go on "
                 "with another model. Use a schedule such as 'linear' or 'cosine'."
             )
+        target, argument = self.merged_model_dir, "`merged_model_dir`"
+        check_target(target, overwrite=self.may_replace, argument=argument, overwriting="empty it")
         self._try_calibration()
 
     def on_step_begin(
@@ -238,6 +238,7 @@ class CompressionCallback(TrainerCallback):
             if shape == parameter.shape:
                 optimizer.state[parameter] = entries
         trainer.accelerator.free_memory()
+        wrapped: nn.Module
         wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
         scheduler: Any = trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
         rates = [
@@ -248,7 +249,7 @@ class CompressionCallback(TrainerCallback):
         scheduler.load_state_dict(progress | own)
         for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        return wrapped  # type: ignore[no-any-return]  # accelerate: untyped
+        return wrapped
 
 
 def _check_trainer(trainer: Trainer) -> None:

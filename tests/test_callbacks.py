@@ -206,16 +206,17 @@ def test_a_run_that_ends_early_says_that_nothing_was_compressed(tmp_path, caplog
     assert not isinstance(trainer.model.base_model, JactusModel)
 
 
-@pytest.mark.parametrize("step", [4, 8], ids=["before", "after"])
-def test_a_run_that_resumes_gives_what_one_run_gives(step, tmp_path):
+@pytest.mark.parametrize(("step", "folder"), [(4, "merged"), (8, "merged"), (8, "elsewhere")])
+def test_a_run_that_resumes_gives_what_one_run_gives(step, folder, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4, "warmup_steps": 2}
-    expected = trained(full_size("hira"), tmp_path, **options).model
+    callback = {} if folder == "merged" else {"merged_model_dir": tmp_path / folder}
+    expected = trained(full_size("hira"), tmp_path, callback=callback, **options).model
     checkpoint = tmp_path / f"checkpoint-{step}"
     model = full_size("hira")
     if step > FIRST_STEPS:
-        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
         model = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    trainer = with_callback(trainer_for(model, tmp_path, **options))
+    trainer = with_callback(trainer_for(model, tmp_path, **options), **callback)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == STEPS
     torch.testing.assert_close(logits_of(trainer.model), logits_of(expected), rtol=0, atol=0)
