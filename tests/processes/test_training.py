@@ -81,6 +81,18 @@ def test_no_thread_of_gloo_is_left_that_could_abort_the_process_at_its_end(path,
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_process_whose_group_deepspeed_keeps_ends_before_a_thread_could_abort_it(stage, sources, tmp_path):
+    config_file = CONFIG_FILE.with_name(f"{stage}.yaml")
+    script = (SUPPORT / "gloo_threads.py", EXAMPLE)
+    process = launch(sources, tmp_path, *script, path=(DEEPSPEED,), config_file=config_file)
+    assert process.returncode == 0, process.stderr
+    assert f"Written to {tmp_path}" in process.stdout
+    assert "Threads of Gloo at the end" not in process.stdout  # which is printed where Python shuts down
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@needs_deepspeed
 def test_an_adapter_that_zero3_holds_in_shards_is_saved_whole(sources, tmp_path):
     """The Trainer gathers only what trains."""
     process = launch(sources, tmp_path, EXAMPLE, path=(DEEPSPEED,), config_file=CONFIG_FILE.with_name("zero3.yaml"))
