@@ -92,11 +92,11 @@ def load_corpora(subject, data_dir, *, num_test):
     return calibration, test
 
 
-def router_corpus(subject, data_dir, names, num_blocks, *, calibration, seed):
+def router_corpus(subject, data_dir, names, num_blocks, *, calibration, seed, length=LENGTH):
     """Return blocks of several corpora in equal parts, without those of the calibration."""
     tokenizer = AutoTokenizer.from_pretrained(subject.path)
-    blocks = mixed_blocks(data_dir, names, tokenizer, length=LENGTH, num_blocks=num_blocks, seed=2 + seed)
-    seen = set(map(tuple, calibration.tolist()))
+    blocks = mixed_blocks(data_dir, names, tokenizer, length=length, num_blocks=num_blocks, seed=2 + seed)
+    seen = set(map(tuple, calibration.reshape(-1, length).tolist()))
     return blocks[[tuple(block) not in seen for block in blocks.tolist()]]
 
 

@@ -41,6 +41,7 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.records import RESULTS
 from benchmarks.parse.models import (
     DECOMPOSITIONS,
+    LENGTH,
     SUBJECTS,
     choices,
     compressed,
@@ -84,6 +85,7 @@ class Case:
         blocks: Of 256 tokens, that the router is trained on, once.
         seed: Of the corpus, its order, the labels drawn and the budgets.
         pool: Ratio of the ranks that are there.
+        length: Tokens in a row of the training, if not a block: as many tokens in all, of more prompts.
     """
 
     decomposition: str
@@ -92,16 +94,22 @@ class Case:
     corpus: str = "broad"
     seed: int = 0
     pool: float = DEFAULT_POOL_RATIO
+    length: int | None = None
+
+    @property
+    def fields(self):
+        """What a result says of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def cases(blocks, subject):
+def cases(blocks, subject, length=None):
     """Return all cases: the table first, then what it is compared with."""
     table = [main_case(name, blocks, seed) for seed in SEEDS for name in DECOMPOSITIONS]
     corpora = [{"corpus": name} for name in list(subject.routed_on)[1:]]
     first_block = [{"router": "first block", "corpus": name} for name in subject.routed_on]
     changes = ({"router": "mlp"}, *corpora, *first_block, {"blocks": blocks // 4}, {"blocks": blocks // 2})
     studies = [replace(main_case(subject.studied, blocks, seed), **change) for seed in SEEDS for change in changes]
-    return table + studies
+    return [replace(case, length=length) for case in table + studies]
 
 
 def main_case(decomposition, blocks, seed):
@@ -144,7 +152,7 @@ class Setting:
         routed = self.routed(case)
         names = ("learning_rate", "temperature", "initial_blocks", "test_blocks")
         settings = {name: getattr(self.args, name) for name in names}
-        described = json.dumps(asdict(case) | settings)
+        described = json.dumps(case.fields | settings)
         name = hashlib.sha256(described.encode()).hexdigest()[:16]
         file = Path(self.subject.path) / "routers" / f"{name}.safetensors"
         if not file.exists():
@@ -160,13 +168,13 @@ class Setting:
 
     def train(self, routed, case):
         """Train the router of a case; return figures of it."""
-        names, data_dir = self.subject.routed_on[case.corpus], self.args.data_dir
-        blocks = router_corpus(
-            self.subject, data_dir, names, case.blocks, calibration=self.calibration, seed=case.seed
-        )
-        batch_size = self.subject.batch_size
+        names, length = self.subject.routed_on[case.corpus], case.length or LENGTH
+        rows = LENGTH // length  # of a block
+        options = {"calibration": self.calibration, "seed": case.seed, "length": length}
+        blocks = router_corpus(self.subject, self.args.data_dir, names, case.blocks * rows, **options)
+        batch_size = self.subject.batch_size * rows
         started = time.perf_counter()
-        batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks].split(batch_size)]
+        batches = [{"input_ids": ids} for ids in blocks[: self.args.initial_blocks * rows].split(batch_size)]
         initialize_router_(routed, batches, seed=case.seed, progress_bar=False)
         initialized = time.perf_counter()
         untrained = {str(ratio): self.score(routed, self.choices(routed, ratio, "average")) for ratio in RATIOS}
@@ -181,7 +189,7 @@ class Setting:
                 seed=case.seed,
                 learning_rate=self.args.learning_rate,
                 active_ratios=(0.35, 0.85),
-                prompt_tokens=(32, 256),
+                prompt_tokens=(32, length),
                 temperature=self.args.temperature,
                 initial_batches=0,
             )
@@ -271,7 +279,7 @@ def runs(args):
     """Yield (fields of a case, function from the setting to its figures) of all that is asked for."""
     for name in args.decompositions if "static" in args.kinds else ():
         yield {"kind": "static", "decomposition": name}, functools.partial(run_static, name=name)
-    wanted = [case for case in cases(args.blocks, args.subject) if is_wanted(case, args)]
+    wanted = [case for case in cases(args.blocks, args.subject, args.length) if is_wanted(case, args)]
     # Main cases, or those of a corpus that was asked for.
     looked_at = [
         case
@@ -285,7 +293,7 @@ def runs(args):
     }
     for kind in args.kinds:
         for case in kinds[kind][0] if kind in kinds else ():
-            yield {"kind": kind, **asdict(case)}, functools.partial(kinds[kind][1], case=case)
+            yield {"kind": kind, **case.fields}, functools.partial(kinds[kind][1], case=case)
 
 
 def is_wanted(case, args):
@@ -300,7 +308,7 @@ def is_wanted(case, args):
 
 
 def is_main(case, args):
-    return case == main_case(case.decomposition, args.blocks, case.seed)
+    return replace(case, length=None) == main_case(case.decomposition, args.blocks, case.seed)
 
 
 def run(args):
@@ -309,7 +317,8 @@ def run(args):
     settings = {
         name: str(value)
         for name, value in vars(args).items()
-        if name not in ("command", "subject", "name", "model", "data_dir", "out", "corpus", "routers", "kinds")
+        if name
+        not in ("command", "subject", "name", "model", "data_dir", "out", "corpus", "routers", "kinds", "length")
     }
     table = results_of(args.out, args.name)
     for fields, make in runs(args):
@@ -342,6 +351,7 @@ def parse_arguments():
     parser.add_argument("--test-blocks", type=int, default=32, help="of each corpus")
     parser.add_argument("--blocks", type=int, default=768, help="of 256 tokens, that a router is trained on")
     parser.add_argument("--initial-blocks", type=int, default=128, help="of these, to start the router on")
+    parser.add_argument("--length", type=int, choices=(32, 64, 128), help="of rows that a block is cut into for it")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS[:3]), choices=KINDS)
     parser.add_argument("--main-only", action="store_true", help="no other kinds of routers and corpora")
     parser.add_argument("--corpus", help="only routers that are trained on this one; default: all")

@@ -27,7 +27,7 @@ def studies_of(blocks):
         "linear, half of broad": {"blocks": blocks // 2},
         "linear, a quarter of broad": {"blocks": blocks // 4},
     }
-    main = {"router": "linear", "corpus": "broad", "blocks": blocks}
+    main = {"router": "linear", "corpus": "broad", "blocks": blocks, "length": None}
     return {name: main | change for name, change in changes.items()}
 
 
@@ -35,7 +35,7 @@ def results_of(folder, subject):
     """Return the table of all results of a subject."""
     return Table(
         folder / f"{file_name(subject)}.jsonl",
-        key=("kind", "decomposition", "router", "corpus", "blocks", "pool", "seed"),
+        key=("kind", "decomposition", "router", "corpus", "blocks", "pool", "seed", "length"),
     )
 
 
@@ -110,7 +110,7 @@ def prompt_table(results):
     """Return what each router's choice by prompt changes, against its own for all prompts; of the largest pool."""
     by_case = {}
     for result in matching(results, kind="router"):
-        case = (result["decomposition"], f"{result['router']}, {result['corpus']}, {result['blocks']} blocks")
+        case = (result["decomposition"], router_name(result))
         by_case.setdefault(case, []).append(result)
     columns = [(corpus, ratio) for corpus in corpora_of(results) for ratio in RATIOS]
     rows = []
@@ -118,6 +118,12 @@ def prompt_table(results):
         largest = matching(found, pool=max(result["pool"] for result in found))
         rows.append([*case, *(change_by_prompt(largest, ratio, corpus) for corpus, ratio in columns)])
     return markdown_table(["factors", "router", *(" ".join(column) for column in columns)], rows)
+
+
+def router_name(result):
+    """Return what tables call a trained router."""
+    cut = f" in rows of {result['length']} tokens" if "length" in result else ""
+    return f"{result['router']}, {result['corpus']}, {result['blocks']} blocks{cut}"
 
 
 def change_by_prompt(results, ratio, corpus):
@@ -159,7 +165,7 @@ def accuracy_table(results):
     for result in results:
         found = dict(result["accuracy"])
         dense = found.pop("dense")
-        described = [result["decomposition"], f"{result['router']}, {result['corpus']}, {result['blocks']} blocks"]
+        described = [result["decomposition"], router_name(result)]
         rows.append([*described, "", "dense", f"{dense['accuracy']:.1f}", "", ""])
         for ratio, by_choice in found.items():
             for choice, scores in by_choice.items():
