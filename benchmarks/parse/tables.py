@@ -24,6 +24,12 @@ def studies_of(blocks):
         "first block, broad": {"router": "first block"},
         "first block, all kinds": {"router": "first block", "corpus": "all kinds"},
         "first block, three times all kinds": {"router": "first block", "corpus": "all kinds", "blocks": 3 * blocks},
+        "first block, three times all kinds, in rows of 128 tokens": {
+            "router": "first block",
+            "corpus": "all kinds",
+            "blocks": 3 * blocks,
+            "length": 128,
+        },
         "linear, half of broad": {"blocks": blocks // 2},
         "linear, a quarter of broad": {"blocks": blocks // 4},
     }
@@ -53,8 +59,8 @@ def matching(results, **fields):
 
 
 def decompositions_of(results):
-    """Return those that static models were made with."""
-    found = {result["decomposition"] for result in matching(results, kind="static")}
+    """Return those that models were made with, static or routed."""
+    found = {result["decomposition"] for result in results}
     return [name for name in DECOMPOSITIONS if name in found]
 
 
@@ -243,17 +249,23 @@ def markdown(results, title, blocks):
         shares = [result["pool"] for result in matching(results, kind="router", decomposition=name, **main)]
         pools |= {name: max(shares)} if shares else {}
     pool_line = ", ".join(f"{name} {share:g}" for name, share in pools.items())
+    pool_line = f" Shares that are chosen from: {pool_line}." if pools else ""
     dense_line = ", ".join(f"{corpus} {dense[corpus]['perplexity']:.2f}" for corpus in corpora_of(results))
     parts = [
         f"# Ranks by prompt on {title} (`python -m benchmarks.parse.routing`)",
         f"Perplexity of the dense model: {dense_line}. Mean ± standard deviation over seeds of the router; static "
         "models have none. *second order*: the choice before training, the same for all prompts; *average*: the "
         "trained scores of the average prompt, the same for all; *routed*: the trained choice for each prompt. "
-        f"The numbers in the head are active shares. Shares that are chosen from: {pool_line}.",
-        "## Divergence from the dense model, nats a token",
-        main_table(results, main, "divergence", 4),
-        "## Perplexity",
-        main_table(results, main, "perplexity", 2),
+        f"The numbers in the head are active shares.{pool_line}",
+    ]
+    if matching(results, kind="static"):
+        parts += [
+            "## Divergence from the dense model, nats a token",
+            main_table(results, main, "divergence", 4),
+            "## Perplexity",
+            main_table(results, main, "perplexity", 2),
+        ]
+    parts += [
         "## What the prompt adds: divergence of *routed* against *average*, %",
         "± is the standard error over blocks of text, where it is known; below zero, the choice by prompt is better.",
         prompt_table(results),
@@ -290,6 +302,7 @@ def write_report(folder, subject, title, blocks):
     """Write ``routing.md`` and two plots beside the table."""
     results, name = results_of(folder, subject).read(), file_name(subject)
     write_markdown(folder / f"{name}.md", markdown(results, title, blocks))
-    plot_shares(results, next(iter(studies_of(blocks).values())), folder / f"{name}.png")
+    if matching(results, kind="static"):
+        plot_shares(results, next(iter(studies_of(blocks).values())), folder / f"{name}.png")
     if matching(results, kind="patterns"):
         plot_patterns(results, folder / f"{name}_patterns.png")

@@ -56,6 +56,15 @@ def test_a_router_is_trained_on_a_pretrained_model_and_reported(run_study, data_
     assert (out / "routing.md").read_text() == table
     assert (out / "routing.png").read_bytes()[:4] == b"\x89PNG"
 
+    options += ["--out", tmp_path / "shorter", "--kinds", "router", "--main-only", "--length", 64]
+    run_study(routing, "run", *options)
+    (shorter,) = map(json.loads, (tmp_path / "shorter" / "routing.jsonl").read_text().splitlines())
+    assert shorter["length"] == 64
+    assert shorter["dense"] == result["dense"]  # the same test blocks
+    assert shorter["routed"] != result["routed"]
+    table = run_study(routing, "report", "--out", tmp_path / "shorter", "--blocks", 32)
+    assert table.count("| jactus | linear, broad, 32 blocks in rows of 64 tokens |") == 1
+
 
 def test_the_change_by_prompt_has_the_standard_error_of_a_quotient():
     draw = random.Random(0)
