@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_jactus import JactusConfig, calibrate, plot_ranks, rank_summary
+from peft_jactus import JactusConfig, calibrate, export_compressed, plot_ranks, rank_summary
 
 # -- settings -------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ parser.add_argument("--data-dir", help="directory of parquet files, instead of -
 parser.add_argument("--output-dir", type=Path, default=Path("outputs/image_classification"))
 parser.add_argument("--retained-ratio", type=float, default=0.8, help="kept share of the weights")
 parser.add_argument("--calibration-batches", type=int, default=16)
-parser.add_argument("--learning-rate", type=float, default=1e-3, help="of cores and head")
+parser.add_argument("--learning-rate", type=float, default=1e-3, help="of what trains")
 parser.add_argument("--epochs", type=float, default=3)
 parser.add_argument("--batch-size", type=int, default=32)
 parser.add_argument("--max-train-samples", type=int, help="default: all")
@@ -200,6 +200,7 @@ evaluation = trainer.evaluate()
 # -- save, load, look at a few --------------------------------------------------------------------
 
 model.save_pretrained(args.output_dir / "adapter")
+export_compressed(model, args.output_dir / "compressed", processor=processor, overwrite=True)
 reloaded = PeftModel.from_pretrained(load_model(), args.output_dir / "adapter").eval()
 batch = next(iter(DataLoader(dataset["test"], 8, collate_fn=DefaultDataCollator())))
 with torch.no_grad():
@@ -226,4 +227,4 @@ print(
     f"{stored / targeted:.1%} of the targeted parameters and "
     f"{results['parameters']['kept'] / dense_parameters:.1%} of all"
 )
-print(f"Written to {args.output_dir}: adapter/, ranks.png, results.json")
+print(f"Written to {args.output_dir}: adapter/, compressed/, ranks.png, results.json")
