@@ -18,9 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from peft_jactus.calibration import calibrate
+from peft_jactus.calibration.head_warmup import head_parameters
+from peft_jactus.calibration.passes import check_counts
+from peft_jactus.calibration.resume import StatisticsStore
+from peft_jactus.calibration.statistics_files import files_at
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.copying import structural_copy
 from peft_jactus.tuner import JactusConfig, JactusModel
+from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.targeting import targeted_modules
 
 if TYPE_CHECKING:
@@ -95,7 +100,11 @@ class CompressionCallback(TrainerCallback):
                 "`batches` is an iterator that can be read once; a run that is resumed reads it again. Pass a "
                 "DataLoader or a list."
             )
-        inspect.signature(calibrate).bind(trainer.model, config, batches, **calibration_options)
+        given = inspect.signature(calibrate).bind(trainer.model, config, batches, **calibration_options)
+        given.apply_defaults()
+        options = given.arguments
+        counts = {name: options[name] for name in ("max_batches", "save_every")}
+        check_counts(options["head_warmup_steps"], batches, **counts)
         _check_trainer(trainer)
         self.trainer: Any = trainer  # whose model, optimizer and schedule are there in a run
         self.config = config
@@ -111,8 +120,10 @@ class CompressionCallback(TrainerCallback):
     ) -> None:
         """Check all that can be checked before the first step."""
         del control, kwargs
+        if state.max_steps < 2:
+            raise ValueError(f"The run has {state.max_steps} step; it needs one on each side of the compression.")
         is_compressed = _is_compressed(self.trainer.model)
-        if state.global_step >= self._first_step(state):
+        if state.global_step > self._first_step(state):  # a checkpoint of just that step is still at full size
             if not is_compressed:
                 raise ValueError(
                     f"The run resumes at step {state.global_step}, where the model is compressed already, but the "
@@ -137,6 +148,7 @@ class CompressionCallback(TrainerCallback):
             )
         target, argument = self.merged_model_dir, "`merged_model_dir`"
         check_target(target, overwrite=self.may_replace, argument=argument, overwriting="empty it")
+        self._check_statistics_file(state)
         self._try_calibration()
 
     def on_step_begin(
@@ -168,9 +180,22 @@ class CompressionCallback(TrainerCallback):
         """Return the number of steps before the model is compressed: at least one on each side."""
         return min(max(math.ceil(self.after * state.max_steps), 1), state.max_steps - 1)
 
+    def _check_statistics_file(self, state: TrainerState) -> None:
+        """Raise for a file of other weights. A run that resumes may have written it, and goes on with it."""
+        file = self.calibration_options.get("statistics_file")
+        if file is None:
+            return
+        StatisticsStore(Path(file), {}, self.config.statistics_needs())  # raises for a directory
+        if state.global_step == 0 and files_at(Path(file)):
+            raise ValueError(
+                f"`statistics_file` {file} is there already, and of other weights than the first part will end with. "
+                "Delete it, or give another file."
+            )
+
     def _try_calibration(self) -> None:
         """Calibrate a copy, which shares all tensors, with one batch: what can fail fails before the first step."""
         model: Any = structural_copy(self.trainer.model)
+        model = model.unload() if isinstance(model, PeftModel) else model
         options = self.calibration_options | {
             "max_batches": 1,
             "head_warmup_steps": 0,
@@ -179,7 +204,10 @@ class CompressionCallback(TrainerCallback):
             "progress_bar": False,
         }
         config = copy.deepcopy(self.config)
-        calibrate(model.unload() if isinstance(model, PeftModel) else model, config, self.batches, **options)
+        if self.calibration_options.get("head_warmup_steps", 0) > 0:
+            head_parameters(model, config)  # raises if there is none
+        budget_ratio(config, ModelSize.of(model, targeted_modules(model, config)))  # raises if it cannot be reached
+        calibrate(model, config, self.batches, **options)
 
     def _compress(self, state: TrainerState) -> None:
         trainer = self.trainer
@@ -190,8 +218,13 @@ class CompressionCallback(TrainerCallback):
         targets = targeted_modules(model, self.config)
         averages = {name: found for name, found in averages.items() if name.rpartition(".")[0] not in targets}
         trainer.optimizer.state.clear()  # the rest is not needed any more: twice the size of what has trained
-        calibrate(model, self.config, self.batches, **self.calibration_options)
-        compressed = get_peft_model(model, self.config).train()
+        try:
+            calibrate(model, self.config, self.batches, **self.calibration_options)
+            compressed = get_peft_model(model, self.config).train()
+        except BaseException:
+            if is_adapted:  # its adapter is merged: what is saved now must be the merged model
+                _become_(trainer.model, model)
+            raise
         # The loop goes on with the object that it has: the adapted model, or the one inside, whose layers are new; or
         # DistributedDataParallel around it.
         if is_adapted:

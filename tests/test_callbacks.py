@@ -206,6 +206,29 @@ def test_a_run_that_ends_early_says_that_nothing_was_compressed(tmp_path, caplog
     assert not isinstance(trainer.model.base_model, JactusModel)
 
 
+@pytest.mark.parametrize("first", ["lora", "full"])
+def test_a_run_that_fails_while_it_compresses_goes_on_from_the_last_checkpoint(first, tmp_path, monkeypatch):
+    """The checkpoint of the last step at full size is the newest then."""
+    options = {"save_strategy": "steps", "save_steps": FIRST_STEPS}
+    expected = trained(full_size(first), tmp_path / "whole", **options).model
+
+    callback = {"statistics_file": tmp_path / "statistics.safetensors"}
+    monkeypatch.setattr(callbacks, "get_peft_model", lambda *args: 1 / 0)
+    trainer = with_callback(trainer_for(full_size(first), tmp_path / "run", **options), **callback)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.model.save_pretrained(tmp_path / "saved")  # with all that it has learned
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
+    torch.testing.assert_close(logits_of(saved), logits_of(merged), rtol=0, atol=0)
+
+    monkeypatch.undo()
+    trainer = with_callback(trainer_for(full_size(first), tmp_path / "run", **options), **callback)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == STEPS
+    torch.testing.assert_close(logits_of(trainer.model), logits_of(expected), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("step", "folder"), [(4, "merged"), (8, "merged"), (8, "elsewhere")])
 def test_a_run_that_resumes_gives_what_one_run_gives(step, folder, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4, "warmup_steps": 2}
@@ -262,6 +285,14 @@ def fails(error, message, trainer, **options):
         ({"batches": iter([])}, TypeError, "`batches` is an iterator"),
         ({"loss_fn": lambda model, batch: None}, ValueError, "`loss_fn` returned no scalar"),
         ({"config": JactusConfig(target_modules=["nothing"])}, ValueError, "nothing"),
+        ({"max_batches": 0}, ValueError, "`max_batches` must be at least 1"),
+        ({"save_every": 0}, ValueError, "`save_every` must be at least 1"),
+        ({"head_warmup_steps": -1}, ValueError, "`head_warmup_steps` must be at least 0"),
+        ({"head_warmup_steps": 1, "config": JactusConfig(target_modules=["query"])}, ValueError, "needs a head"),
+        ({"max_statistics_memory": "1KB"}, ValueError, "max_statistics_memory"),
+        ({"config": jactus_config(retained_ratio=0.8, model_ratio=0.01)}, ValueError, "cannot be reached"),
+        ({"config": jactus_config(retained_ratio=0.8, max_model_size="10KB")}, ValueError, "cannot be reached"),
+        ({"statistics_file": "."}, ValueError, "is a directory"),
     ],
 )
 def test_bad_arguments_fail_before_the_first_step(options, error, message, tmp_path):
@@ -277,6 +308,17 @@ def test_bad_arguments_fail_before_the_first_step(options, error, message, tmp_p
 )
 def test_settings_that_do_not_go_with_it_fail_before_the_first_step(message, options, tmp_path):
     fails(ValueError, message, trainer_for(full_size("lora"), tmp_path, **options))
+
+
+def test_one_step_cannot_be_divided(tmp_path):
+    fails(ValueError, "needs one on each side", trainer_for(full_size("lora"), tmp_path, max_steps=1))
+
+
+@pytest.mark.parametrize("limit", [None, "40KB"])
+def test_statistics_of_an_earlier_run_fail_before_the_first_step(limit, tmp_path):
+    options = {"statistics_file": tmp_path / "statistics.safetensors", "max_statistics_memory": limit}
+    trained(full_size("lora"), tmp_path / "first", callback=options)
+    fails(ValueError, "is there already", trainer_for(full_size("lora"), tmp_path / "second"), **options)
 
 
 def test_an_optimizer_that_was_given_cannot_be_made_anew(tmp_path):

@@ -46,18 +46,7 @@ def warm_up_head(
     Raises:
         ValueError: If no head is found.
     """
-    names = head_names(config)
-    heads = [
-        module
-        for name, module in model.named_modules()
-        if any(name == head or name.endswith(f".{head}") for head in names)
-    ]
-    parameters = [parameter for head in heads for parameter in head.parameters()]
-    if not parameters:
-        raise ValueError(
-            "`head_warmup_steps` needs a head to train, and none was found. Name it in `modules_to_save`, or set "
-            "`task_type`."
-        )
+    parameters = head_parameters(model, config)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
     bar = progress(
         itertools.islice(_cycled(batches), settings.num_steps),
@@ -82,6 +71,23 @@ def warm_up_head(
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def head_parameters(model: nn.Module, config: JactusConfig) -> list[nn.Parameter]:
+    """Return the parameters of the head; raise `ValueError` if none is found."""
+    names = head_names(config)
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if any(name == head or name.endswith(f".{head}") for head in names)
+    ]
+    parameters = [parameter for head in heads for parameter in head.parameters()]
+    if not parameters:
+        raise ValueError(
+            "`head_warmup_steps` needs a head to train, and none was found. Name it in `modules_to_save`, or set "
+            "`task_type`."
+        )
+    return parameters
 
 
 def _cycled(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -120,7 +120,7 @@ def calibrate(
         >>> calibrate(model, config, [{"x": torch.ones(5, 4)}], loss_fn=loss_fn, progress_bar=False)
         CalibrationStatistics(1 layers, 1 batches)
     """
-    _check_counts(head_warmup_steps, batches, max_batches=max_batches, save_every=save_every)
+    check_counts(head_warmup_steps, batches, max_batches=max_batches, save_every=save_every)
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
@@ -282,7 +282,8 @@ class _Pass:
         self.refuse_unusable()
 
 
-def _check_counts(warmup_steps: int, batches: Iterable[Batch], **counts: int | None) -> None:
+def check_counts(warmup_steps: int, batches: Iterable[Batch], **counts: int | None) -> None:
+    """Raise for counts of `calibrate` that are out of range, or batches that cannot be read as often as needed."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"`{name}` must be at least 1; got {count}.")
