@@ -41,11 +41,7 @@ def warm_up_head(
     *,
     progress_bar: bool,
 ) -> None:
-    """Train the head of ``model`` in place, in evaluation mode; leave all else as it was.
-
-    Raises:
-        ValueError: If no head is found.
-    """
+    """Train the head of ``model`` in place, in evaluation mode; leave all else as it was. Raise if there is none."""
     parameters = head_parameters(model, config)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
     bar = progress(

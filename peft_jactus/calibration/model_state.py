@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +31,9 @@ def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[
     with contextlib.ExitStack() as stack:
         stack.callback(_restore, modes, trainable)
         model.train(train_mode)
+        for module in modes:
+            if isinstance(module, _NormBase):  # its running mean and variance are to stay
+                module.train(False)
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in modes:

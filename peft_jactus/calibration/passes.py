@@ -21,13 +21,14 @@ from peft_jactus.calibration.collector import StatisticsCollector
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.memory_groups import parse_memory_limit, split_into_groups
 from peft_jactus.calibration.model_state import prepared_for_calibration, random_state_kept
-from peft_jactus.calibration.resume import StatisticsStore
+from peft_jactus.calibration.resume import StatisticsStore, of_so_many, warn_of_changes, warn_of_complete
 from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
-from peft_jactus.calibration.statistics_files import save_index
+from peft_jactus.calibration.statistics_files import files_of, save_index
 from peft_jactus.calibration.summed_loss import SummedLoss
 from peft_jactus.calibration.unusable import ADVICE, exclude_, find_unusable, report
 from peft_jactus.calibration.weight_watch import WeightWatch
 from peft_jactus.tuner.base_weights import passes_gradients, quantization_of
+from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.targeting import base_layer_of, targeted_modules
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def calibrate(
     if isinstance(model, PeftModel):  # a further adapter; module names are those of the base model
         model = model.get_base_model()
     targets = targeted_modules(model, config)
-    _check_weights(targets)
+    _check_weights(model, targets)
     needs = config.statistics_needs()
     limit = parse_memory_limit(max_statistics_memory)
     groups = split_into_groups(targets, limit, needs)
@@ -139,19 +140,16 @@ def calibrate(
         progress_bar=progress_bar,
         leave_unusable_dense=leave_unusable_dense,
     )
-    store = None if statistics_file is None else StatisticsStore(Path(statistics_file), targets, needs)
+    store = None if statistics_file is None else StatisticsStore.of_model(statistics_file, model, targets, needs)
     saved = None if store is None else store.read(lazily=limit is not None)
+    warn_of_changes(saved, statistics_file)
     if head_warmup_steps > 0:
         warmup = HeadWarmup(head_warmup_steps, head_warmup_lr)
         with random_state_kept():
             warm_up_head(model, config, batches, run.compute_loss, warmup, progress_bar=progress_bar)
     start = None if saved is None else saved.statistics
     if saved is not None and saved.complete:
-        logger.warning(
-            "No batch is read: %s holds complete statistics, of %d batches. Delete it if the data have changed since.",
-            statistics_file,
-            saved.statistics.num_batches,
-        )
+        warn_of_complete(saved, files_of(Path(str(statistics_file))))
         config.statistics = saved.statistics
         run.unusable.update(find_unusable(saved.statistics, targets, {}))
     elif limit is None or len(groups) == 1:
@@ -187,7 +185,7 @@ class _Pass:
         assert isinstance(config.statistics, CalibrationStatistics)
         self.refuse_unusable()
         if self.unusable:
-            exclude_(config, self.unusable)
+            exclude_(config, self.unusable, self.targets)
             logger.warning("Left dense, added to `exclude_modules`:\n%s", report(self.unusable))
         return config.statistics
 
@@ -215,10 +213,15 @@ class _Pass:
             return statistics
         with random_state_kept():
             batches = list(itertools.islice(batches, self.max_batches))
+        total = sum(gather_objects(len(batches)))
         parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
-            saved = part.read(lazily=True)
-            if saved is None or not saved.complete:
+            saved = of_so_many(part.read(lazily=True), len(batches), total)
+            if number == 1:
+                warn_of_changes(saved, store.path)
+            if saved is not None and saved.complete:
+                warn_of_complete(saved, [part.path], of=" for a part of the layers")
+            else:
                 begun = start if saved is None else saved.statistics
                 self.collect(group, batches, part, begun, description=f"Calibrating {number}/{len(groups)}")
         if process_index() == 0:
@@ -296,15 +299,16 @@ def check_counts(warmup_steps: int, batches: Iterable[Batch], **counts: int | No
         )
 
 
-def _check_weights(targets: Mapping[str, nn.Module]) -> None:
+def _check_weights(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    for name, module in model.named_modules():  # calibration puts adapters aside, those on other layers, too
+        if getattr(module, "merged", False) and (name in targets or isinstance(module, JactusLayer)):
+            raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
     for name, module in targets.items():
         if getattr(module, "base_weights_freed", False):
             raise ValueError(
                 f"{name}: its dense weight was freed when the model was compressed, so it cannot be calibrated. "
                 "Calibrate the dense model, or compress it with `keep_base_weights=True`."
             )
-        if getattr(module, "merged", False):
-            raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")
     _check_gradients(targets)
 
 

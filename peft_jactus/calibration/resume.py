@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,24 +18,70 @@ from peft_jactus.tuner.planning import check_statistics
 from peft_jactus.tuner.targeting import dense_weight, weight_loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    import os
+    from collections.abc import Iterable, Mapping
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from peft_jactus.numerics.moments import StatisticsNeeds
+
+logger = logging.getLogger(__name__)
 
 # Keys of a file's header.
 _COMPLETE = "complete"
 _WEIGHTS = "weights"
+_OTHERS = "other_weights"
+_MOST_NAMED = 4  # parameters
+# Numbers of a parameter that its digest is made of, spread over it.
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """What a file holds, and whether it is of all batches."""
+    """What a file holds, whether it is of all batches, and what else in the model has changed since."""
 
     statistics: CalibrationStatistics
     complete: bool
+    changed: tuple[str, ...] = ()
+
+
+def of_so_many(saved: SavedStatistics | None, own: int, total: int) -> SavedStatistics | None:
+    """Return what was saved if it is of the batches of this run, complete or the first ones; else None.
+
+    Args:
+        saved: What a file has.
+        own: Number of batches of this process.
+        total: Of all processes, as complete statistics have.
+    """
+    if saved is None:
+        return None
+    found = saved.statistics.num_batches
+    if saved.complete and found != total:
+        return replace(saved, complete=False) if found < own == total else None
+    return saved if saved.complete or found <= own else None
+
+
+def warn_of_changes(saved: SavedStatistics | None, path: str | os.PathLike[str] | None) -> None:
+    """Log what else in the model has changed since statistics were saved."""
+    if saved is not None and saved.changed:
+        named, others = saved.changed[-_MOST_NAMED:], len(saved.changed) - _MOST_NAMED
+        logger.warning(
+            "`statistics_file` %s: when it was written, the model had other values in %s%s. A new head needs a seed "
+            "before the model is loaded. To calibrate this model from the beginning, delete the file.",
+            path,
+            ", ".join(named),
+            f" and {others} more" if others > 0 else "",
+        )
+
+
+def warn_of_complete(saved: SavedStatistics, files: Iterable[Path], *, of: str = "") -> None:
+    """Log that no batch is read, and which files to delete for another calibration."""
+    logger.warning(
+        "No batch is read%s: the statistics of %d batches are complete. If the data have changed since, delete %s.",
+        of,
+        saved.statistics.num_batches,
+        ", ".join(map(str, files)),
+    )
 
 
 class StatisticsStore:
@@ -46,6 +94,7 @@ class StatisticsStore:
         targets: The layers by full module name, adapted or not.
         needs: What the statistics have to hold.
         digests: Of the weights of all targeted layers. Default: of ``targets``.
+        others: Digests of all other parameters, by name: a new head, for instance, may differ from run to run.
     """
 
     def __init__(
@@ -55,6 +104,7 @@ class StatisticsStore:
         needs: StatisticsNeeds,
         *,
         digests: Mapping[str, str] | None = None,
+        others: Mapping[str, str] | None = None,
     ) -> None:
         if path.is_dir():
             raise ValueError(f"`statistics_file` {path} is a directory; give a file in it.")
@@ -65,12 +115,24 @@ class StatisticsStore:
         if digests is None:
             digests = {name: _weight_digest(module) for name, module in targets.items()}
         self._digests = digests
+        self._others = others or {}
+
+    @classmethod
+    def of_model(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        targets: Mapping[str, nn.Module],
+        needs: StatisticsNeeds,
+    ) -> StatisticsStore:
+        """Return a store that also knows the other parameters of a model as they are now, before a warm-up."""
+        return cls(Path(path), targets, needs, others=_digests_of_others(model, targets))
 
     def part(self, targets: Mapping[str, nn.Module], number: int, count: int) -> StatisticsStore:
         """Return the store of a group of the layers, ``number`` of ``count``, counted from 1."""
         path = part_path(self.path, number, count)
         # A change of one layer changes what others see, so each part has all digests.
-        store = StatisticsStore(path, targets, self._needs, digests=self._digests)
+        store = StatisticsStore(path, targets, self._needs, digests=self._digests, others=self._others)
         store._is_part = True
         return store
 
@@ -113,7 +175,8 @@ class StatisticsStore:
         )
 
     def _header(self, *, complete: bool) -> dict[str, str]:
-        return {_COMPLETE: json.dumps(complete), _WEIGHTS: json.dumps(self._digests)}
+        digests = {_WEIGHTS: json.dumps(self._digests), _OTHERS: json.dumps(self._others)}
+        return {_COMPLETE: json.dumps(complete), **digests}
 
     def _read(self, path: Path, *, lazily: bool) -> SavedStatistics | None:
         files = files_at(path)
@@ -128,7 +191,9 @@ class StatisticsStore:
         for header in headers:  # a file that a user saved has no digests
             self._check_weights(json.loads(header.get(_WEIGHTS, "{}")), source)
         complete = index_path(path).exists() or headers[0].get(_COMPLETE) == json.dumps(True)
-        return SavedStatistics(statistics, complete)
+        others = json.loads(headers[0].get(_OTHERS, "{}"))
+        changed = tuple(name for name, digest in self._others.items() if others.get(name, digest) != digest)
+        return SavedStatistics(statistics, complete, changed)
 
     def _check_weights(self, digests: Mapping[str, str], source: str) -> None:
         for name, digest in self._digests.items():
@@ -138,6 +203,22 @@ class StatisticsStore:
                     "another file; to use it anyway, set `config.statistics = CalibrationStatistics.load(...)` "
                     "instead of calling `calibrate`."
                 )
+
+
+def _digests_of_others(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
+    """Return digests of the parameters that are no weights of ``targets`` or parts of our adapters, by name."""
+    weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
+    return {
+        name: _sample_digest(parameter)
+        for name, parameter in model.named_parameters()
+        if name not in weights and ".jactus_" not in name and not parameter.is_meta
+    }
+
+
+@torch.no_grad()
+def _sample_digest(parameter: Tensor) -> str:
+    numbers = parameter.reshape(-1)[:: max(1, parameter.numel() // _SAMPLE)].cpu()
+    return sha256_of(f"{numbers.dtype} {list(parameter.shape)} ", bytes_of(numbers))[:16]
 
 
 def _weight_digest(module: nn.Module) -> str:

@@ -172,6 +172,12 @@ def files_at(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return all files of the statistics at ``path``, the index too: what to delete to be rid of them."""
+    index = index_path(path)
+    return [index, *files_at(path)] if index.is_file() else files_at(path)
+
+
 def index_path(path: Path) -> Path:
     """Return where the index of several files is, that together are the statistics at ``path``."""
     return path.with_name(path.name + _INDEX_SUFFIX)

@@ -49,10 +49,18 @@ def report(reasons: Mapping[str, str]) -> str:
     return "\n".join(f"{', '.join(names)}: {reason}." for reason, names in by_reason.items())
 
 
-def exclude_(config: JactusConfig, names: Iterable[str]) -> None:
-    """Add full names to ``config.exclude_modules``, whatever its form."""
-    excluded = config.exclude_modules
+def exclude_(config: JactusConfig, names: Iterable[str], targets: Iterable[str]) -> None:
+    """Add full names of ``targets`` to ``config.exclude_modules``, whatever its form, and no other target.
+
+    An entry of a list also excludes the modules whose names end with it.
+    """
+    names, excluded = list(names), config.exclude_modules
+    endings = tuple(f".{name}" for name in names)
     if isinstance(excluded, str):
-        config.exclude_modules = "|".join([f"(?:{excluded})", *(re.escape(name) for name in names)])
+        patterns = [f"(?:{excluded})"]
+    elif any(target.endswith(endings) for target in targets):
+        patterns = [rf"(?:.*\.)?{re.escape(entry)}" for entry in excluded or ()]
     else:
         config.exclude_modules = [*(excluded or ()), *names]
+        return
+    config.exclude_modules = "|".join([*patterns, *(re.escape(name) for name in names)])

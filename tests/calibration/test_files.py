@@ -61,7 +61,7 @@ def test_a_complete_file_is_used_without_running_the_model(path, caplog):
     model.register_forward_pre_hook(refuse_to_run)
     assert caplog.text == ""
     assert_same(run(model, eight_batches(task), statistics_file=path), expected)
-    assert "complete statistics, of 8 batches. Delete it if" in caplog.text
+    assert f"the statistics of 8 batches are complete. If the data have changed since, delete {path}." in caplog.text
 
 
 def test_the_file_holds_what_is_returned(path):
@@ -146,6 +146,26 @@ def test_a_file_of_other_weights_is_refused_whatever_it_holds(path, num_forwards
     with pytest.raises(ValueError, match=r"`statistics_file` .*pooler.dense with other weights.* Delete it"):
         run(model, batches, **options)
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("num_batches", [2, 8])
+@pytest.mark.parametrize("limit", [None, 8_000])
+def test_a_file_of_another_head_is_named_in_a_warning(path, limit, num_batches, caplog):
+    """As a script without a seed makes it when it is run again; statistics of some batches, or of all."""
+    batches = eight_batches(TASKS["bert"])
+    options = {"statistics_file": path, "save_every": 1, "max_statistics_memory": limit}
+    with contextlib.suppress(PowerCutError):
+        run(tiny_bert(), interrupted(batches, num_batches) if limit is None else batches[:num_batches], **options)
+    assert caplog.text == ""
+    for same in (True, False):
+        model = tiny_bert()
+        if not same:
+            torch.nn.init.ones_(model.classifier.weight)
+        before = {file: file.read_bytes() for file in path.parent.iterdir()}
+        run(model, batches, **options)
+        assert ("the model had other values in classifier.weight." in caplog.text) != same
+        for file, content in before.items():
+            file.write_bytes(content)
 
 
 def test_statistics_that_a_user_saved_are_taken_for_any_weights(path):

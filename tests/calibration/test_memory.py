@@ -183,6 +183,33 @@ def test_an_interrupted_run_goes_on_in_the_group_it_was_in(tmp_path):
     run(model, batches_of(task), **options)
 
 
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2)])
+def test_a_part_of_another_number_of_batches_is_not_taken_for_complete(first, second, tmp_path, caplog):
+    """Of an interrupted run, or of one whose index alone was deleted."""
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    options = {"statistics_file": path, "max_statistics_memory": LIMIT}
+    run(task.model(), batches_of(task), max_batches=first, **options)
+    path.with_name("statistics.safetensors.index.json").unlink()
+    _, expected = run(task.model(), batches_of(task), max_batches=second)
+    _, statistics = run(task.model(), batches_of(task), max_batches=second, **options)
+    assert statistics.num_batches == second
+    assert_same_statistics(statistics, expected, rtol=ROUNDING)
+    assert caplog.text == ""
+
+
+def test_all_files_to_delete_are_named(tmp_path, caplog):
+    task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
+    options = {"statistics_file": path, "max_statistics_memory": LIMIT}
+    run(task.model(), batches_of(task), **options)
+    files = set(tmp_path.iterdir())
+    run(task.model(), batches_of(task), **options)
+    assert all(str(file) in caplog.text for file in files)
+    caplog.clear()
+    path.with_name("statistics.safetensors.index.json").unlink()
+    run(task.model(), batches_of(task), **options)
+    assert caplog.text.count("No batch is read for a part of the layers") == len(files) - 1
+
+
 def test_an_interrupted_run_goes_on_with_another_limit_that_makes_as_many_groups(tmp_path):
     task, path = TASKS["bert"], tmp_path / "statistics.safetensors"
     _, expected = run(task.model(), batches_of(task))

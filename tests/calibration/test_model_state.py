@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
 from peft_jactus import JactusConfig, calibrate
+from peft_jactus.tuner.layer import JactusLayer
 from tests.support.tiny_models import classified_texts, tiny_bert
 
 HEAD = "classifier"
@@ -51,6 +53,41 @@ def failing_inside(model, batch):
 
     with model.bert.encoder.layer[1].register_forward_pre_hook(fail):
         return model(**batch).loss
+
+
+class Normalised(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def test_running_means_stay_with_dropout_on():
+    model = Normalised()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = [{"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(0))}]
+    config = JactusConfig(target_modules="all-linear")
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean()
+
+    calibrate(model, config, batches, loss_fn=loss_fn, train_mode=True, progress_bar=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.norm.training
+
+
+def test_an_adapter_that_is_merged_elsewhere_is_refused_and_stays_merged(model):
+    first = JactusConfig(target_modules=["query"], decomposition="svd", keep_base_weights=True)
+    tuned = get_peft_model(model, first)
+    tuned.merge_adapter()
+    config = JactusConfig(target_modules=["key"])
+    with pytest.raises(ValueError, match=r"query: an adapter is merged.*`unmerge_adapter`"):
+        calibrate(tuned, config, classified_texts(), progress_bar=False)
+    layers = [module for module in tuned.modules() if isinstance(module, JactusLayer)]
+    assert layers
+    assert all(layer.merged for layer in layers)
 
 
 FAILURES = {

@@ -37,6 +37,18 @@ class Uses(nn.Module):
         return 0
 
 
+class Outer(nn.Module):
+    """Has a layer that nobody calls, with the name that a layer in use ends with."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.odd, self.block = nn.Linear(DIM, DIM), Uses()
+
+    def forward(self, x):
+        return self.block(x)
+
+
 class Reads(Uses):
     def past_the_layer(self, x):
         return functional.linear(x, self.odd.weight)
@@ -110,6 +122,15 @@ def config_for(**options):
 
 def tuned_names(model):
     return {name for name, module in model.named_modules() if isinstance(module, JactusLayer)}
+
+
+@pytest.mark.parametrize("excluded", [None, ["first"], {"first"}, "first|nothing"], ids=str)
+def test_a_layer_is_left_dense_alone_though_another_name_ends_with_its_name(excluded):
+    model, config = Outer(), config_for(exclude_modules=excluded)
+    run(model, config, leave_unusable_dense=True)
+    tuned = get_peft_model(model, config)
+    names = {"block.odd", "block.last"} | ({"block.first"} if excluded is None or isinstance(excluded, str) else set())
+    assert tuned_names(tuned.base_model.model) == names
 
 
 # -- weights that are used past their layer ---------------------------------------------------------------
