@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # What tells of a tensor without reading or changing its numbers. Models ask for them: T5 for the dtype of `wo.weight`.
 _METADATA = {
@@ -59,12 +60,14 @@ def reads_numbers(function: Callable[..., Any], args: Sequence[Any]) -> bool:
 
 
 def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[Tensor]:
-    """Yield the tensors among the arguments of a call, and in lists among them, as of `torch.cat`, at any depth."""
+    """Yield the tensors among the arguments of a call, and in lists or mappings among them, at any depth."""
     for arg in (*args, *(kwargs or {}).values()):
         if isinstance(arg, Tensor):
             yield arg
         elif isinstance(arg, (list, tuple)):
             yield from tensors_in(arg, None)
+        elif isinstance(arg, Mapping):
+            yield from tensors_in((), arg)
 
 
 class WeightPlaceholder(Tensor):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from peft_jactus.calibration.batches import IGNORED_LABEL
 from peft_jactus.calibration.origins import Origin, OriginWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
     from peft_jactus.calibration.batches import Batch
 
@@ -84,16 +85,21 @@ class PositionMasks:
     def reading(self, batch: Batch) -> Iterator[Batch]:
         """Follow a batch through the forward pass. Gives it as the model shall get it: no tensor has two names."""
         self.forget()
-        self._masks = _masks_of(batch)
+        self._masks = {}
+        for prefix, group in _groups_of(batch):
+            for name, mask in _masks_of(group).items():
+                self._masks[prefix + name] = None if mask is None else mask._replace(name=prefix + mask.name)
         if not self._always_follow and not any(mask is not None for mask in self._masks.values()):
             yield batch
             return
         batch = _without_aliases(batch)
         self._watch = OriginWatch(self._model)
-        for name, value in batch.items():
-            origin = Origin(frozenset({name} & self._masks.keys()), frozenset({name}))
-            for tensor in tensors_in([value], None):
-                self._watch.mark(tensor, origin)
+        for prefix, group in _groups_of(batch):
+            for name, value in group.items():
+                source = prefix + name
+                origin = Origin(frozenset({source} & self._masks.keys()), frozenset({source}))
+                for tensor in tensors_in([value], None):
+                    self._watch.mark(tensor, origin)
         with self._watch:
             yield batch
 
@@ -189,6 +195,17 @@ class PositionMasks:
             logger.warning(text, names, why.shape, why.mask_shape)
 
 
+def _groups_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Batch]]:
+    """Yield a batch and the mappings inside it, each with what is put before its names; outer ones come first."""
+    if isinstance(value, Mapping):
+        yield prefix, value
+    inside = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    for name, each in inside:
+        yield from _groups_of(each, f"{prefix}{name}.")
+
+
 def _masks_of(batch: Batch) -> dict[str, _Mask | None]:
     """Return the mask of each input that has positions; None if all of them are real.
 
@@ -198,17 +215,18 @@ def _masks_of(batch: Batch) -> dict[str, _Mask | None]:
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     text = next((tensors[name] for name in _TEXT if name in tensors), None)
-    others = [name for name in tensors if name.endswith(f"_{_MASK}") and name != f"decoder_{_MASK}"]
+    others = [name for name in tensors if _MASK in name and name not in (_MASK, f"decoder_{_MASK}")]
     others += [name for name in _OTHER_MASKS if name in tensors]
     masks: dict[str, _Mask | None] = {}
     for name, value in batch.items():
+        if any(True for _ in _groups_of(value)):
+            continue
         sample = next(tensors_in([value], None), None)
-        if sample is None or sample.dim() < 2 or name.endswith("mask") or sample.dtype == torch.bool:
+        is_mask = name.endswith("mask") or name in others
+        if sample is None or sample.dim() < 2 or is_mask or sample.dtype == torch.bool:
             continue
         of_text = name in _TEXT or (text is not None and _goes_with(sample, text))
-        named = next(
-            (other for other in others if other.removesuffix("_mask").removesuffix("_attention") in name), None
-        )
+        named = next((other for other in others if _owner_of(other) in name), None)
         if name == "labels" or name.startswith("decoder_"):
             masks[name] = _decoder_mask(tensors)
         elif named is not None:
@@ -218,6 +236,11 @@ def _masks_of(batch: Batch) -> dict[str, _Mask | None]:
         elif text is None or sample.is_floating_point():
             masks[name] = _mask(_PADDING_MASK, tensors.get(_PADDING_MASK))
     return masks
+
+
+def _owner_of(mask: str) -> str:
+    """Return what is in the name of the inputs of a mask: ``pixel_mask``, ``chosen_attention_mask`` or the reverse."""
+    return mask.removeprefix(f"{_MASK}_").removesuffix("_mask").removesuffix("_attention")
 
 
 def _goes_with(numbers: Tensor, text: Tensor) -> bool:
@@ -243,12 +266,15 @@ def _decoder_mask(tensors: Mapping[str, Tensor]) -> _Mask | None:
 
 
 def _is_opposite(made: Tensor, real: Tensor) -> bool:
-    """Whether a mask that was made of ``real``, maybe a shorter one, is true for padding."""
+    """Whether a mask that was made of ``real``, maybe a shorter or a longer one, is true for padding."""
     if real.dim() > 2 or len(made) != len(real):
         return False
     real = real.to(made.device)  # a model may be spread over devices
-    expected = functional.interpolate(real[None].float(), size=made.shape[1:])[0].bool()
-    return 2 * int((made == expected).sum()) < made.numel()
+    expected = [functional.interpolate(real[None].float(), size=made.shape[1:])[0].bool()]
+    if made.shape[1] > real.shape[1]:  # as attention in windows pads it
+        expected.append(functional.pad(real, (0, made.shape[1] - real.shape[1])))
+    shares = [float((made == each).double().mean()) for each in expected]
+    return max(shares, key=lambda share: abs(share - 0.5)) < 0.5
 
 
 def _fits(shape: tuple[int, ...], mask: Tensor) -> bool:

@@ -433,6 +433,54 @@ def test_padded_pixels_do_not_count_in_what_reads_a_feature_map(name):
     assert having(counts, "decoder.layers", "self_attn") == {2 * 5}
 
 
+@pytest.mark.parametrize("lengths", [[10, 4], [10, 10, 2]])
+def test_a_mask_that_a_model_pads_and_turns_to_its_opposite_still_says_what_is_real(lengths):
+    """LED's attention in windows needs a whole number of them; it hands on where padding is."""
+    config = transformers.LEDConfig(
+        vocab_size=40, d_model=DIM, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=12, decoder_ffn_dim=12, attention_window=32,
+        max_encoder_position_embeddings=64, max_decoder_position_embeddings=16,
+    )  # fmt: skip
+    mask = mask_of(lengths, 10)
+    batch = {"input_ids": ids(*mask.shape), "attention_mask": mask, "labels": ids(len(lengths), 6)}
+    counts = counts_of(transformers.LEDForConditionalGeneration(config), batch, exclude=r".*_global")
+    assert having(counts, "encoder.layers.0.fc") == {sum(lengths)}
+
+
+NESTED = {
+    "suffix": (
+        lambda texts: {f"{name}_chosen": tensor for name, tensor in texts.items()},
+        lambda batch: {name.removesuffix("_chosen"): tensor for name, tensor in batch.items()},
+    ),
+    "prefix": (
+        lambda texts: {f"chosen_{name}": tensor for name, tensor in texts.items()},
+        lambda batch: {name.removeprefix("chosen_"): tensor for name, tensor in batch.items()},
+    ),
+    "inside": (lambda texts: {"query": texts}, lambda batch: batch["query"]),
+    "in_a_list": (lambda texts: {"features": [texts]}, lambda batch: batch["features"][0]),
+    "beside_others": (
+        lambda texts: {"query": texts, "input_ids": ids(2, 10), "attention_mask": torch.ones(2, 10)},
+        lambda batch: batch["query"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_texts_of_a_loss_function_have_their_masks_wherever_they_are(name, caplog):
+    """Batches of pairs, as for a reward model, or of features, as for a sentence encoder."""
+    pack, unpack = NESTED[name]
+    config = transformers.BertConfig(vocab_size=40, max_position_embeddings=12, **COMMON)
+    texts = {"input_ids": ids(*MASK.shape), "attention_mask": MASK}
+
+    def loss_fn(model, batch):
+        return model(**unpack(batch))[0][:, 0].square().mean()
+
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    counts = counts_of(model, pack(texts), loss_fn=loss_fn, loss_reduction="sum")
+    assert set(counts.values()) == {REAL}
+    assert caplog.text == ""
+
+
 def test_a_mask_that_a_model_turns_to_its_opposite_still_says_what_is_real():
     audio = transformers.Gemma3nAudioConfig(
         hidden_size=DIM, vocab_size=4, input_feat_size=16, sscp_conv_channel_size=(4, 4), conf_num_attention_heads=2,
