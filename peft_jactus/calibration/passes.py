@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from peft import PeftModel
 
 from peft_jactus._processes import gather_objects, process_index
@@ -300,6 +301,8 @@ def check_counts(warmup_steps: int, batches: Iterable[Batch], **counts: int | No
 
 
 def _check_weights(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("`calibrate` needs gradients. Call it outside `torch.inference_mode()`.")
     for name, module in model.named_modules():  # calibration puts adapters aside, those on other layers, too
         if getattr(module, "merged", False) and (name in targets or isinstance(module, JactusLayer)):
             raise ValueError(f"{name}: an adapter is merged into its dense weight. Call `unmerge_adapter` first.")

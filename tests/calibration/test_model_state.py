@@ -64,6 +64,15 @@ class Normalised(torch.nn.Module):
         return self.last(self.norm(self.first(x)))
 
 
+def test_it_needs_gradients_and_makes_them_possible_where_they_are_off(model):
+    expected = run(model, classified_texts())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside `torch.inference_mode\(\)`"):
+        run(model, classified_texts())
+    with torch.no_grad():
+        found = run(model, classified_texts())
+    assert all(torch.equal(found[name].gradient.scatter, expected[name].gradient.scatter) for name in expected)
+
+
 def test_running_means_stay_with_dropout_on():
     model = Normalised()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
