@@ -4,6 +4,8 @@
     python -m benchmarks.compression.llama calibrate                # once; outputs/smollm2/calibration-*.safetensors
     python -m benchmarks.compression.llama run                      # llama.jsonl; stop and resume
     python -m benchmarks.compression.llama report                   # llama.md and llama.png
+    python -m benchmarks.compression.llama run --studies "as used" --decompositions jactus kfac --ratios 0.4 \
+        --scores "multiple choice" --questions 300 --out benchmarks/results/compression/more-questions
 
 JACTUS is as it is by default, peers are as published. Calibrated on blocks of 256 tokens of wikitext2's validation
 split; scored on the test splits of wikitext2 and ptb, and by lm-evaluation-harness on seven commonsense sets
@@ -54,6 +56,8 @@ def parse_arguments():
     add_data_dir(parser)
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), default=list(SCORES))
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    parser.add_argument("--decompositions", nargs="+", choices=DECOMPOSITIONS, default=list(DECOMPOSITIONS))
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=list(RATIOS))
     parser.add_argument("--blocks", type=int, default=48, help=f"of {LENGTH} tokens, to score on, of each corpus")
     parser.add_argument("--questions", type=int, default=100, help="of each commonsense set")
     parser.add_argument("--out", type=Path, default=RESULTS / "compression", help="folder of the table")
@@ -116,14 +120,15 @@ STUDIES = {
 }
 
 
-def cases_of(studies):
-    """Return the cases, those with the same factors together."""
+def cases_of(studies, wanted=DECOMPOSITIONS, ratios=RATIOS):
+    """Return the cases of some decompositions and ratios, those with the same factors together."""
     found = [Case("dense")]
     if "float32" in studies:
         found.append(Case("dense", dtype="float32"))
     for study in studies:
         ways, decompositions = STUDIES[study]
-        found += [way(*case) for way in ways for case in itertools.product(decompositions, RATIOS)]
+        some = [name for name in decompositions if name in wanted]
+        found += [way(*case) for way in ways for case in itertools.product(some, ratios)]
     groups = {}
     for case in found:
         groups.setdefault(case.factorization, []).append(case)
@@ -250,7 +255,7 @@ def run(args):
     table = results_of(args.out)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     factorizations = Factorizations(args.model)
-    for case in cases_of(args.studies):
+    for case in cases_of(args.studies, args.decompositions, args.ratios):
         key = {"model": args.model.name, **asdict(case)}
         scores = [name for name in args.scores if not table.contains({**key, "score": name})]
         model = factorizations.compressed(case) if scores else None

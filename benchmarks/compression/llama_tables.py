@@ -62,8 +62,15 @@ def dense_of(found, dtype):
 
 def markdown(found, table_tokens):
     """Return the main table, then every way."""
-    some = next(iter(found.values()))["perplexity"]
-    questions = {s["multiple choice"]["questions"] for s in found.values() if "multiple choice" in s}
+    records = [record for scores in found.values() for record in scores.values()]
+    blocks = {f"{record['blocks']} blocks" for record in records if "blocks" in record}
+    questions = {f"{record['questions']} questions" for record in records if "questions" in record}
+    protocol = [f"perplexity of {each} of 256 tokens of each corpus" for each in sorted(blocks)]
+    protocol += [
+        f"multiple choice by lm-evaluation-harness, {each} of each set, ± the standard error of the distance from the "
+        "dense model on the same questions"
+        for each in sorted(questions)
+    ]
     dense = dense_of(found, "bfloat16")
     head = ["kept", "decomposition", "wikitext2", "ptb", "mean of 7 sets, %"]
     rows = [line(["100 %", "dense"], dense, dense)]
@@ -76,12 +83,9 @@ def markdown(found, table_tokens):
         line([str(cell) for cell in key], scores, dense_of(found, key[5])) for key, scores in sorted(found.items())
     ]
     return "\n\n".join([
-        f"{some['model']} right after compression, nothing trained: perplexity of {some['blocks']} blocks of 256 "
-        "tokens of each corpus; multiple choice by lm-evaluation-harness, "
-        f"{'/'.join(map(str, sorted(questions)))} questions of each set, ± the standard error of the distance from "
-        f"the dense model on the same questions. Calibrated on {table_tokens:,} tokens of wikitext2's validation "
-        "split; bfloat16. JACTUS as it is by default (pivoted, global ranks), peers as published (factored, uniform "
-        "ranks).",
+        f"{records[0]['model']} right after compression, nothing trained: {'; '.join(protocol)}. Calibrated on "
+        f"{table_tokens:,} tokens of wikitext2's validation split; bfloat16. JACTUS as it is by default (pivoted, "
+        "global ranks), peers as published (factored, uniform ranks).",
         markdown_table(head, rows),
         QUOTED,
         "Every case:",
