@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,7 +31,7 @@ def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[
         stack.callback(_restore, modes, trainable)
         model.train(train_mode)
         for module in modes:
-            if isinstance(module, _NormBase):  # its running mean and variance are to stay
+            if getattr(module, "track_running_stats", False):  # of BatchNorm; they are to stay
                 module.train(False)
         for parameter in trainable:
             parameter.requires_grad_(False)
