@@ -15,6 +15,8 @@ from peft_jactus.calibration.memory_groups import parse_memory_limit
 from peft_jactus.cli.data import DataOptions, Task, make_batches, open_rows
 from peft_jactus.cli.hub import find_processor, gguf_place, is_gguf, load_model_config, model_class
 from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.tuner.config_checks import targets_all_linear
+from peft_jactus.tuner.target_checks import describe_unmatched, unmatched_names
 from peft_jactus.tuner.targeting import HEAD_NAMES
 
 if TYPE_CHECKING:
@@ -118,8 +120,18 @@ class Calibration:
         return make_batches(open_rows(data, task), task, data, model_config, processor)
 
     def _config_for(self, model: PreTrainedModel) -> JactusConfig:
-        """Return the config; under 'all-linear', it leaves out the head of this model if it has one."""
-        if self.config.target_modules != _ALL_LINEAR:
+        """Return the config; under 'all-linear', it leaves out the head of this model if it has one.
+
+        Raises:
+            ValueError: If a name matches no module.
+        """
+        targets = self.config.target_modules
+        if targets != _ALL_LINEAR:
+            if unmatched := unmatched_names(model, targets or ()):
+                raise ValueError(
+                    f"--target-modules: {type(model).__name__} has no modules with these names: "
+                    f"{describe_unmatched(unmatched)}. Correct them, or leave them out."
+                )
             return self.config
         has_head = any(re.fullmatch(_HEADS, name) for name, _ in model.named_modules())
         return replace(self.config, exclude_modules=_HEADS) if has_head else self.config
@@ -198,7 +210,7 @@ def calibration_from(
         raise ValueError("Give one of --retained-ratio, --model-ratio and --max-size.")
     retained_ratio, model_ratio, max_size = budget
     config = JactusConfig(
-        target_modules=target_modules if target_modules == _ALL_LINEAR else target_modules.split(","),
+        target_modules=_targets_from(target_modules),
         retained_ratio=JactusConfig.retained_ratio if retained_ratio is None else retained_ratio,
         model_ratio=model_ratio,
         max_model_size=max_size,
@@ -208,3 +220,10 @@ def calibration_from(
         adaptation_rank=0,  # nothing trains afterwards
     )
     return Calibration(model, config, None if data_free else data, **options)
+
+
+def _targets_from(option: str) -> str | list[str]:
+    names = [name for part in option.split(",") if (name := part.strip())]
+    if not names:
+        raise ValueError(f"--target-modules names nothing; give names with commas between them, or {_ALL_LINEAR}.")
+    return _ALL_LINEAR if len(names) == 1 and targets_all_linear(names[0]) else names

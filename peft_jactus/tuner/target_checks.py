@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,14 @@ from peft_jactus.tuner.held_aside import find_held
 from peft_jactus.tuner.layer import JactusLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
 # Inputs of these sizes show whether a layer clips, rounds, or is linear only in part.
 _PROBE_SCALES = (1e-3, 1.0, 1e3)
 # In units of rounding: different orders of summation.
 _PROBE_TOLERANCE = 32
+# Of those that match nothing, so many are shown.
+_MAX_NAMES = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,36 @@ class Refusal:
 
     reason: str
     always: bool = False
+
+
+def unmatched_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return those of ``names`` that match no module, each with the names of layers that are written most like it.
+
+    A name matches as in a list of ``target_modules``: it is a whole name, or its last parts.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))]
+    endings: dict[int, set[str]] = {}  # by number of parts
+    unmatched: dict[str, list[str]] = {}
+    for name in names:
+        num_parts = name.count(".") + 1
+        if num_parts not in endings:
+            endings[num_parts] = {_last_parts(other, num_parts) for other in modules}
+        if name not in endings[num_parts]:
+            candidates = sorted({_last_parts(layer, num_parts) for layer in layers})
+            unmatched[name] = difflib.get_close_matches(name, candidates)
+    return dict(sorted(unmatched.items()))
+
+
+def _last_parts(name: str, number: int) -> str:
+    return ".".join(name.split(".")[-number:])
+
+
+def describe_unmatched(unmatched: Mapping[str, list[str]]) -> str:
+    """Return the first ones of `unmatched_names`, each with what is like it."""
+    shown = list(unmatched.items())[:_MAX_NAMES]
+    texts = [f"{name!r} (similar: {', '.join(similar)})" if similar else repr(name) for name, similar in shown]
+    return ", ".join([*texts, *([f"and {len(unmatched) - len(shown)} more"] if len(unmatched) > len(shown) else [])])
 
 
 def used_elsewhere(model: nn.Module) -> dict[str, Refusal]:

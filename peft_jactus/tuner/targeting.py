@@ -28,15 +28,17 @@ from peft_jactus.tuner.quantized_bases import check_method
 from peft_jactus.tuner.target_checks import (
     Refusal,
     describe,
+    describe_unmatched,
     find_refusal,
     raise_refusals,
     refusal_of_head,
     ties_to_break,
+    unmatched_names,
     used_elsewhere,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -96,8 +98,20 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
             f"`target_modules`={config.target_modules!r} matches no module of {type(model).__name__}. Use "
             "'all-linear', or names from `model.named_modules()`."
         )
+    _warn_of_unmatched(model, asked)
     _warn_of_export(model, {*targets, *(name for name in modules if is_trained_whole(name, heads))})
     return targets
+
+
+def _warn_of_unmatched(model: nn.Module, asked: Iterable[str] | str | None) -> None:
+    """Say which names of a list match nothing. PEFT says it only where no name matches, as lists are shared."""
+    names = set() if asked is None or isinstance(asked, str) else set(asked)
+    # PEFT writes its own list into the config, which is for all models of a type.
+    if unmatched := unmatched_names(model, names - set(_default_targets(model) or ())):
+        log_once(
+            f"These names in `target_modules` match no module of {type(model).__name__}, so nothing is compressed "
+            f"for them: {describe_unmatched(unmatched)}. Correct them, or leave them out."
+        )
 
 
 def check_heads(model: nn.Module, config: JactusConfig) -> None:
@@ -195,16 +209,24 @@ def log_once(message: str) -> None:
     logger.warning(message)
 
 
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _default_targets(model: nn.Module) -> Sequence[str] | None:
+    """Return PEFT's list for models of this type, if it has one."""
+    return DEFAULT_TARGET_MODULES.get(str(_model_type(model)))
+
+
 def _resolve_shorthand(model: nn.Module, config: JactusConfig) -> JactusConfig:
     """Return a copy of ``config`` whose ``target_modules`` are names, as `get_peft_model` will resolve them."""
     resolved = copy.copy(config)
     if resolved.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        defaults = DEFAULT_TARGET_MODULES.get(str(model_type))
+        defaults = _default_targets(model)
         if defaults is None:
             raise ValueError(
-                f"`target_modules` must be given for {model_type or type(model).__name__}: PEFT knows no default "
-                "for it. Use 'all-linear', or names from `model.named_modules()`."
+                f"`target_modules` must be given for {_model_type(model) or type(model).__name__}: PEFT knows no "
+                "default for it. Use 'all-linear', or names from `model.named_modules()`."
             )
         resolved.target_modules = set(defaults)
     resolve_all_linear_(resolved, model)

@@ -635,6 +635,28 @@ def test_compress_targets_only_the_named_layers(home, tmp_path, name, targets):
     assert names == targets
 
 
+def test_compress_takes_names_with_spaces_and_commas_around_them(home, tmp_path):
+    compress(home, "llama", tmp_path / "out", "--data-free", "--target-modules", "q_proj, up_proj,")
+    names = {row.name.rpartition(".")[2] for row in rank_summary(loaded("llama", tmp_path / "out")).rows}
+    assert names == {"q_proj", "up_proj"}
+    options = ([], ["--target-modules", " All-Linear "])
+    default, named = (run("plan", home / "llama", "--data-free", *option) for option in options)
+    end = default[default.index("The whole model keeps") :]
+    assert named.endswith(end)
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_a_misspelt_target_is_refused_before_the_calibration(home, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: pytest.fail("the model was calibrated"))
+    out = [tmp_path / "out"] if command == "compress" else []
+    rows = ("--data-dir", home / "rows")
+    message = refusal(command, home / "llama", *out, *rows, "--target-modules", "q_proj,v_porj")
+    assert "--target-modules: LlamaForCausalLM has no modules with these names: 'v_porj' (similar: v_proj" in message
+    message = refusal(command, home / "llama", *out, *rows, "--target-modules", " , ")
+    assert "--target-modules names nothing; give names with commas between them, or all-linear." in message
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_plan_shows_what_compress_then_gives(home, tmp_path, name, calibrated):
     options = ("--data-dir", home / "rows", "--max-length", "16", "--batch-size", "4")

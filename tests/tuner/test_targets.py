@@ -16,7 +16,7 @@ from peft_jactus import JactusConfig, calibrate, export_compressed, plan_ranks, 
 from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.target_checks import used_elsewhere
-from peft_jactus.tuner.targeting import log_once
+from peft_jactus.tuner.targeting import DEFAULT_TARGET_MODULES, log_once
 from tests.support.compressed_models import jactus_config, tiny_gpt2, tiny_llama, tiny_t5
 
 DIM = 8
@@ -389,6 +389,56 @@ def test_a_weight_that_is_computed_is_refused(wrap, caplog):
         get_peft_model(model, config_for(["plain", "computed"]))
     assert compressed_names(model, config_for()) == {"base_model.model.plain"}
     assert "- computed: has a weight that is computed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("v_porj", "'v_porj' (similar: v_proj"),
+        (" v_proj", "' v_proj' (similar: v_proj"),
+        ("self_atn.v_proj", "'self_atn.v_proj' (similar: self_attn.v_proj"),
+        ("proj", "'proj' (similar: v_proj, q_proj, o_proj)"),  # not the end of a name between points
+        ("convolution", "'convolution'. Correct"),
+    ],
+)
+def test_a_name_that_matches_nothing_beside_others_is_said_once_with_names_like_it(name, similar, caplog):
+    model = tiny_llama()
+    config = config_for(["q_proj", name, "layers.0.mlp.up_proj"])
+    with caplog.at_level(logging.WARNING, "peft_jactus"):
+        plan_ranks(model, config)
+        names = compressed_names(model, config)
+    assert {each.rpartition(".")[2] for each in names} == {"q_proj", "up_proj"}
+    (message,) = [text for text in caplog.messages if "match no module" in text]
+    assert similar in message
+    assert "'q_proj'" not in message
+    assert "up_proj'" not in message
+
+
+def test_many_names_that_match_nothing_are_counted(caplog):
+    compressed_names(tiny_llama(), config_for(["q_proj", *(f"block.{number}" for number in range(15))]))
+    assert "'block.0', 'block.1', 'block.10'" in caplog.text
+    assert "and 5 more. Correct" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [
+        (["q_proj", "v_proj"], {"exclude_modules": ["v_proj"]}),
+        (["q_proj", "layers.1.self_attn.v_proj"], {"layers_to_transform": [0]}),
+        (r".*\.(q_proj|v_porj)", {}),
+        ("all-linear", {}),
+    ],
+    ids=["excluded", "another block", "regular expression", "all-linear"],
+)
+def test_names_that_match_something_and_what_is_no_list_are_not_spoken_of(targets, options, caplog):
+    compressed_names(tiny_llama(), config_for(targets, **options))
+    assert "match no module" not in caplog.text
+
+
+def test_the_list_that_peft_has_for_a_type_of_models_is_not_spoken_of(monkeypatch, caplog):
+    monkeypatch.setitem(DEFAULT_TARGET_MODULES, "llama", ["q_proj", "only_in_other_llamas"])
+    assert compressed_names(tiny_llama(), config_for(None))
+    assert "match no module" not in caplog.text
 
 
 def test_all_refusals_come_at_once():
