@@ -33,7 +33,9 @@ def compress_model(
     Returns:
         The directory. A `ValueError` says if anything of this cannot be done; what costs nothing is checked first.
     """
-    check_output_dir(output_dir, overwrite=overwrite)
+    data = calibration.data
+    options = {} if data is None else {"--data-dir": data.data_dir, "--dataset": data.dataset}
+    check_output_dir(output_dir, overwrite=overwrite, read={"MODEL": calibration.model, **options})
     check_bits(bits)
     calibrated = calibration.run()
     statistics = calibrated.config.statistics  # `get_peft_model` lets go of them
@@ -44,6 +46,6 @@ def compress_model(
         bits=bits,
         statistics=statistics,
         processor=calibrated.processor,
-        datasets=None if calibration.data is None else calibration.data.dataset,
+        datasets=None if data is None else data.dataset,
         overwrite=overwrite,
     )

@@ -80,6 +80,11 @@ def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusCo
     return config
 
 
+def _read_by(folder: Path, config: JactusConfig) -> dict[str, str | Path | None]:
+    """Return what loading an adapter reads, by what an error calls it."""
+    return {"ADAPTER_DIR": folder, "the adapter's base model": config.base_model_name_or_path}
+
+
 def _base_class(config: JactusConfig) -> Any:
     if config.task_type is not None:
         return getattr(transformers, _CLASS_BY_TASK[str(config.task_type)])
@@ -107,7 +112,8 @@ def export_adapter(
     repo_id: str | None,
 ) -> None:
     """Load an adapter from a directory or the Hub and write it as a compressed checkpoint, see `export_compressed`."""
-    check_output_dir(output_dir, overwrite=overwrite)
+    options = {"ADAPTER_DIR": adapter_dir, "--base-model": base_model, "--statistics": statistics}
+    check_output_dir(output_dir, overwrite=overwrite, read=options)
     _check_upload(push_to_hub, repo_id)
     check_bits(bits)
     if statistics is not None and bits is None:
@@ -115,6 +121,7 @@ def export_adapter(
     loaded = None if statistics is None else CalibrationStatistics.load(statistics)
     folder = local_folder(adapter_dir)
     config = read_adapter_config(folder, base_model)
+    check_output_dir(output_dir, overwrite=overwrite, read=_read_by(folder, config))
     model = load_adapter(folder, base_model)
     export_compressed(
         model,
@@ -151,11 +158,13 @@ def export_dense(
         dtype: Of the checkpoint. Default: the model's.
         overwrite: Replace what is in ``output_dir``. A `ValueError` says, as in other cases, if it holds something.
     """
-    check_output_dir(output_dir, overwrite=overwrite)
+    options = {"ADAPTER_DIR": directory, "--base-model": base_model}
+    check_output_dir(output_dir, overwrite=overwrite, read=options)
     folder = local_folder(directory)
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter:
         config = read_adapter_config(folder, base_model)
+        check_output_dir(output_dir, overwrite=overwrite, read=_read_by(folder, config))
         model = compressed_copy(load_adapter(folder, base_model), dtype=dtype, progress_bar=True)
         model.dequantize()  # type: ignore[no-untyped-call]  # transformers does not annotate it
         processor = find_processor(directory, str(config.base_model_name_or_path))

@@ -9,6 +9,7 @@ import torch
 from peft_jactus.deployment.atomic_folder import check_target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -17,9 +18,9 @@ def to_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
-    """Raise `ValueError` if nothing must be written there."""
-    check_target(output_dir, overwrite=overwrite, argument="OUTPUT_DIR", overwriting="--overwrite")
+def check_output_dir(output_dir: Path, *, overwrite: bool, read: Mapping[str, str | Path | None]) -> None:
+    """Raise `ValueError` if nothing must be written there, also because of what the command reads, by its options."""
+    check_target(output_dir, overwrite=overwrite, argument="OUTPUT_DIR", overwriting="--overwrite", read=read)
 
 
 def to_device(name: str | None) -> torch.device:

@@ -113,7 +113,8 @@ def export_compressed(
         TypeError: If the base model is neither a transformers model nor one of sentence-transformers, a part of it is
             quantized and can't be read, or ``hub_kwargs`` has an unknown name. A `ValueError` is raised if no JACTUS
             adapter or more than one is active, a weight is not finite, an adapted layer is tied in a way that a
-            checkpoint cannot store, or ``save_directory`` is not empty.
+            checkpoint cannot store, or ``save_directory`` is not empty, or contains the base model or the current
+            directory.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
@@ -121,6 +122,7 @@ def export_compressed(
     if unknown:
         raise TypeError(f"export_compressed() got unexpected keyword arguments {sorted(unknown)}.")
     adapted = find_adapted(model)
+    check_target(target, overwrite=overwrite, read=_origins(adapted))
     rounding = Rounding.checked(bits, statistics, adapted)
     compressed = _compress(adapted, rounding, storage=storage, dtype=dtype, progress_bar=progress_bar)
     with appearing_whole(target) as folder:
@@ -143,6 +145,14 @@ def export_compressed(
     if push_to_hub:
         _upload(target, repo_id or target.name, **hub_kwargs)
     return target
+
+
+def _origins(adapted: Adapted) -> dict[str, str | None]:
+    """Return where the base model is, which the adapter goes on needing, by what an error calls it."""
+    return {
+        "the adapter's base model": adapted.config.base_model_name_or_path,
+        "the base model": adapted.base.config.name_or_path,
+    }
 
 
 def _save(compressed: PreTrainedModel, adapted: Adapted, folder: Path, max_shard_size: int | str) -> None:

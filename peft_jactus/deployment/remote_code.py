@@ -76,10 +76,10 @@ def export_remote_code(
 
     Raises:
         ValueError: If ``checkpoint_dir`` is not a compressed causal language model of a family that transformers
-            implements, or ``output_dir`` is not empty.
+            implements, or ``output_dir`` is not empty, or contains ``checkpoint_dir`` or the current directory.
     """
     source, target = Path(checkpoint_dir), Path(output_dir)
-    check_target(target, overwrite=overwrite, argument="`output_dir`")
+    check_target(target, overwrite=overwrite, argument="`output_dir`", read={"`checkpoint_dir`": source})
     if not (source / "config.json").is_file():
         raise ValueError(f"`checkpoint_dir` {source} has no config.json; give what `export_compressed` wrote.")
     _check_architecture(source)

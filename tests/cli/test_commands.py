@@ -470,6 +470,67 @@ def test_overwrite_replaces_what_was_there(home, tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+@pytest.fixture
+def project(home, tmp_path):
+    """A folder with all that the commands read, which each test may damage."""
+    for name in ("llama", "rows", "llama-pivoted"):
+        shutil.copytree(home / name, tmp_path / "run" / name)
+    shutil.copytree(home / "llama-adapter", tmp_path / "adapter" / "inner")
+    (tmp_path / "run" / "statistics").touch()
+    (tmp_path / "run" / "llama" / "model.gguf").touch()
+    (tmp_path / "here").mkdir()
+    config = tmp_path / "adapter" / "inner" / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "run" / "llama")}
+    config.write_text(json.dumps(fields))
+    (tmp_path / "link").symlink_to(tmp_path / "adapter", target_is_directory=True)
+    return tmp_path
+
+
+# Of a folder that holds what the command reads: the command, and what the error says.
+HOLDS_WHAT_IS_READ = {
+    "the adapter itself": (("export", "adapter/inner", "adapter/inner"), "is ADAPTER_DIR ("),
+    "a folder with the adapter": (("export", "adapter/inner", "adapter"), "contains ADAPTER_DIR ("),
+    "a link to such a folder": (("export", "adapter/inner", "link"), "contains ADAPTER_DIR ("),
+    "a longer way to it": (("export", "link/inner", "run/../adapter"), "contains ADAPTER_DIR ("),
+    "its base model": (("export", "adapter/inner", "run/llama"), "is the adapter's base model ("),
+    "--base-model": (("export", "adapter/inner", "run", "--base-model", "run/llama"), "contains --base-model ("),
+    "--statistics": (
+        ("export", "adapter/inner", "run", "--statistics", "run/statistics", "--bits", "8", "--base-model", "a/b"),
+        "contains --statistics (",
+    ),
+    "the adapter, dense": (("export", "adapter/inner", "adapter", "--dense"), "contains ADAPTER_DIR ("),
+    "its base model, dense": (("export", "adapter/inner", "run", "--dense"), "contains the adapter's base model ("),
+    "a compressed checkpoint": (("export", "run/llama-pivoted", "run", "--dense"), "contains ADAPTER_DIR ("),
+    "a model": (("compress", "run/llama", "run/llama", "--data-free"), "is MODEL ("),
+    "a model in a file": (("compress", "run/llama/model.gguf", "run", "--data-free"), "contains MODEL ("),
+    "--data-dir": (("compress", "a/b", "run", "--data-dir", "run/rows"), "contains --data-dir ("),
+    "--dataset": (("compress", "a/b", "run", "--dataset", "run/rows"), "contains --dataset ("),
+    "the current directory": (("export", "../adapter/inner", "."), "is the current directory ("),
+    "one above it": (("compress", "a/b", "..", "--data-free"), "contains the current directory ("),
+}
+
+
+@pytest.mark.usefixtures("nothing_expensive")
+@pytest.mark.parametrize("case", HOLDS_WHAT_IS_READ)
+def test_overwrite_deletes_nothing_that_is_read(project, monkeypatch, case):
+    (command, source, out, *options), message = HOLDS_WHAT_IS_READ[case]
+    before = sorted(project.rglob("*"))
+    monkeypatch.chdir(project / "here" if "current" in message else project)
+    output = refusal(command, source, out, *options, "--overwrite")
+    assert f"OUTPUT_DIR {out} {message}" in output
+    assert "which would be deleted. Give another directory." in output
+    assert sorted(project.rglob("*")) == before
+
+
+def test_a_folder_in_the_adapter_and_one_beside_it_can_be_written(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for out in ("adapter/inner/compressed", "adapter-compressed"):
+        for _ in range(2):
+            run("export", "adapter/inner", out, "--overwrite")
+        assert (project / out / "config.json").exists()
+    assert (project / "adapter" / "inner" / "adapter_config.json").exists()
+
+
 # -- compress ---------------------------------------------------------------------------------------------
 
 

@@ -979,6 +979,27 @@ def test_a_place_that_a_finished_checkpoint_cannot_be_moved_to_is_refused(tmp_pa
             export(model, target)
 
 
+def test_overwriting_deletes_neither_the_base_model_nor_the_current_directory(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "models" / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "base")
+    model = compressed(base)
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "there")
+    for target, message in (
+        (tmp_path / "models" / "base", r"base is the adapter's base model \("),
+        (tmp_path / "models", r"models contains the adapter's base model \("),
+        (".", r"`save_directory` \. is the current directory \("),
+        (tmp_path / "here", r"here contains the current directory \("),
+    ):
+        with pytest.raises(ValueError, match=rf"{message}.*which would be deleted\. Give another directory"):
+            export(model, target, overwrite=True)
+    model.peft_config["default"].base_model_name_or_path = "user/name"
+    with pytest.raises(ValueError, match=r"models contains the base model \("):
+        export(model, tmp_path / "models", overwrite=True)
+    assert (tmp_path / "models" / "base" / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "models"]
+
+
 def test_an_empty_directory_and_missing_parents_are_used(tmp_path):
     (tmp_path / "empty").mkdir()
     model = trained()

@@ -8,6 +8,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -371,6 +372,15 @@ def test_a_directory_is_overwritten_only_on_demand(exported, tmp_path):
     with pytest.raises(ValueError, match=r"is not empty.*`overwrite=True`"):
         export_remote_code(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_overwriting_does_not_delete_the_checkpoint_that_is_read(exported, tmp_path):
+    source, _ = exported("llama", "factored")
+    shutil.copytree(source, tmp_path / "all" / "checkpoint")
+    for target, holds in ((tmp_path / "all" / "checkpoint", "is"), (tmp_path / "all", "contains")):
+        with pytest.raises(ValueError, match=rf"`output_dir` \S+ {holds} `checkpoint_dir` \(.*would be deleted"):
+            export_remote_code(tmp_path / "all" / "checkpoint", target, overwrite=True)
+    assert (tmp_path / "all" / "checkpoint" / "config.json").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(exported, tmp_path):
