@@ -21,6 +21,7 @@ from peft_jactus.cli.hub import (
     read_adapter_shapes,
 )
 from peft_jactus.cli.options import check_output_dir
+from peft_jactus.deployment.arguments import check_repo_id
 from peft_jactus.deployment.atomic_folder import appearing_whole
 from peft_jactus.deployment.config import is_compression
 from peft_jactus.deployment.export import compressed_copy, export_compressed
@@ -92,10 +93,12 @@ def _base_class(config: JactusConfig) -> Any:
     return model_class(load_model_config(str(config.base_model_name_or_path)), name)
 
 
-def _check_upload(push_to_hub: bool, repo_id: str | None) -> None:
-    """Raise `ValueError` for a repository to which nothing would be uploaded."""
+def _check_upload(push_to_hub: bool, repo_id: str | None, output_dir: Path) -> None:
+    """Raise `ValueError` for a repository to which nothing would, or could, be uploaded."""
     if repo_id is not None and not push_to_hub:
         raise ValueError("--repo-id is only for uploads; also give --push-to-hub.")
+    if push_to_hub:
+        check_repo_id(repo_id, output_dir, "--repo-id")
 
 
 def export_adapter(
@@ -114,7 +117,7 @@ def export_adapter(
     """Load an adapter from a directory or the Hub and write it as a compressed checkpoint, see `export_compressed`."""
     options = {"ADAPTER_DIR": adapter_dir, "--base-model": base_model, "--statistics": statistics}
     check_output_dir(output_dir, overwrite=overwrite, read=options)
-    _check_upload(push_to_hub, repo_id)
+    _check_upload(push_to_hub, repo_id, output_dir)
     check_bits(bits)
     if statistics is not None and bits is None:
         raise ValueError("--statistics is only for --bits; leave it out, or also give --bits.")

@@ -2,8 +2,9 @@
 
 To transformers a compressed checkpoint is one of a quantisation method named ``jactus``. `config` is its
 ``quantization_config``, `quantizer` rebuilds and saves the model, `layers` are its layers, `names` and `integrity` are
-about its files, and `extensions` lets another room add to it. `export` writes it from an adapter (`copying`,
-`atomic_folder`, `model_card`), `remote_code` in a form that needs no package. `ranks` and `plots` look at it.
+about its files, and `extensions` lets another room add to it. `export` writes it from an adapter (`arguments`,
+`copying`, `atomic_folder`, `model_card`), `remote_code` in a form that needs no package. `ranks` and `plots` look at
+it.
 """
 
 from peft_jactus.deployment.export import compressed_copy, export_compressed

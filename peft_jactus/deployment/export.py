@@ -15,6 +15,13 @@ from torch import nn
 
 from peft_jactus._progress import progress
 from peft_jactus.deployment.adapted import find_adapted
+from peft_jactus.deployment.arguments import (
+    check_card_fields,
+    check_dtype,
+    check_processor,
+    check_repo_id,
+    check_shard_size,
+)
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import (
@@ -111,16 +118,21 @@ def export_compressed(
 
     Raises:
         TypeError: If the base model is neither a transformers model nor one of sentence-transformers, a part of it is
-            quantized and can't be read, or ``hub_kwargs`` has an unknown name. A `ValueError` is raised if no JACTUS
-            adapter or more than one is active, a weight is not finite, an adapted layer is tied in a way that a
-            checkpoint cannot store, or ``save_directory`` is not empty, or contains the base model or the current
-            directory.
+            quantized and can't be read, an argument has the wrong type, or ``hub_kwargs`` has an unknown name. A
+            `ValueError` is raised if no JACTUS adapter or more than one is active, a weight is not finite, an adapted
+            layer is tied in a way that a checkpoint cannot store, ``save_directory`` is not empty or contains the base
+            model or the current directory, or ``max_shard_size`` or ``repo_id`` cannot be read.
     """
     target = Path(save_directory)
     check_target(target, overwrite=overwrite)
     unknown = set(hub_kwargs) - {"token", "private", "commit_message", "revision", "create_pr"}
     if unknown:
         raise TypeError(f"export_compressed() got unexpected keyword arguments {sorted(unknown)}.")
+    check_dtype(dtype)
+    check_shard_size(max_shard_size)
+    check_processor(processor)
+    check_card_fields(metrics, datasets)
+    repository = check_repo_id(repo_id, target) if push_to_hub else None
     adapted = find_adapted(model)
     check_target(target, overwrite=overwrite, read=_origins(adapted))
     rounding = Rounding.checked(bits, statistics, adapted)
@@ -142,8 +154,8 @@ def export_compressed(
         )
         for file in folder.rglob("*.safetensors"):  # safetensors makes files for one user
             shutil.copymode(folder / "README.md", file)
-    if push_to_hub:
-        _upload(target, repo_id or target.name, **hub_kwargs)
+    if repository is not None:
+        _upload(target, repository, **hub_kwargs)
     return target
 
 
@@ -211,9 +223,10 @@ def compressed_copy(
     change.
 
     Raises:
-        TypeError: If ``model`` is not a transformers model. A `ValueError` is raised if ``storage`` is unknown, and
-            for the same reasons as in `export_compressed`.
+        TypeError: If ``model`` is not a transformers model, or ``dtype`` is none that a checkpoint can have. A
+            `ValueError` is raised if ``storage`` is unknown, and for the same reasons as in `export_compressed`.
     """
+    check_dtype(dtype)
     adapted = find_adapted(model)
     if adapted.pipeline is not None:
         raise TypeError(

@@ -19,6 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_jactus._version import __version__
+from peft_jactus.deployment.arguments import check_shard_size
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.extensions import extensions_in
 from peft_jactus.deployment.layers import FactorizedLinear
@@ -80,6 +81,7 @@ def export_remote_code(
     """
     source, target = Path(checkpoint_dir), Path(output_dir)
     check_target(target, overwrite=overwrite, argument="`output_dir`", read={"`checkpoint_dir`": source})
+    check_shard_size(max_shard_size)
     if not (source / "config.json").is_file():
         raise ValueError(f"`checkpoint_dir` {source} has no config.json; give what `export_compressed` wrote.")
     _check_architecture(source)

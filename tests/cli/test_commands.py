@@ -446,6 +446,9 @@ def test_export_checks_before_it_loads(home, tmp_path):
     )
     assert "is not an adapter" in refusal("export", home / "llama", tmp_path / "out")
     assert "also give --push-to-hub" in refusal("export", home / "llama-adapter", tmp_path / "out", "--repo-id", "a/b")
+    for out, option, name in (("out", ["--repo-id", "a/b/c"], "a/b/c"), ("my--out", [], "my--out")):
+        message = refusal("export", home / "llama-adapter", tmp_path / out, "--push-to-hub", *option)
+        assert f"--repo-id: a repository cannot be called {name!r}" in message
     assert not (tmp_path / "out").exists()
 
 

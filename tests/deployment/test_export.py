@@ -950,6 +950,66 @@ REFUSALS = {
 }
 
 
+# Arguments that cannot be used, by what the error says of each.
+UNUSABLE = {
+    "unit of a size": ({"max_shard_size": "5XB"}, ValueError, "`max_shard_size` must be .*such as '5GB'; got '5XB'"),
+    "size of no number": ({"max_shard_size": "manyGB"}, ValueError, "`max_shard_size` must be .*; got 'manyGB'"),
+    "no size": ({"max_shard_size": None}, TypeError, "`max_shard_size` must be a number of bytes.*; got None"),
+    "name of a processor": (
+        {"processor": "bert-base-uncased"},
+        TypeError,
+        r"`processor` must be .*; got 'bert-base-uncased'\. .*`AutoTokenizer\.from_pretrained\(name\)`",
+    ),
+    "class of a processor": ({"processor": transformers.BertTokenizer}, TypeError, "`processor` must be a tokenizer"),
+    "list of metrics": (
+        {"metrics": [1]},
+        TypeError,
+        r"`metrics` must be a dict.*`trainer\.evaluate\(\)`.*; got \[1\]",
+    ),
+    "data set itself": (
+        {"datasets": {"train": [1]}},
+        TypeError,
+        "`datasets` must be the name of a data set on the Hub",
+    ),
+    "numbers of data sets": ({"datasets": ["user/name", 1]}, TypeError, "`datasets` must be .*or a list of names"),
+    "name of a dtype": ({"dtype": "float16"}, TypeError, "`dtype` must be one of .*torch.float16.*; got 'float16'"),
+    "dtype of integers": ({"dtype": torch.int8}, TypeError, "`dtype` must be one of .*; got torch.int8"),
+    "repository": (
+        {"push_to_hub": True, "repo_id": "a/b/c"},
+        ValueError,
+        "`repo_id`: a repository cannot be called 'a/b/c'. Give another name, such as 'user/name'",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_an_argument_that_cannot_be_used_is_refused_before_any_layer_is_folded(tmp_path, monkeypatch, reason):
+    monkeypatch.setattr(JactusLayer, "get_factors", lambda *_: pytest.fail("a layer was folded"))
+    options, error, message = UNUSABLE[reason]
+    with pytest.raises(error, match=message):
+        export(trained(), tmp_path / "compressed", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_no_repository_can_have_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"`repo_id`: a repository cannot be called 'my--model'\. Give another name"):
+        export(trained(), tmp_path / "my--model", push_to_hub=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_a_copy_takes_dtypes_only(dtype):
+    with pytest.raises(TypeError, match=r"`dtype` must be one of torch\.float32, torch\.bfloat16"):
+        compressed_copy(trained(), dtype=dtype)
+
+
+@pytest.mark.parametrize("size", ["1.5GB", "20 kb", 20_000, 2e4])
+@pytest.mark.parametrize("datasets", ["user/name", ["user/name", "other"]])
+def test_every_form_of_a_size_and_of_data_sets_is_taken(tmp_path, size, datasets):
+    export(trained(), tmp_path, max_shard_size=size, datasets=datasets, metrics=Counter(loss=1), dtype=torch.float64)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (size != "1.5GB")
+
+
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path, reason):
     make, options, error, message = REFUSALS[reason]

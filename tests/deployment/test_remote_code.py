@@ -374,6 +374,13 @@ def test_a_directory_is_overwritten_only_on_demand(exported, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
+def test_a_size_that_cannot_be_read_is_refused_before_the_model_is_loaded(exported, tmp_path, monkeypatch):
+    source, _ = exported("llama", "factored")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"`max_shard_size` must be a number with KB, MB, GB or TB.*; got '5XB'"):
+        export_remote_code(source, tmp_path / "remote", max_shard_size="5XB")
+
+
 def test_overwriting_does_not_delete_the_checkpoint_that_is_read(exported, tmp_path):
     source, _ = exported("llama", "factored")
     shutil.copytree(source, tmp_path / "all" / "checkpoint")
