@@ -176,7 +176,7 @@ def export_dense(
         processor = find_processor(directory)
     with appearing_whole(output_dir) as written:
         if not is_adapter:
-            shutil.copytree(folder, written, dirs_exist_ok=True, ignore=_leave_out_of(folder))
+            shutil.copytree(folder, written, dirs_exist_ok=True, ignore=_leave_out_of(folder, written, output_dir))
         model.save_pretrained(written)
         if processor is not None:
             processor.save_pretrained(written)
@@ -192,7 +192,16 @@ def _load_dense(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         return model_class(config).from_pretrained(folder, dtype=dtype or "auto")
 
 
-def _leave_out_of(folder: Path) -> Callable[[str, list[str]], set[str]]:
-    """Return what tells `shutil.copytree` the files at the top that are written anew; parts below keep theirs."""
+def _leave_out_of(folder: Path, *outputs: Path) -> Callable[[str, list[str]], set[str]]:
+    """Return what tells `shutil.copytree` what not to copy: ``outputs``, and files at the top that are written anew.
+
+    Parts below the top keep theirs.
+    """
     own = shutil.ignore_patterns(*_NOT_COPIED)
-    return lambda place, names: own(place, names) if Path(place) == folder else set()
+    written = {output.resolve() for output in outputs}
+
+    def left_out(place: str, names: list[str]) -> set[str]:
+        inside = {name for name in names if (Path(place) / name).resolve() in written}
+        return inside | (own(place, names) if Path(place) == folder else set())
+
+    return left_out

@@ -426,6 +426,15 @@ def test_export_dense_takes_dtype_and_what_lies_beside_the_weights(home, tmp_pat
     assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_export_dense_into_a_folder_of_the_checkpoint_does_not_copy_what_it_writes(home, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(home / "llama-pivoted", source)
+    for _ in range(2):
+        run("export", source, source / "dense", "--dense", "--overwrite")
+    assert not [path.name for path in source.rglob("*dense*") if path != source / "dense"]
+    assert loaded("llama", source / "dense")
+
+
 @pytest.mark.usefixtures("nothing_expensive")
 def test_export_dense_refuses_what_it_cannot_do(home, tmp_path):
     (tmp_path / "empty").mkdir()
