@@ -146,8 +146,16 @@ class CompressionCallback(TrainerCallback):
                 f"`lr_scheduler_type={args.lr_scheduler_type}` depends on more than the step, so that it cannot go on "
                 "with another model. Use a schedule such as 'linear' or 'cosine'."
             )
-        target, argument = self.merged_model_dir, "`merged_model_dir`"
-        check_target(target, overwrite=self.may_replace, argument=argument, overwriting="empty it")
+        check_target(
+            self.merged_model_dir,
+            overwrite=self.may_replace,
+            argument="`merged_model_dir`",
+            overwriting="empty it",
+            read={
+                "the model that is trained": getattr(_base_of(self.trainer.model), "name_or_path", None),
+                "`statistics_file`": self.calibration_options.get("statistics_file"),
+            },
+        )
         self._check_statistics_file(state)
         self._try_calibration()
 

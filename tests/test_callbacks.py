@@ -349,6 +349,14 @@ def test_a_folder_that_is_not_empty_is_not_replaced(tmp_path):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
+def test_the_folder_of_the_model_that_is_trained_is_not_replaced(tmp_path):
+    """As of a second run that goes on from what the first one has merged."""
+    tiny_bert().save_pretrained(tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    fails(ValueError, "is the model that is trained", trainer_for(model, tmp_path))
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
 def test_a_model_that_is_compressed_already_needs_no_callback(tmp_path):
     config = jactus_config()
     model = tiny_bert()
