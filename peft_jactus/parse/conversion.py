@@ -14,7 +14,7 @@ from peft_jactus.deployment.names import checkpoint_names
 from peft_jactus.deployment.quantizer import JactusQuantizer, check_readable
 from peft_jactus.numerics.approximation import Decomposition, DecompositionOptions, project_weight
 from peft_jactus.parse.experts import ExpertTable, LayerShape
-from peft_jactus.parse.installation import ROUTER_FIELD, check_routable, install_router, router_of
+from peft_jactus.parse.installation import ROUTER_FIELD, check_in_memory, check_routable, install_router, router_of
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.layer import JactusLayer
 
@@ -107,9 +107,7 @@ def _factorized_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
         raise ValueError(
             "`model` has no factorised layers. Compress it first: `calibrate`, `get_peft_model`, `export_compressed`."
         )
-    offloaded = [name for name, layer in layers.items() if any(part.is_meta for part in layer.parameters())]
-    if offloaded:
-        raise ValueError(f"{offloaded[:5]} are offloaded. Load the model without `device_map`.")
+    check_in_memory(layers)
     check_readable(model, layers, would_lose_it="routed layers")
     return layers
 

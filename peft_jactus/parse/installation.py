@@ -13,7 +13,7 @@ from peft_jactus.parse.layer import RoutedLinear, RoutingState
 from peft_jactus.parse.router import RankRouter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -98,6 +98,17 @@ def check_routable(model: PreTrainedModel, config: RouterConfig) -> None:
         )
     if config.router_input == "first_block":
         first_block(model)
+
+
+def check_in_memory(modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` if tensors of these modules, by name, are offloaded: then they have no values here."""
+    offloaded = [
+        name
+        for name, module in modules.items()
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    ]
+    if offloaded:
+        raise ValueError(f"{offloaded[:5]} are offloaded. Load the model without `device_map`.")
 
 
 def remove_router(model: nn.Module) -> None:

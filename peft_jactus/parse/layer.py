@@ -148,15 +148,18 @@ class RoutedLinear(LowRankLinear):
             ``(batch, ..., out)``, differentiable by ``x``, the gates and the parts, whatever the parts are.
         """
         hidden = self.down(x)
-        gates = gates.to(hidden.dtype).reshape(len(gates), *[1] * (hidden.dim() - 2), self.rank)
+        gates = gates.to(hidden).reshape(len(gates), *[1] * (hidden.dim() - 2), self.rank)
         output: Tensor = self.up(hidden * gates)
         return output
 
     @property
     def has_plain_parts(self) -> bool:
-        """Whether terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them."""
-        parts = (self.down, self.up)
-        return all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in parts)
+        """Whether terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them.
+
+        Nor may the weights be elsewhere until the part is called, in which a hook fetches them: offloaded, or in
+        pieces in several processes.
+        """
+        return _is_plain(self.down) and _is_plain(self.up)
 
     @property
     def parts_state(self) -> tuple[int, ...] | None:
@@ -194,3 +197,10 @@ class RoutedLinear(LowRankLinear):
             return down, up.index_select(1, terms)
         # Columns in one piece are copied in long runs, and read in long runs by products with few vectors.
         return down, up.mT.index_select(0, terms).mT
+
+
+def _is_plain(part: nn.Linear) -> bool:
+    weight = part.weight
+    if type(part) is not nn.Linear or type(weight) is not nn.Parameter or weight.is_meta:
+        return False
+    return weight.shape == (part.out_features, part.in_features)

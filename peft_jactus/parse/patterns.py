@@ -27,8 +27,8 @@ class ExpertPattern:
 
     Factors that are in one piece already are not copied.
 
-    A layer whose parts are not plain, or train, runs all its terms, those that were not chosen times zero: the same
-    result, no gain in speed.
+    A layer whose parts are not plain, are offloaded, or train, runs all its terms, those that were not chosen times
+    zero: the same result, no gain in speed.
 
     Args:
         selected: ``(experts,)``, bool, on the CPU.
@@ -55,7 +55,7 @@ class ExpertPattern:
                 gates = table.term_gates(layer.position, selected.unsqueeze(0))
                 runs_all = len(terms) == layer.rank
                 self.num_terms.append(len(terms))
-                self._gates.append(gates.to(layer.weight.device))
+                self._gates.append(gates if layer.weight.is_meta else gates.to(layer.weight.device))
                 self._factors.append(layer.gather(terms) if layer.has_plain_parts and not runs_all else None)
         factors = [factor for pair in self._factors if pair is not None for factor in pair]
         self.num_bytes = sum(factor.nbytes for factor in factors if factor.untyped_storage().nbytes() == factor.nbytes)

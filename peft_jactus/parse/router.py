@@ -168,14 +168,16 @@ class RankRouter(nn.Module):
             pooled: ``(batch, in)``.
         """
         self._forget_if_changed()
-        keys = self.features(pooled)
-        patterns: list[ExpertPattern | None] = [self._patterns.find(key) for key in keys]
+        # Offloaded buffers have values in calls of the router only: then no prompt is remembered.
+        keys: list[Tensor] = [] if self.input_mean.is_meta else list(self.features(pooled))
+        patterns: list[ExpertPattern | None] = [self._patterns.find(key) for key in keys] or [None] * len(pooled)
         missing = [row for row, pattern in enumerate(patterns) if pattern is None]
         if missing:
             for row, selected in zip(missing, self.select(pooled[missing]).cpu(), strict=True):
                 pattern = self._patterns.find_equal(selected.numpy().tobytes())
                 pattern = pattern or ExpertPattern(selected, self.table, self.layers)
-                self._patterns.add(keys[row], pattern)
+                if keys:
+                    self._patterns.add(keys[row], pattern)
                 patterns[row] = pattern
         return PatternBatch([pattern for pattern in patterns if pattern is not None])
 

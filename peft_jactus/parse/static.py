@@ -12,7 +12,7 @@ from peft_jactus.deployment.layers import PivotedLinear
 from peft_jactus.deployment.quantizer import JactusQuantizer, check_readable
 from peft_jactus.numerics.allocation import stored_parameters
 from peft_jactus.parse.experts import select_experts
-from peft_jactus.parse.installation import ROUTER_FIELD, remove_router, router_of
+from peft_jactus.parse.installation import ROUTER_FIELD, ROUTER_NAME, check_in_memory, remove_router, router_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,8 @@ def static_copy(model: PreTrainedModel, retained_ratio: float | None = None) -> 
         The model, without a router: what `from_pretrained` loads after ``save_pretrained``.
 
     Raises:
-        ValueError: If ``model`` has no router, its layers have an adapter or are quantised, or the ratio is not in (0,
-            1] or too small for one expert in each layer.
+        ValueError: If ``model`` has no router, its layers have an adapter, are quantised or offloaded, or the ratio is
+            not in (0, 1] or too small for one expert in each layer.
     """
     router = router_of(model)
     if router is None:
@@ -55,6 +55,7 @@ def static_copy(model: PreTrainedModel, retained_ratio: float | None = None) -> 
         raise ValueError(f"`retained_ratio` must be in (0, 1]; got {ratio!r}.")
     names = {name: layer for name, layer in model.named_modules() if layer in router.layers}
     check_readable(model, names, would_lose_it="static ranks")
+    check_in_memory({**names, ROUTER_NAME: router})
     selected = _choose(router, ratio)
     static = structural_copy(model)
     remove_router(static)

@@ -16,7 +16,7 @@ from peft_jactus._progress import progress
 from peft_jactus.parse.experts import relaxed_gates
 from peft_jactus.parse.importance import counted_positions, expert_importance, logits_of
 from peft_jactus.parse.inputs import pool_states, prompt_states
-from peft_jactus.parse.installation import router_of
+from peft_jactus.parse.installation import ROUTER_NAME, check_in_memory, router_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -189,11 +189,12 @@ def initialize_router_(
         progress_bar: Show a bar over the batches.
 
     Raises:
-        ValueError: If there are no batches, or the model has no router.
+        ValueError: If there are no batches, or the model has no router, or one that is offloaded.
     """
     router = router_of(model)
     if router is None:
         raise ValueError("`model` has no router; use `routed_copy`.")
+    check_in_memory({ROUTER_NAME: router})
     generator = torch.Generator(router.weight.device).manual_seed(seed)
     importance, pooled = [], []
     for batch in progress(batches, description="Weighing experts", unit="batch", shown=progress_bar):
