@@ -83,12 +83,13 @@ def _kept_positions(mask: Tensor | Mapping[str, Tensor] | None, start: int, num_
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None or mask.shape[-1] < num_positions:
         return None
-    if mask.dim() == 4:
-        seen_by_last = mask[:, 0, -1]
-        first = min(start, seen_by_last.shape[1] - num_positions)
-        seen_by_last = seen_by_last[:, first : first + num_positions]
-        return seen_by_last if seen_by_last.dtype == torch.bool else seen_by_last == 0
-    return mask[:, -num_positions:]
+    # Of a cache that forgets, a mask has the last positions only; one that is as long as a static cache goes beyond.
+    first = min(start, mask.shape[-1] - num_positions)
+    mask = mask[..., first : first + num_positions]
+    if mask.dim() < 4:
+        return mask
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, queries, keys)
+    return seen.any(1)  # a token that counts sees itself, at least
 
 
 @dataclass(frozen=True)
