@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from peft_jactus.parse.patterns import PatternBatch
 
 
+PartsState = tuple[int, ...]  # see `state_of`
+
+
 class ActiveExperts(ABC):
     """What runs in the calls of one thread: a choice of experts for each row of the batch."""
 
@@ -111,7 +114,7 @@ class RoutedLinear(LowRankLinear):
         super().__init__(down, up)
         self.position = position
         self.state = state
-        self._product: Tensor | None = None
+        self._product: tuple[PartsState, Tensor] | None = None  # of factors in this state
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, ..., in)`` to ``(batch, ..., out)``."""
@@ -122,16 +125,21 @@ class RoutedLinear(LowRankLinear):
     def run_all(self, x: Tensor) -> Tensor:
         """Run all terms, as one dense product where that is cheaper: the static layer."""
         is_cheaper_dense = self.rank * (self.in_features + self.out_features) > self.in_features * self.out_features
-        if is_cheaper_dense and self.has_plain_parts and not self.needs_gradients:
-            return functional.linear(x, self._dense_product(), self.up.bias)
+        if is_cheaper_dense and not self.needs_gradients:
+            state = self.parts_state
+            if state is not None:
+                return functional.linear(x, self._dense_product(state), self.up.bias)
         return super().forward(x)
 
-    def _dense_product(self) -> Tensor:
-        product = self._product
-        if product is None:
+    def _dense_product(self, state: PartsState) -> Tensor:
+        kept = self._product
+        if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # what inference mode makes is of use nowhere else
-                product = self._product = self.dense_weight().to(self.up.weight.dtype)
-        return product
+                kept = self._product = (state, self.dense_weight().to(self.up.weight.dtype))
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_product": None}  # a copy has factors of its own
 
     def forget_product(self) -> None:
         """Let go of what was computed from the factors: they have changed."""
@@ -153,22 +161,15 @@ class RoutedLinear(LowRankLinear):
         return output
 
     @property
-    def has_plain_parts(self) -> bool:
-        """Whether terms are rows and columns of two ordinary weights: no LoRA around them, no int8 in them.
+    def parts_state(self) -> PartsState | None:
+        """Where the factors are, and how often they were written to.
 
-        Nor may the weights be elsewhere until the part is called, in which a hook fetches them: offloaded, or in
-        pieces in several processes.
+        ``None`` if terms are not rows and columns of two ordinary weights, and nothing may be copied from the parts:
+        with LoRA around them, or int8 in them, or weights that are elsewhere until a part is called, in which a hook
+        fetches them (offloaded, or in pieces in several processes).
         """
-        return _is_plain(self.down) and _is_plain(self.up)
-
-    @property
-    def parts_state(self) -> tuple[int, ...] | None:
-        """Where the factors are, and how often they were written to; ``None`` if nothing is copied from the parts."""
-        if not self.has_plain_parts:
-            return None
-        weights = (self.down.weight, self.up.weight)
-        # torch does not count writes to what inference mode made.
-        return tuple(n for w in weights for n in (w.data_ptr(), 0 if w.is_inference() else w._version))
+        down, up = _plain_weight(self.down), _plain_weight(self.up)
+        return None if down is None or up is None else state_of(down, up)
 
     @property
     def needs_gradients(self) -> bool:
@@ -199,8 +200,14 @@ class RoutedLinear(LowRankLinear):
         return down, up.mT.index_select(0, terms).mT
 
 
-def _is_plain(part: nn.Linear) -> bool:
+def state_of(*tensors: Tensor) -> PartsState:
+    """Return where tensors are, and how often they were written to."""
+    # torch does not count writes to what inference mode made.
+    return tuple(n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version))
+
+
+def _plain_weight(part: nn.Linear) -> nn.Parameter | None:
     weight = part.weight
     if type(part) is not nn.Linear or type(weight) is not nn.Parameter or weight.is_meta:
-        return False
-    return weight.shape == (part.out_features, part.in_features)
+        return None
+    return weight if weight.shape == (part.out_features, part.in_features) else None

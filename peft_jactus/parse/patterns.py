@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peft_jactus.parse.experts import ExpertTable
-    from peft_jactus.parse.layer import RoutedLinear
+    from peft_jactus.parse.layer import PartsState, RoutedLinear
 
 # With fewer vectors for each pattern, a product with its factors takes about as long as reading them.
 _VECTORS_A_PATTERN = 64
@@ -46,19 +46,32 @@ class ExpertPattern:
         self.selected = selected
         self.digest = selected.numpy().tobytes()
         self.num_terms: list[int] = []
+        self._terms: list[Tensor] = []
         self._gates: list[Tensor] = []
-        self._factors: list[tuple[Tensor, Tensor] | None] = []
-        # A copy that was made in inference mode could be used in no other.
-        with torch.inference_mode(False), torch.no_grad():
-            for layer in layers:
-                terms = table.term_index(layer.position, selected)
-                gates = table.term_gates(layer.position, selected.unsqueeze(0))
-                runs_all = len(terms) == layer.rank
-                self.num_terms.append(len(terms))
-                self._gates.append(gates if layer.weight.is_meta else gates.to(layer.weight.device))
-                self._factors.append(layer.gather(terms) if layer.has_plain_parts and not runs_all else None)
-        factors = [factor for pair in self._factors if pair is not None for factor in pair]
+        self._factors: list[tuple[PartsState, Tensor, Tensor] | None] = [None] * len(layers)
+        for layer in layers:
+            terms = table.term_index(layer.position, selected)
+            gates = table.term_gates(layer.position, selected.unsqueeze(0))
+            self.num_terms.append(len(terms))
+            self._terms.append(terms)
+            self._gates.append(gates if layer.weight.is_meta else gates.to(layer.weight.device))
+            if len(terms) < layer.rank:
+                self._factors_of(layer)
+        factors = [factor for kept in self._factors if kept is not None for factor in kept[1:]]
         self.num_bytes = sum(factor.nbytes for factor in factors if factor.untyped_storage().nbytes() == factor.nbytes)
+
+    def _factors_of(self, layer: RoutedLinear) -> tuple[Tensor, Tensor] | None:
+        """Return the chosen factors of a layer as it is now, and keep them; ``None`` if its parts are not plain."""
+        state = layer.parts_state
+        if state is None:
+            return None
+        kept = self._factors[layer.position]
+        if kept is None or kept[0] != state:
+            # A copy that was made in inference mode could be used in no other.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = (state, *layer.gather(self._terms[layer.position]))
+            self._factors[layer.position] = kept
+        return kept[1:]
 
     def gates(self, layer: RoutedLinear) -> Tensor:
         """Return ``(1, rank)``, bool: which terms of a layer run."""
@@ -66,10 +79,10 @@ class ExpertPattern:
 
     def apply(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """Return the output of ``layer`` for ``(..., in)``, with the chosen terms."""
-        factors = self._factors[layer.position]
         if self.num_terms[layer.position] == layer.rank:
             return layer.run_all(x)
-        if factors is not None and layer.has_plain_parts and not layer.needs_gradients:
+        factors = None if layer.needs_gradients else self._factors_of(layer)
+        if factors is not None:
             return low_rank_product(x, *factors, layer.up.bias)
         return layer.gated(x, self.gates(layer))
 

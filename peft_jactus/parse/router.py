@@ -27,7 +27,7 @@ from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
 from peft_jactus.parse.generation import RoutedGenerate
 from peft_jactus.parse.inputs import block_output, first_block
 from peft_jactus.parse.kept_patterns import PooledStates, PromptPart, cache_among, keep_on, kept_on, length_of
-from peft_jactus.parse.layer import RoutedCall
+from peft_jactus.parse.layer import RoutedCall, state_of
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peft_jactus.parse.config import RouterConfig
-    from peft_jactus.parse.layer import RoutedLinear
+    from peft_jactus.parse.layer import PartsState, RoutedLinear
 
 # Length of the router's input. Adam moves every weight alike, and a short input makes the sum of many weights move as
 # slowly as the bias: with length one, routers of a small Llama were worse on text of another kind than no router.
@@ -89,7 +89,7 @@ class RankRouter(nn.Module):
         if num_bytes is None:
             num_bytes = int(self.table.dense_costs.sum()) * self.layers[0].down.weight.element_size()
         self._patterns = PatternCache(config.cache_entries, num_bytes, config.cache_similarity)
-        self._parts_states: list[tuple[int, ...] | None] = []
+        self._states: list[PartsState | None] = []
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("input_mean", torch.zeros(in_features, **options))
         self.register_buffer("input_scale", torch.ones(in_features, **options))
@@ -182,18 +182,18 @@ class RankRouter(nn.Module):
         return PatternBatch([pattern for pattern in patterns if pattern is not None])
 
     def _forget_if_changed(self) -> None:
-        """Clear the cache if an optimizer, `vector_to_parameters` or the like has written to factors or moved them."""
-        states = [layer.parts_state for layer in self.layers]
-        if states != self._parts_states:
+        """Clear the cache if an optimizer or the like has written to the factors or the router, or moved them."""
+        states = [state_of(*self.parameters(), *self.buffers()), *(layer.parts_state for layer in self.layers)]
+        if states != self._states:
             self.clear_cache()
-            self._parts_states = states
+            self._states = states
 
     def cache_info(self) -> CacheInfo:
         """Return what the pattern cache holds, and how often it helped."""
         return self._patterns.info()
 
     def clear_cache(self) -> None:
-        """Forget all remembered prompts; needed after the factors have been changed through ``weight.data``."""
+        """Forget all remembered prompts; needed after weights have been changed through ``weight.data``."""
         self._patterns.clear()
         for layer in self.layers:
             layer.forget_product()
