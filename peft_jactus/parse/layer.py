@@ -38,6 +38,7 @@ class RoutedCall:
 
     Attributes:
         modules: The model and its base model, as far as they have been entered.
+        ended: Those that have ended.
         mask: Its attention mask.
         cache: Its key-value cache.
         past: Number of positions that are in this cache before the call.
@@ -48,6 +49,7 @@ class RoutedCall:
     """
 
     modules: list[nn.Module] = field(default_factory=list)
+    ended: list[nn.Module] = field(default_factory=list)
     mask: Tensor | None = None
     cache: Cache | None = None
     past: int = 0

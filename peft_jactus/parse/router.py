@@ -252,8 +252,9 @@ class RankRouter(nn.Module):
         if self._state.gates is not None:
             return
         call = self._state.call
-        # A model is not called by itself: that call was interrupted (Ctrl-C), where torch runs no hooks.
-        if call is None or module in call.modules or self in module.children():
+        # A model is not called by itself, nor its base model twice: that call was interrupted (Ctrl-C), where torch
+        # runs no hooks.
+        if call is None or module in (*call.modules, *call.ended) or self in module.children():
             call = self._state.call = RoutedCall()
         call.modules.append(module)
         arguments = kwargs
@@ -346,6 +347,7 @@ class RankRouter(nn.Module):
             return
         while call.modules.pop() is not module:  # an exception may have skipped some
             pass
+        call.ended.append(module)
         is_last = call.cache is None or not call.modules  # a cache that was given can wait for the end of the call
         if call.patterns is not None and output is not None and is_last:
             cache = _cache_of(output) if call.cache is None else call.cache

@@ -395,6 +395,29 @@ def test_an_interrupted_call_has_no_part_in_the_next_one(name, gates):
     assert model.rank_router._state.call is None
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp", "model.embed_tokens", "model.norm", "lm_head"])
+def test_an_interrupted_call_has_no_part_in_the_next_one_of_the_base_model(name):
+    model = routed(tiny_llama())
+    first, second = (prompt.unsqueeze(0) for prompt in prompts(2))
+
+    @torch.no_grad()
+    def states():
+        return model.model(input_ids=second).last_hidden_state
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    before = states()
+    handle = model.get_submodule(name).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, input_ids=first)
+    handle.remove()
+    for _ in range(2):
+        assert torch.equal(states(), before)
+        assert model.rank_router._state.active is None
+        assert model.rank_router._state.call is None
+
+
 @torch.no_grad()
 def run_with_experts_of(model, prompt, **inputs):
     selected = model.rank_router.select(model.get_input_embeddings()(prompt["input_ids"]).mean(1))
