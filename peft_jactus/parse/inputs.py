@@ -104,6 +104,24 @@ class _FirstBlockError(Exception):
     """Ends the call of a model of which only the first block is wanted; never leaves this module."""
 
 
+def check_rows(states: Tensor, num_rows: int | None) -> None:
+    """Check that what a router reads has the rows of the call's inputs, as far as they are known.
+
+    Args:
+        states: ``(batch, ..., dim)``.
+        num_rows: Of the inputs; ``None`` if there are none of tokens.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    if num_rows not in (None, len(states)):
+        raise ValueError(
+            f"The model was called with {num_rows} rows, but what its router reads has {len(states)}: the model puts "
+            "the sequence first, or several rows into one. So ranks cannot be chosen by row. Use the model without a "
+            "router (`static_copy`)."
+        )
+
+
 def pool_states(states: Tensor, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor:
     """Return the mean of each row's states over the positions that the mask keeps.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from peft_jactus.deployment.extensions import CheckpointExtension
-from peft_jactus.deployment.layers import LowRankLinear
+from peft_jactus.deployment.layers import FactorizedLinear, LowRankLinear
 from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.parse.config import RouterConfig
 from peft_jactus.parse.inputs import first_block
@@ -16,11 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import nn
-    from transformers import PreTrainedModel
 
 # Name of the router in a model, and so of its tensors in a checkpoint; and of its settings in ``quantization_config``.
 ROUTER_NAME = "rank_router"
 ROUTER_FIELD = "router"
+
+# By type of model: layers, by a part of their names, whose inputs have the sequence first, then the rows of the batch.
+# Where there are as many of both, a layer cannot see that.
+_SEQUENCE_FIRST = {"bridgetower": "vision_model.", "longformer": "", "mlcd_vision_model": "out_proj", "xlnet": ""}
 
 
 def install_router(model: PreTrainedModel, names: Sequence[str], config: RouterConfig) -> RankRouter:
@@ -96,8 +101,26 @@ def check_routable(model: PreTrainedModel, config: RouterConfig) -> None:
             f"{type(model).__name__} cannot be routed: only encoder models and decoder-only models can, not "
             "encoder-decoder models."
         )
+    transposed = _sequence_first_layers(model)
+    if transposed:
+        raise TypeError(
+            f"{type(model).__name__} cannot be routed: inputs of {transposed[:5]} have the sequence first, not the "
+            "rows of the batch. Use it without a router; or, if these are not all layers, compress it with them in "
+            "`exclude_modules`."
+        )
     if config.router_input == "first_block":
         first_block(model)
+
+
+def _sequence_first_layers(model: PreTrainedModel) -> list[str]:
+    found = {
+        layer
+        for inner in model.modules()
+        if isinstance(inner, PreTrainedModel) and inner.config.model_type in _SEQUENCE_FIRST
+        for name, layer in inner.named_modules()
+        if isinstance(layer, FactorizedLinear) and _SEQUENCE_FIRST[inner.config.model_type] in name
+    }
+    return [name for name, layer in model.named_modules() if layer in found]
 
 
 def check_in_memory(modules: Mapping[str, nn.Module]) -> None:

@@ -39,6 +39,7 @@ class RoutedCall:
     Attributes:
         modules: The model and its base model, as far as they have been entered.
         ended: Those that have ended.
+        num_rows: Of its `input_ids` or `inputs_embeds`.
         mask: Its attention mask.
         cache: Its key-value cache.
         past: Number of positions that are in this cache before the call.
@@ -50,6 +51,7 @@ class RoutedCall:
 
     modules: list[nn.Module] = field(default_factory=list)
     ended: list[nn.Module] = field(default_factory=list)
+    num_rows: int | None = None
     mask: Tensor | None = None
     cache: Cache | None = None
     past: int = 0

@@ -25,7 +25,7 @@ from peft_jactus.errors import RoutingWarning
 from peft_jactus.parse.cache import CacheInfo, PatternCache
 from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
 from peft_jactus.parse.generation import RoutedGenerate
-from peft_jactus.parse.inputs import block_output, first_block
+from peft_jactus.parse.inputs import block_output, check_rows, first_block
 from peft_jactus.parse.kept_patterns import PooledStates, PromptPart, cache_among, keep_on, kept_on, length_of
 from peft_jactus.parse.layer import RoutedCall, state_of
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
@@ -267,9 +267,10 @@ class RankRouter(nn.Module):
         if call.patterns is not None:
             return
         embeddings = arguments.get("inputs_embeds")
+        inputs = arguments.get("input_ids") if embeddings is None else embeddings
+        call.num_rows = call.num_rows if inputs is None else len(inputs)
         call.past = length_of(call.cache)
-        if call.cache is not None or self._state.generation is not None:
-            inputs: Tensor = arguments["input_ids"] if embeddings is None else embeddings
+        if inputs is not None and (call.cache is not None or self._state.generation is not None):
             self._continue(call, *inputs.shape[:2])
         if embeddings is not None and self._reads_embeddings:
             self._route_embeddings(module, args, embeddings)
@@ -332,6 +333,7 @@ class RankRouter(nn.Module):
         return self.router_config.router_input == "embeddings"
 
     def _route(self, call: RoutedCall, states: Tensor) -> None:
+        check_rows(states, call.num_rows)
         pooled = PooledStates.of(states, call.mask, start=call.past, counted=call.counted)
         if call.parts:
             pooled = call.parts[-1].pooled + pooled

@@ -1,0 +1,69 @@
+"""Models whose layers get positions first, not the rows of the batch, are refused: rows would run others' ranks."""
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+
+from peft_jactus import JactusConfig
+from peft_jactus.deployment import compressed_copy
+from peft_jactus.parse import RouterConfig, conversion, installation, routed_copy
+from tests.support.compressed_models import VOCABULARY
+from tests.support.routed_models import randomize_
+
+CONFIG = RouterConfig(active_ratio=0.5, expert_size=2)
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def xlnet():
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    return transformers.XLNetModel(transformers.XLNetConfig(**sizes, dropout=0.0))
+
+
+def longformer():
+    config = transformers.LongformerConfig(**SIZES, num_attention_heads=4, attention_window=4)
+    return transformers.LongformerModel(config)
+
+
+def mlcd():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MLCDVisionConfig(**sizes, image_size=8, patch_size=4)
+    return transformers.MLCDVisionModel(config)
+
+
+@pytest.fixture(params=[xlnet, longformer, mlcd])
+def make(request):
+    return request.param
+
+
+def static(model, **fields):
+    config = JactusConfig(target_modules="all-linear", decomposition="svd", adaptation_rank=0, **fields)
+    return compressed_copy(get_peft_model(model.eval(), config)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:The targeted layers have")
+def test_a_model_that_is_known_to_be_so_is_refused_before_any_work(make, monkeypatch):
+    monkeypatch.setattr(conversion, "structural_copy", lambda model: pytest.fail("work has begun"))
+    with pytest.raises(TypeError, match=r"cannot be routed: inputs of \['.*'\] have the sequence first"):
+        routed_copy(static(make()), CONFIG)
+
+
+def test_a_model_whose_other_layers_are_not_so_can_be_routed_without_these():
+    config = RouterConfig(active_ratio=0.5, expert_size=2, router_input="first_block")
+    model = routed_copy(static(mlcd(), exclude_modules=["out_proj"]), config, progress_bar=False).eval()
+    randomize_(model.rank_router)
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))  # as many as positions
+    with torch.no_grad():
+        alone = torch.cat([model(image[None])[0] for image in images])
+        torch.testing.assert_close(model(images)[0], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The targeted layers have")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_model_that_is_not_known_to_be_so_says_it_when_it_is_called(rows, monkeypatch):
+    monkeypatch.setattr(installation, "_SEQUENCE_FIRST", {}, raising=False)
+    model = routed_copy(static(xlnet()), CONFIG, progress_bar=False).eval()
+    ids = torch.randint(3, VOCABULARY, (rows, 8), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=rf"called with {rows} rows, but what its router reads has 8.*`static_copy`"):
+        model(input_ids=ids)
+    assert model.rank_router._state.call is None
