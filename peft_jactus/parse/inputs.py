@@ -104,6 +104,16 @@ class _FirstBlockError(Exception):
     """Ends the call of a model of which only the first block is wanted; never leaves this module."""
 
 
+def check_not_checkpointed(model: nn.Module) -> None:
+    """Raise `ValueError` if blocks run again in the backward pass, when nobody knows any more what was chosen."""
+    # Where transformers has switched it on, a module has the attribute in itself; to look further takes much longer.
+    if any(vars(module).get("gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "`model` uses gradient checkpointing, which does not work with routing; disable it: "
+            "`model.activation_checkpointing_disable()`."
+        )
+
+
 def check_rows(states: Tensor, num_rows: int | None) -> None:
     """Check that what a router reads has the rows of the call's inputs, as far as they are known.
 

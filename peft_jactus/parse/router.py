@@ -25,7 +25,7 @@ from peft_jactus.errors import RoutingWarning
 from peft_jactus.parse.cache import CacheInfo, PatternCache
 from peft_jactus.parse.experts import ExpertTable, LayerShape, select_experts
 from peft_jactus.parse.generation import RoutedGenerate
-from peft_jactus.parse.inputs import block_output, check_rows, first_block
+from peft_jactus.parse.inputs import block_output, check_not_checkpointed, check_rows, first_block
 from peft_jactus.parse.kept_patterns import PooledStates, PromptPart, cache_among, keep_on, kept_on, length_of
 from peft_jactus.parse.layer import RoutedCall, state_of
 from peft_jactus.parse.patterns import ExpertPattern, GateBatch, PatternBatch
@@ -255,6 +255,8 @@ class RankRouter(nn.Module):
         # A model is not called by itself, nor its base model twice: that call was interrupted (Ctrl-C), where torch
         # runs no hooks.
         if call is None or module in (*call.modules, *call.ended) or self in module.children():
+            if torch.is_grad_enabled() and module.training:
+                check_not_checkpointed(module)
             call = self._state.call = RoutedCall()
         call.modules.append(module)
         arguments = kwargs

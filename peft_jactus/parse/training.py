@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from peft_jactus._progress import progress
 from peft_jactus.parse.experts import relaxed_gates
 from peft_jactus.parse.importance import counted_positions, expert_importance, logits_of
-from peft_jactus.parse.inputs import pool_states, prompt_states
+from peft_jactus.parse.inputs import check_not_checkpointed, pool_states, prompt_states
 from peft_jactus.parse.installation import ROUTER_NAME, check_in_memory, router_of
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ class RouterTrainer(Trainer):
             raise ValueError("`model` has no router; use `routed_copy`.")
         if isinstance(train_dataset, Sized) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty; a router is trained on text like what it will serve.")
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise ValueError("`model` uses gradient checkpointing, which does not work with routing; disable it.")
+        check_not_checkpointed(model)
         self.router: RankRouter = router
         self.active_ratios = _checked_range("active_ratios", active_ratios or (router.active_ratio,) * 2)
         for ratio in self.active_ratios:

@@ -337,6 +337,24 @@ def test_gradients_reach_the_factors_of_chosen_experts_alone():
         assert torch.equal(has_gradient, runs)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["", "model"])
+def test_gradients_of_blocks_that_run_again_with_other_ranks_are_refused(reentrant, name):
+    model = routed(tiny_llama()).train()
+    called, ids = model.get_submodule(name), prompts(1)[0].unsqueeze(0)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    with pytest.raises(
+        ValueError, match=r"uses gradient checkpointing, .*`model.activation_checkpointing_disable\(\)`"
+    ):
+        called(input_ids=ids, use_cache=False)
+    assert model.rank_router._state.call is None
+    with torch.no_grad():
+        called(input_ids=ids, use_cache=False)
+    model.eval()(input_ids=ids).logits.sum().backward()  # then nothing runs again
+    model.train().activation_checkpointing_disable()
+    called(input_ids=ids, use_cache=False)
+
+
 def test_lora_on_the_parts_is_routed_too():
     model = routed(tiny_llama())
     ids = padded(prompts(4))
