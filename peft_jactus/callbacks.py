@@ -222,11 +222,11 @@ class CompressionCallback(TrainerCallback):
         averages = _averages_by_name(trainer)
         is_adapted = isinstance(trainer.model, PeftModel)
         model = trainer.model.merge_and_unload() if is_adapted else trainer.model
-        self._save(model)
-        targets = targeted_modules(model, self.config)
-        averages = {name: found for name, found in averages.items() if name.rpartition(".")[0] not in targets}
-        trainer.optimizer.state.clear()  # the rest is not needed any more: twice the size of what has trained
         try:
+            self._save(model)
+            targets = targeted_modules(model, self.config)
+            averages = {name: found for name, found in averages.items() if name.rpartition(".")[0] not in targets}
+            trainer.optimizer.state.clear()  # the rest is not needed any more: twice the size of what has trained
             calibrate(model, self.config, self.batches, **self.calibration_options)
             compressed = get_peft_model(model, self.config).train()
         except BaseException:
