@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -15,7 +16,7 @@ from peft_jactus.parse.kept_patterns import PooledStates, cache_among
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
     from peft_jactus.calibration.batches import Batch
@@ -114,7 +115,7 @@ def check_not_checkpointed(model: nn.Module) -> None:
         )
 
 
-def check_rows(states: Tensor, num_rows: int | None) -> None:
+def check_rows(states: object, num_rows: int | None) -> None:
     """Check that what a router reads has the rows of the call's inputs, as far as they are known.
 
     Args:
@@ -122,8 +123,14 @@ def check_rows(states: Tensor, num_rows: int | None) -> None:
         num_rows: Of the inputs; ``None`` if there are none of tokens.
 
     Raises:
-        ValueError: If it has others.
+        TypeError: If it is no tensor.
+        ValueError: If it has other rows.
     """
+    if not isinstance(states, Tensor):
+        raise TypeError(
+            f"The router reads what the model's input embeddings return, which is a {type(states).__name__} here and "
+            "not a tensor of one state for each position. Use the model without a router (`static_copy`)."
+        )
     if num_rows not in (None, len(states)):
         raise ValueError(
             f"The model was called with {num_rows} rows, but what its router reads has {len(states)}: the model puts "

@@ -96,10 +96,14 @@ class RouterExtension(CheckpointExtension):
 
 def check_routable(model: PreTrainedModel, config: RouterConfig) -> None:
     """Raise `TypeError` if a model is not one that can be routed, or lacks what the router reads."""
-    if model.config.is_encoder_decoder or model.get_input_embeddings() is None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # of a model with several inputs, or of sound
+        embeddings = None
+    if model.config.is_encoder_decoder or embeddings is None:
         raise TypeError(
-            f"{type(model).__name__} cannot be routed: only encoder models and decoder-only models can, not "
-            "encoder-decoder models."
+            f"{type(model).__name__} cannot be routed: only encoder models and decoder-only models can that have "
+            "input embeddings, not encoder-decoder models. Use it without a router."
         )
     transposed = _sequence_first_layers(model)
     if transposed:

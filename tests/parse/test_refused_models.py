@@ -1,4 +1,4 @@
-"""Models whose layers get positions first, not the rows of the batch, are refused: rows would run others' ranks."""
+"""Models that cannot be routed are refused: positions before rows, so that rows would run others' ranks; no tokens."""
 
 import pytest
 import torch
@@ -29,6 +29,19 @@ def mlcd():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.MLCDVisionConfig(**sizes, image_size=8, patch_size=4)
     return transformers.MLCDVisionModel(config)
+
+
+def clip():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = {"vocab_size": VOCABULARY, **sizes}, {"image_size": 8, "patch_size": 4, **sizes}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+
+def swin():
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+    return transformers.SwinModel(config)
 
 
 @pytest.fixture(params=[xlnet, longformer, mlcd])
@@ -67,3 +80,16 @@ def test_a_model_that_is_not_known_to_be_so_says_it_when_it_is_called(rows, monk
     with pytest.raises(ValueError, match=rf"called with {rows} rows, but what its router reads has 8.*`static_copy`"):
         model(input_ids=ids)
     assert model.rank_router._state.call is None
+
+
+@pytest.mark.filterwarnings("ignore:The targeted layers have")
+def test_a_model_with_several_inputs_is_refused():
+    with pytest.raises(TypeError, match=r"CLIPModel cannot be routed.*that have input embeddings"):
+        routed_copy(static(clip()), CONFIG)
+
+
+@pytest.mark.filterwarnings("ignore:The targeted layers have")
+def test_a_model_whose_embeddings_return_no_states_says_so():
+    model = routed_copy(static(swin()), CONFIG, progress_bar=False).eval()
+    with pytest.raises(TypeError, match=r"which is a tuple here and not a tensor.*`static_copy`"):
+        model(pixel_values=torch.zeros(1, 3, 16, 16))
