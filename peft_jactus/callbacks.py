@@ -21,7 +21,7 @@ from peft_jactus.calibration import calibrate
 from peft_jactus.calibration.head_warmup import head_parameters
 from peft_jactus.calibration.passes import check_counts
 from peft_jactus.calibration.resume import StatisticsStore
-from peft_jactus.calibration.statistics_files import files_at
+from peft_jactus.calibration.statistics_files import remains_at
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.copying import structural_copy
 from peft_jactus.tuner import JactusConfig, JactusModel
@@ -189,15 +189,15 @@ class CompressionCallback(TrainerCallback):
         return min(max(math.ceil(self.after * state.max_steps), 1), state.max_steps - 1)
 
     def _check_statistics_file(self, state: TrainerState) -> None:
-        """Raise for a file of other weights. A run that resumes may have written it, and goes on with it."""
+        """Raise for a file of other weights. A run that resumes may have written it, while it compressed."""
         file = self.calibration_options.get("statistics_file")
         if file is None:
             return
         StatisticsStore(Path(file), {}, self.config.statistics_needs())  # raises for a directory
-        if state.global_step == 0 and files_at(Path(file)):
+        if state.global_step == 0 and (left := remains_at(Path(file))):
             raise ValueError(
-                f"`statistics_file` {file} is there already, and of other weights than the first part will end with. "
-                "Delete it, or give another file."
+                f"`statistics_file` {left[0]} is there already, and of other weights than the first part will end "
+                "with. Delete it, or give another file."
             )
 
     def _try_calibration(self) -> None:

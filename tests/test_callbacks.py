@@ -321,6 +321,15 @@ def test_statistics_of_an_earlier_run_fail_before_the_first_step(limit, tmp_path
     fails(ValueError, "is there already", trainer_for(full_size("lora"), tmp_path / "second"), **options)
 
 
+def test_parts_of_statistics_that_an_interrupted_run_left_fail_before_the_first_step(tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    options = {"statistics_file": file, "max_statistics_memory": "40KB"}
+    trained(full_size("lora"), tmp_path / "first", callback=options)
+    (tmp_path / "statistics.safetensors.index.json").unlink()
+    assert not file.exists()
+    fails(ValueError, "is there already", trainer_for(full_size("lora"), tmp_path / "second"), **options)
+
+
 def test_an_optimizer_that_was_given_cannot_be_made_anew(tmp_path):
     trainer = trainer_for(full_size("lora"), tmp_path)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)

@@ -32,7 +32,7 @@ def prepared_for_calibration(model: nn.Module, *, train_mode: bool) -> Iterator[
         model.train(train_mode)
         for module in modes:
             if getattr(module, "track_running_stats", False):  # of BatchNorm; they are to stay
-                module.train(False)
+                module.training = False  # not what is inside it
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in modes:

@@ -197,7 +197,7 @@ class PositionMasks:
 
 def _groups_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Batch]]:
     """Yield a batch and the mappings inside it, each with what is put before its names; outer ones come first."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         yield prefix, value
     inside = (
         value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
@@ -217,6 +217,7 @@ def _masks_of(batch: Batch) -> dict[str, _Mask | None]:
     text = next((tensors[name] for name in _TEXT if name in tensors), None)
     others = [name for name in tensors if _MASK in name and name not in (_MASK, f"decoder_{_MASK}")]
     others += [name for name in _OTHER_MASKS if name in tensors]
+    others.sort(key=len, reverse=True)
     masks: dict[str, _Mask | None] = {}
     for name, value in batch.items():
         if any(True for _ in _groups_of(value)):
@@ -226,7 +227,7 @@ def _masks_of(batch: Batch) -> dict[str, _Mask | None]:
         if sample is None or sample.dim() < 2 or is_mask or sample.dtype == torch.bool:
             continue
         of_text = name in _TEXT or (text is not None and _goes_with(sample, text))
-        named = next((other for other in others if _owner_of(other) in name), None)
+        named = next((other for other in others if f"_{_owner_of(other)}_" in f"_{name}_"), None)
         if name == "labels" or name.startswith("decoder_"):
             masks[name] = _decoder_mask(tensors)
         elif named is not None:

@@ -14,6 +14,7 @@ from peft_jactus._files import bytes_of, sha256_of
 from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
 from peft_jactus.calibration.statistics_files import files_at, index_path, part_path, read_metadata
+from peft_jactus.tuner.base_weights import quantization_of_tensor
 from peft_jactus.tuner.planning import check_statistics
 from peft_jactus.tuner.targeting import dense_weight, weight_loaded
 
@@ -211,8 +212,13 @@ def _digests_of_others(model: nn.Module, targets: Iterable[str]) -> dict[str, st
     return {
         name: _sample_digest(parameter)
         for name, parameter in model.named_parameters()
-        if name not in weights and ".jactus_" not in name and not parameter.is_meta
+        if name not in weights and ".jactus_" not in name and _has_numbers(parameter)
     }
+
+
+def _has_numbers(parameter: Tensor) -> bool:
+    """Whether numbers can be taken out of a parameter: it is here, whole, and not packed by a library."""
+    return not parameter.is_meta and type(parameter.data) is torch.Tensor and quantization_of_tensor(parameter) is None
 
 
 @torch.no_grad()

@@ -178,6 +178,14 @@ def files_of(path: Path) -> list[Path]:
     return [index, *files_at(path)] if index.is_file() else files_at(path)
 
 
+def remains_at(path: Path) -> list[Path]:
+    """Return all files of any statistics at ``path``, also those that an interrupted run has left."""
+    parts = [f"{path.stem}-*-of-*{path.suffix}", f"{path.stem}.process-*-of-*{path.suffix}"]
+    parts += [f"{path.stem}-*-of-*.process-*-of-*{path.suffix}"]
+    left = [file for pattern in parts for file in path.parent.glob(pattern)]
+    return sorted({*files_of(path), *left})
+
+
 def index_path(path: Path) -> Path:
     """Return where the index of several files is, that together are the statistics at ``path``."""
     return path.with_name(path.name + _INDEX_SUFFIX)

@@ -23,7 +23,7 @@ from peft_jactus.cli.hub import (
 from peft_jactus.cli.options import check_output_dir
 from peft_jactus.deployment.arguments import check_repo_id
 from peft_jactus.deployment.atomic_folder import appearing_whole
-from peft_jactus.deployment.config import is_compression
+from peft_jactus.deployment.config import is_compression, is_export
 from peft_jactus.deployment.export import compressed_copy, export_compressed
 from peft_jactus.deployment.quantization import check_bits
 from peft_jactus.deployment.quantizer import loading_options
@@ -83,7 +83,8 @@ def read_adapter_config(folder: Path, base_model: str | None = None) -> JactusCo
 
 def _read_by(folder: Path, config: JactusConfig) -> dict[str, str | Path | None]:
     """Return what loading an adapter reads, by what an error calls it."""
-    return {"ADAPTER_DIR": folder, "the adapter's base model": config.base_model_name_or_path}
+    base = config.base_model_name_or_path
+    return {"ADAPTER_DIR": folder, "the adapter's base model": None if not base or is_export(Path(base)) else base}
 
 
 def _base_class(config: JactusConfig) -> Any:

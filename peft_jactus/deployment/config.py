@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from peft_jactus.numerics.quantization import BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from peft_jactus.deployment.extensions import ExtensionConfig
 
@@ -81,6 +83,15 @@ def is_compression(quantization: object) -> bool:
     if isinstance(quantization, dict):
         return quantization.get("quant_method") == QUANT_METHOD
     return isinstance(quantization, CompressionConfig)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has a compressed checkpoint: then its name may also be that of a base model on the Hub."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return is_compression(config.get("quantization_config"))
 
 
 class CompressionConfig(QuantizationConfigMixin):

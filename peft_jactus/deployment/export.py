@@ -23,7 +23,7 @@ from peft_jactus.deployment.arguments import (
     check_shard_size,
 )
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
-from peft_jactus.deployment.config import LayerForm
+from peft_jactus.deployment.config import LayerForm, is_export
 from peft_jactus.deployment.copying import (
     cast_,
     forget_adapters_,
@@ -159,12 +159,13 @@ def export_compressed(
     return target
 
 
-def _origins(adapted: Adapted) -> dict[str, str | None]:
+def _origins(adapted: Adapted) -> dict[str, str]:
     """Return where the base model is, which the adapter goes on needing, by what an error calls it."""
-    return {
+    places = {
         "the adapter's base model": adapted.config.base_model_name_or_path,
         "the base model": adapted.base.config.name_or_path,
     }
+    return {name: place for name, place in places.items() if place and not is_export(Path(place))}
 
 
 def _save(compressed: PreTrainedModel, adapted: Adapted, folder: Path, max_shard_size: int | str) -> None:

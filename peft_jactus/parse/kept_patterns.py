@@ -88,8 +88,26 @@ def _kept_positions(mask: Tensor | Mapping[str, Tensor] | None, start: int, num_
     mask = mask[..., first : first + num_positions]
     if mask.dim() < 4:
         return mask
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, queries, keys)
-    return seen.any(1)  # a token that counts sees itself, at least
+    return _seen_in_steps(mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0)
+
+
+def _seen_in_steps(seen: Tensor) -> Tensor:
+    """Return which positions the last one sees, or those that it sees, and so on, as where each sees a window.
+
+    What padding sees does not count, unless it is last.
+
+    Args:
+        seen: ``(batch, queries, keys)``, bool, of the same positions.
+
+    Returns:
+        ``(batch, keys)``, bool.
+    """
+    found = seen[:, -1]
+    while True:
+        further = found | (found.unsqueeze(2) & seen).any(1)
+        if torch.equal(further, found):
+            return found
+        found = further
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Refusal:
 
 
 def unmatched_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Return those of ``names`` that match no module, each with the names of layers that are written most like it.
+    """Return those of ``names`` that match no module, the first ones with the names of layers that are most like them.
 
     A name matches as in a list of ``target_modules``: it is a whole name, or its last parts.
     """
@@ -51,14 +51,15 @@ def unmatched_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[st
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))]
     endings: dict[int, set[str]] = {}  # by number of parts
     unmatched: dict[str, list[str]] = {}
-    for name in names:
+    for name in sorted(names):
         num_parts = name.count(".") + 1
         if num_parts not in endings:
             endings[num_parts] = {_last_parts(other, num_parts) for other in modules}
         if name not in endings[num_parts]:
-            candidates = sorted({_last_parts(layer, num_parts) for layer in layers})
-            unmatched[name] = difflib.get_close_matches(name, candidates)
-    return dict(sorted(unmatched.items()))
+            is_shown = len(unmatched) < _MAX_NAMES
+            candidates = {_last_parts(layer, num_parts) for layer in layers} if is_shown else ()
+            unmatched[name] = difflib.get_close_matches(name, sorted(candidates))
+    return unmatched
 
 
 def _last_parts(name: str, number: int) -> str:

@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from peft_jactus import CalibrationStatistics, JactusConfig, calibrate
 from tests.support.comparisons import assert_same_statistics
+from tests.support.compressed_models import batches_for, tiny_llama
 from tests.support.tiny_models import TASKS, collate, tiny_bert
 
 # Sums of two runs are added in another order than those of one.
@@ -166,6 +167,19 @@ def test_a_file_of_another_head_is_named_in_a_warning(path, limit, num_batches, 
         assert ("the model had other values in classifier.weight." in caplog.text) != same
         for file, content in before.items():
             file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_layers_that_torchao_has_packed_beside_the_targets_do_not_matter(path, kind):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = {"int8": torchao.Int8WeightOnlyConfig, "float8": torchao.Float8WeightOnlyConfig}[kind]()
+    model = tiny_llama(dtype=torch.bfloat16)
+    torchao.quantize_(model, config)
+    batches = batches_for(model)
+    for _ in range(2):
+        settings = JactusConfig(target_modules=["q_proj", "v_proj"])
+        statistics = calibrate(model, settings, batches, statistics_file=path, progress_bar=False)
+        assert statistics.num_batches == len(batches)
 
 
 def test_statistics_that_a_user_saved_are_taken_for_any_weights(path):

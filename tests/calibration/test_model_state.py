@@ -55,10 +55,22 @@ def failing_inside(model, batch):
         return model(**batch).loss
 
 
+class DropsBehind(torch.nn.BatchNorm1d):
+    """As timm's, which has an activation and dropout inside."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.drop, self.was_training = torch.nn.Dropout(0.5), []
+
+    def forward(self, x):
+        self.was_training.append(self.drop.training)
+        return self.drop(super().forward(x))
+
+
 class Normalised(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.last = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        self.first, self.norm, self.last = torch.nn.Linear(4, 4), DropsBehind(4), torch.nn.Linear(4, 2)
 
     def forward(self, x):
         return self.last(self.norm(self.first(x)))
@@ -85,6 +97,7 @@ def test_running_means_stay_with_dropout_on():
     calibrate(model, config, batches, loss_fn=loss_fn, train_mode=True, progress_bar=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.norm.training
+    assert model.norm.was_training == [True]
 
 
 def test_an_adapter_that_is_merged_elsewhere_is_refused_and_stays_merged(model):

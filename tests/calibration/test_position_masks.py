@@ -452,12 +452,32 @@ NESTED = {
         lambda texts: {f"{name}_chosen": tensor for name, tensor in texts.items()},
         lambda batch: {name.removesuffix("_chosen"): tensor for name, tensor in batch.items()},
     ),
+    "one of three": (
+        lambda texts: {
+            f"{name}_{part}": tensor if part == "n" else torch.ones_like(tensor)
+            for name, tensor in texts.items()
+            for part in ("a", "p", "n")
+        },
+        lambda batch: {name.removesuffix("_n"): tensor for name, tensor in batch.items() if name.endswith("_n")},
+    ),
+    "the tenth": (
+        lambda texts: {
+            f"{name}_{part}": tensor if part == 10 else torch.ones_like(tensor)
+            for name, tensor in texts.items()
+            for part in (1, 10)
+        },
+        lambda batch: {name.removesuffix("_10"): tensor for name, tensor in batch.items() if name.endswith("_10")},
+    ),
     "prefix": (
         lambda texts: {f"chosen_{name}": tensor for name, tensor in texts.items()},
         lambda batch: {name.removeprefix("chosen_"): tensor for name, tensor in batch.items()},
     ),
     "inside": (lambda texts: {"query": texts}, lambda batch: batch["query"]),
     "in_a_list": (lambda texts: {"features": [texts]}, lambda batch: batch["features"][0]),
+    "beside_metadata": (
+        lambda texts: {**texts, "ids": [{0: "a", None: "b"}], "spans": {0: torch.zeros(2, 10), 1: [(1, 2)]}},
+        lambda batch: {name: batch[name] for name in ("input_ids", "attention_mask")},
+    ),
     "beside_others": (
         lambda texts: {"query": texts, "input_ids": ids(2, 10), "attention_mask": torch.ones(2, 10)},
         lambda batch: batch["query"],

@@ -49,6 +49,24 @@ def test_a_mask_may_be_as_long_as_a_static_cache(model, rest):
         torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("padding_sees", ["nothing", "itself", "all"])
+def test_what_padding_sees_does_not_count(model, padding_sees):
+    """In a mask with a row for each position, as users make it for packed or padded rows."""
+    ids, mask = padded(prompts(4), side="left").values()
+    length = mask.shape[1]
+    ids = torch.where(mask == 0, 7, ids)  # a token that would change the choice
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, :]
+    if padding_sees == "itself":
+        seen |= torch.eye(length, dtype=torch.bool)
+    if padding_sees == "all":
+        seen |= ~seen.any(-1, keepdim=True)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = run(model, input_ids=ids, attention_mask=mask, position_ids=places)
+    wide = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+    logits = run(model, input_ids=ids, attention_mask=wide, position_ids=places)
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_a_prompt_is_read_whole_where_each_layer_sees_a_window_of_it(sliding_model, chunk):
     model, rows = sliding_model, prompts(4)
