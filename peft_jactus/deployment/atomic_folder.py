@@ -52,7 +52,7 @@ def check_target(
 def _check_spares(target: Path, kept: Mapping[str, str | os.PathLike[str] | None], argument: str) -> None:
     """Raise `ValueError` if to replace ``target`` would delete one of these."""
     for name, place in kept.items():
-        if not place or not _is_there(Path(place)):
+        if not place or not Path(place).exists():
             continue
         path = Path(place).resolve()
         if any(target.samefile(folder) for folder in (path, *path.parents)):
@@ -60,13 +60,6 @@ def _check_spares(target: Path, kept: Mapping[str, str | os.PathLike[str] | None
             raise ValueError(
                 f"{argument} {target} {holds} {name} ({path}), which would be deleted. Give another directory."
             )
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a name: one of something else
-        return False
 
 
 @contextmanager

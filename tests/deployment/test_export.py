@@ -1039,11 +1039,10 @@ def test_a_place_that_a_finished_checkpoint_cannot_be_moved_to_is_refused(tmp_pa
             export(model, target)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "long" * 100], ids=["short", "long"])
-def test_a_base_on_the_hub_may_be_called_as_the_folder(tmp_path, monkeypatch, name):
+def test_a_base_on_the_hub_may_be_called_as_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = compressed(tiny_llama(), adaptation_rank=0)
-    model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = "gpt2"
     for _ in range(2):
         export(model, "gpt2", overwrite=True)
     assert (tmp_path / "gpt2" / "model.safetensors").exists()
