@@ -82,8 +82,9 @@ class _RetainedProduct(torch.autograd.Function):
             gradient_z = _add_product_(gradient_z @ weight.factor, gradient_seen, scaled_down)
             gradient_x = weight.transposed_before_factor(gradient_z).to(x.dtype)
         if of_down:
-            # First over the rows, so that what enters the factor need not be made again.
-            gradient_down = weight.before_factor((gradient_seen.mT @ x.to(seen.dtype)).to(weight.dtype))
+            # First over the rows, so that what enters the factor need not be made again. Float16 would lose small
+            # sums, and overflow in large ones.
+            gradient_down = weight.before_factor(gradient_seen.mT @ x.to(seen.dtype))
             gradient_down = (gradient_down * scale_of_down).to(down.dtype)
         if of_up:
             gradient_up = (gradient_of_adaptation.mT @ seen * scale_of_up).to(up.dtype)

@@ -121,7 +121,7 @@ def core_product(
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, core = x.to(dtype), core.to(dtype)
-        left, right = (InterpolativeBasis(basis.order, basis.coefficients.to(dtype)) for basis in (left, right))
+        left, right = left.to(dtype), right.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # which makes its own gradient

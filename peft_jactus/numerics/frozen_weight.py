@@ -56,8 +56,7 @@ class FrozenWeight:
 
     def to(self, dtype: torch.dtype) -> FrozenWeight:
         """Return the weight in another dtype."""
-        basis = InterpolativeBasis(self.basis.order, self.basis.coefficients.to(dtype))
-        return FrozenWeight(basis, self.factor.to(dtype), self.by_rows)
+        return FrozenWeight(self.basis.to(dtype), self.factor.to(dtype), self.by_rows)
 
     def numbers(self) -> FrozenWeight:
         """Return the weight itself; see `RoundedWeight.numbers`."""
@@ -81,8 +80,8 @@ class FrozenWeight:
         return self.transposed_before_factor(self.transposed_after_factor(gradient) @ self.factor)
 
     def before_factor(self, x: Tensor) -> Tensor:
-        """Map rows ``(rows, in)`` to what the factor is multiplied with: them, or ``(rows, rank)``."""
-        return x if self.by_rows else self.basis.project(x)
+        """Map rows ``(rows, in)`` to what the factor is multiplied with, in their dtype: them, or ``(rows, rank)``."""
+        return x if self.by_rows else self.basis.to(x.dtype).project(x)
 
     def after_factor(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """Map rows of that product to those of the whole one ``(rows, out)``; ``z`` may be overwritten."""

@@ -63,6 +63,10 @@ class InterpolativeBasis:
         """Number of columns."""
         return self.coefficients.shape[1]
 
+    def to(self, dtype: torch.dtype) -> InterpolativeBasis:
+        """Return the basis in another dtype."""
+        return InterpolativeBasis(self.order, self.coefficients.to(dtype))
+
     def dense(self) -> Tensor:
         """Return the basis as a matrix ``(dim, rank)``."""
         identity = torch.eye(self.rank, dtype=self.coefficients.dtype, device=self.coefficients.device)

@@ -152,6 +152,33 @@ def test_in_a_model_of_sixteen_bits_it_rounds_as_dense_products_would(shape, com
         assert error < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("num_rows", "size_of_up", "size_of_gradient"), [(6, 1e-7, 1.0), (2000, 1.0, 8.0)], ids=["too small", "too large"]
+)
+def test_gradients_out_of_the_range_of_float16_are_as_exact_as_others(
+    num_rows, size_of_up, size_of_gradient, shape, compiled, bits, space
+):
+    weight, _, _, bias, down, up = problem(*shape, 4, space, dtype=torch.float16)
+    if bits is not None:
+        weight = weight.rounded(bits, dtype=torch.float16, second_moment=None)
+    x = (3 + randn(8, num_rows, shape[1])).half().requires_grad_()
+    up = (size_of_up * up).detach().requires_grad_()
+    of_output = torch.full((num_rows, shape[0]), size_of_gradient).half()
+    function = torch.compile(adapted_product, backend="aot_eager") if compiled else adapted_product
+    found = torch.autograd.grad(function(x, weight, bias, down, up, space=space), (down, up), of_output)
+    down, up = (tensor.detach().double().requires_grad_() for tensor in (down, up))
+    output = x.detach().double() @ changed_weight(weight.numbers(), space, down, up).mT
+    expected = torch.autograd.grad(output, (down, up), of_output.double())
+    tiny, large = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+    assert float(expected[0].abs().max()) < tiny or float(expected[0].abs().max()) > large
+    for own, true in zip(found, expected, strict=True):
+        error = torch.linalg.vector_norm(own.double() - true) / torch.linalg.vector_norm(true)
+        assert error < 2 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inputs_of_another_dtype_than_the_weight_are_adapted_in_float32(shape):
     weight, _, x, bias, down, up = problem(*shape, 4, "free", dtype=torch.bfloat16)

@@ -111,6 +111,19 @@ def test_bfloat16_bases_leave_the_core_its_own_precision():
     assert bool((core.grad.bfloat16().float() != core.grad).any())  # rounded to bfloat16 nowhere
 
 
+@pytest.mark.parametrize(("num_rows", "size"), [(6, 8e-4), (5000, 8.0)], ids=["too small", "too large"])
+def test_gradients_out_of_the_range_of_float16_are_as_exact_as_others(num_rows, size):
+    _, core, left, right = problem(dtype=torch.float16)
+    x, core = (size * (3 + randn(8, num_rows, 9))).half(), core.float().requires_grad_()
+    of_output = torch.full((num_rows, 7), size).half()
+    (found,) = torch.autograd.grad(core_product(x, core, left, right, None), core, of_output)
+    wide = [InterpolativeBasis(basis.order, basis.coefficients.double()) for basis in (left, right)]
+    (expected,) = torch.autograd.grad(oracle(x.double(), core.double(), *wide), core, of_output.double())
+    tiny, large = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+    assert float(expected.abs().max()) < tiny or float(expected.abs().max()) > large
+    assert float((found - expected).norm() / expected.norm()) < 2 * torch.finfo(torch.float16).eps
+
+
 def test_autocast_multiplies_in_its_dtype():
     x, core, left, right = problem(dtype=torch.float32)
     core = core.float().requires_grad_()
