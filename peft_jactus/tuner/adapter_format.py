@@ -168,7 +168,7 @@ def num_in_buffers(tensors: Mapping[str, Tensor], shape: AdapterShape, out_featu
 def tensors_of(
     factors: LayerFactors, shape: AdapterShape, dtype: torch.dtype, statistics: LayerStatistics | None
 ) -> dict[str, Tensor]:
-    """Return the factors as tensors, by name.
+    """Return the factors as tensors, by name: copies, as a bias may be that of the dense layer, which stays as it is.
 
     Args:
         factors: What `factorize` made.
@@ -193,7 +193,10 @@ def tensors_of(
             tensors = _rounded_tensors(side, weight.rounded(shape.frozen_bits, dtype=dtype, second_moment=moment))
     optional = {"jactus_bias": factors.bias, "jactus_adapt_down": factors.down, "jactus_adapt_up": factors.up}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    return {name: tensor.to(shape.dtype_of(name, dtype)).contiguous() for name, tensor in tensors.items()}
+    return {
+        name: tensor.to(shape.dtype_of(name, dtype), copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def _basis_tensors(side: str, basis: InterpolativeBasis) -> dict[str, Tensor]:

@@ -152,6 +152,33 @@ def test_disable_adapter_runs_the_dense_model_if_it_was_kept():
     assert not torch.equal(logits_of(model), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"decomposition": "svd"},
+        {"bias_correction": False},
+        {"bias_correction": False, "rank_pattern": {".*": 999}},
+        {"bias_correction": False, "rank_pattern": {".*": 999}, "adaptation_rank": 0},
+        {"bias_correction": False, "adaptation_space": "retained"},
+        {"bias_correction": False, "frozen_bits": 8},
+    ],
+)
+def test_what_is_written_into_an_adapter_does_not_reach_the_dense_model(fields, build, dtype):
+    model = build(dtype=dtype)
+    expected = logits_of(model)
+    places = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    model = compressed(model, keep_base_weights=True, **fields)
+    for layer in jactus_layers(model).values():
+        for tensor in layer.adapter_tensors("default").values():
+            assert not tensor.numel() or tensor.untyped_storage().data_ptr() not in places
+            tensor.detach().fill_(1)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), expected)
+
+
 @pytest.mark.parametrize(
     "use",
     [
