@@ -4,8 +4,8 @@
     python -m benchmarks.compression.llama calibrate                # once; outputs/smollm2/calibration-*.safetensors
     python -m benchmarks.compression.llama run                      # llama.jsonl; stop and resume
     python -m benchmarks.compression.llama report                   # llama.md and llama.png
-    python -m benchmarks.compression.llama run --studies "as used" --decompositions jactus kfac svd-llm asvd --ratios 0.4 \
-        --scores "multiple choice" --questions 300 --out benchmarks/results/compression/more-questions
+    python -m benchmarks.compression.llama run --studies "as used" --decompositions jactus kfac svd-llm asvd \
+        --ratios 0.4 --scores "multiple choice" --questions 300 --out benchmarks/results/compression/more-questions
 
 JACTUS is as it is by default, peers are as published. Calibrated on blocks of 256 tokens of wikitext2's validation
 split; scored on the test splits of wikitext2 and ptb, and by lm-evaluation-harness on seven commonsense sets
