@@ -6,7 +6,9 @@ import math
 import re
 from typing import TYPE_CHECKING, cast
 
+import torch
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 
 from peft_jactus.tuner.adapter_format import FROZEN, TENSOR_NAMES
 from peft_jactus.tuner.layer import JactusLayer
@@ -14,7 +16,7 @@ from peft_jactus.tuner.layer import JactusLayer
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from peft_jactus.tuner.config import JactusConfig
 
@@ -29,7 +31,9 @@ _TELLING_RANKS = (*FROZEN, "jactus_adapt_down")
 def fit_layers_to_checkpoint(
     model: nn.Module, config: JactusConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> None:
-    """Give the layers of an adapter the ranks that its checkpoint has.
+    """Give the layers of an adapter the ranks that its checkpoint has, and tensors that no other adapter shares.
+
+    Tensors that the checkpoint does not change stay shared.
 
     Raises:
         ValueError: If the checkpoint has other layers than the model, or tensors of other shapes; before anything is
@@ -52,6 +56,7 @@ def fit_layers_to_checkpoint(
     for name, layer in layers.items():
         shape = config.adapter_shape(ranks[name], layer.out_features, layer.in_features)
         layer.resize_adapter(adapter_name, ranks[name], shape)
+        _unshare_(layer, adapter_name, found[name])
     config.layer_ranks.update(ranks)
 
 
@@ -101,6 +106,30 @@ def check_complete(
         )
     for name in layers.values():
         cast("JactusLayer", modules[name]).check_filled(adapter_name)
+
+
+@torch.no_grad()
+def _unshare_(layer: JactusLayer, adapter_name: str, loaded: Mapping[str, Tensor]) -> None:
+    """Copy what another adapter has as well, where ``loaded``, which PEFT will write into it, differs from it."""
+    others = [layer.adapter_tensors(name) for name in layer.r if name != adapter_name]
+    for name, tensor in layer.adapter_tensors(adapter_name).items():
+        sharing = any(_share_memory(tensor, other[name]) for other in others if name in other)
+        if sharing and not _has_same_bits(tensor, loaded[name]):
+            is_parameter = isinstance(tensor, nn.Parameter)  # see `hold_bases_as_parameters`
+            own = nn.Parameter(tensor.clone(), requires_grad=tensor.requires_grad) if is_parameter else tensor.clone()
+            getattr(layer, name)[adapter_name] = own
+
+
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are in the same place. Shards, and what is empty or `meta`, are in none."""
+    return tensor is other or (tensor.data_ptr() == other.data_ptr() != 0)
+
+
+def _has_same_bits(tensor: Tensor, loaded: Tensor) -> bool:
+    if tensor.is_meta or loaded.is_meta or (tensor.dtype, tensor.shape) != (loaded.dtype, loaded.shape):
+        return False
+    mine, theirs = (part.contiguous().flatten().view(torch.uint8) for part in (tensor, loaded.to(tensor.device)))
+    return torch.equal(mine, theirs)
 
 
 def check_heads_in_file(model: nn.Module, config: JactusConfig, adapter_name: str, names: Collection[str]) -> None:

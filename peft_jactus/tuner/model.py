@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,15 +101,16 @@ class JactusModel(AtomicTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, JactusConfig)
         self._twin = self._twin_of(adapter_name, config)
+        if self._twin is not None:  # what is loaded into it may have other ranks
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
         asked = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             if targets_all_linear(asked) or self._twin is not None:  # names of this model are in the user's config
                 config.target_modules = asked
-            self._prepared = None
+            self._prepared = self._twin = None
             self._elsewhere = {}
-            self._twin = None
             if self._factorizing_bar is not None:
                 self._factorizing_bar.close()
                 self._factorizing_bar = None
@@ -275,10 +277,9 @@ class JactusModel(AtomicTuner):
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:
-            names: list[str] = super()._get_module_names_tied_with_embedding()
+            return list(super()._get_module_names_tied_with_embedding())
         except NotImplementedError:  # of `get_input_embeddings`: a detector has none, and nothing is tied to them
             return []
-        return names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Only what trains needs float32; the rest keeps the dtype of the model.
