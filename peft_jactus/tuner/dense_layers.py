@@ -165,4 +165,4 @@ def assign_parameters_(layer: nn.Linear | Conv1D, weight: Tensor, bias: Tensor |
     """Give ``layer`` new frozen parameters; ``weight`` as the layer stores it."""
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)

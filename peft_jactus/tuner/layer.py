@@ -210,20 +210,22 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
         super().enable_adapters(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's version casts to the base's dtype as well, which would round a trained float32 core, and
-        # moves meta tensors, which cannot be moved.
+        # PEFT's version casts to the base's dtype what trains as well, which would round a float32 core, and moves
+        # meta tensors, which cannot be moved. With `low_cpu_mem_usage`, tensors come here as they are in the file.
         device = self._base().weight.device if device is None else device
         for name, tensor in self.adapter_tensors(adapter_name).items():
-            if device.type == "meta" or tensor.device.type == "meta" or tensor.device == device:
-                continue
-            self._set_tensor(name, adapter_name, tensor.detach().to(device))
-            self.adapter_tensors(adapter_name)[name].requires_grad_(tensor.requires_grad)
+            dtype = self.adapter_shapes[adapter_name].dtype_of(name, self.base_dtype)
+            place = tensor.device if device.type == "meta" or tensor.is_meta else device
+            if (tensor.device, tensor.dtype) != (place, dtype):
+                self._set_tensor(name, adapter_name, tensor.detach().to(place, dtype))
+                self.adapter_tensors(adapter_name)[name].requires_grad_(tensor.requires_grad)
 
     # -- dense weights: merging and comparing -------------------------------------------------------------
 
     def get_dense_weight(self, adapter_name: str) -> Tensor:
         """Return the adapter's weight as the base layer stores it: ``(out, in)``, or ``(in, out)`` for a Conv1D."""
-        dtype = frozen_dtype(self.adapter_tensors(adapter_name))
+        is_quantized = quantization_of(self.get_base_layer()) is not None
+        dtype = frozen_dtype(self.adapter_tensors(adapter_name)) if is_quantized else self.base_dtype
         weight = self.get_factors(adapter_name).dense().to(dtype)  # (out, in)
         return weight.mT if self.is_conv1d else weight
 
@@ -288,7 +290,7 @@ class JactusLayer(AdaptedWeight, BaseTunerLayer):
         if not self.merged_adapters:
             return weight, bias
         unmerged_weight, dense_bias = self._dense_parameters()
-        weight = base.weight + (weight - unmerged_weight)
+        weight = base.weight + (weight - unmerged_weight).to(base.weight.dtype)
         return weight, None if bias is None or dense_bias is None else base.bias + (bias - dense_bias)
 
     def _merge_freed(self, name: str, *, safe_merge: bool) -> None:
