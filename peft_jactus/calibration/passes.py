@@ -22,7 +22,7 @@ from peft_jactus.calibration.collector import StatisticsCollector
 from peft_jactus.calibration.head_warmup import HeadWarmup, warm_up_head
 from peft_jactus.calibration.memory_groups import parse_memory_limit, split_into_groups
 from peft_jactus.calibration.model_state import prepared_for_calibration, random_state_kept
-from peft_jactus.calibration.resume import StatisticsStore, of_so_many, warn_of_changes, warn_of_complete
+from peft_jactus.calibration.resume import StatisticsStore, of_these_batches, warn_of_changes, warn_of_complete
 from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
 from peft_jactus.calibration.statistics_files import files_of, save_index
 from peft_jactus.calibration.summed_loss import SummedLoss
@@ -217,7 +217,7 @@ class _Pass:
         total = sum(gather_objects(len(batches)))
         parts = [store.part(group, number, len(groups)) for number, group in enumerate(groups, start=1)]
         for number, (group, part) in enumerate(zip(groups, parts, strict=True), start=1):
-            saved = of_so_many(part.read(lazily=True), len(batches), total)
+            saved = of_these_batches(part.read(lazily=True), len(batches), total)
             if number == 1:
                 warn_of_changes(saved, store.path)
             if saved is not None and saved.complete:

@@ -15,6 +15,7 @@ from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus.calibration.statistics import CalibrationStatistics, open_statistics
 from peft_jactus.calibration.statistics_files import files_at, index_path, part_path, read_metadata
 from peft_jactus.tuner.base_weights import quantization_of_tensor
+from peft_jactus.tuner.model_size import other_parameters
 from peft_jactus.tuner.planning import check_statistics
 from peft_jactus.tuner.targeting import dense_weight, weight_loaded
 
@@ -46,7 +47,7 @@ class SavedStatistics:
     changed: tuple[str, ...] = ()
 
 
-def of_so_many(saved: SavedStatistics | None, own: int, total: int) -> SavedStatistics | None:
+def of_these_batches(saved: SavedStatistics | None, own: int, total: int) -> SavedStatistics | None:
     """Return what was saved if it is of the batches of this run, complete or the first ones; else None.
 
     Args:
@@ -208,11 +209,10 @@ class StatisticsStore:
 
 def _digests_of_others(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
     """Return digests of the parameters that are no weights of ``targets`` or parts of our adapters, by name."""
-    weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
     return {
         name: _sample_digest(parameter)
-        for name, parameter in model.named_parameters()
-        if name not in weights and ".jactus_" not in name and _has_numbers(parameter)
+        for name, parameter in other_parameters(model, targets)
+        if _has_numbers(parameter)
     }
 
 

@@ -181,7 +181,6 @@ def files_of(path: Path) -> list[Path]:
 def remains_at(path: Path) -> list[Path]:
     """Return all files of any statistics at ``path``, also those that an interrupted run has left."""
     parts = [f"{path.stem}-*-of-*{path.suffix}", f"{path.stem}.process-*-of-*{path.suffix}"]
-    parts += [f"{path.stem}-*-of-*.process-*-of-*{path.suffix}"]
     left = [file for pattern in parts for file in path.parent.glob(pattern)]
     return sorted({*files_of(path), *left})
 

@@ -98,12 +98,12 @@ def check_routable(model: PreTrainedModel, config: RouterConfig) -> None:
     """Raise `TypeError` if a model is not one that can be routed, or lacks what the router reads."""
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # of a model with several inputs, or of sound
+    except NotImplementedError:  # transformers raises it for a model without token embeddings, as CLIP and Wav2Vec2
         embeddings = None
     if model.config.is_encoder_decoder or embeddings is None:
         raise TypeError(
-            f"{type(model).__name__} cannot be routed: only encoder models and decoder-only models can that have "
-            "input embeddings, not encoder-decoder models. Use it without a router."
+            f"{type(model).__name__} cannot be routed. Only encoder models and decoder-only models that have input "
+            "embeddings can. Use it without a router."
         )
     transposed = _sequence_first_layers(model)
     if transposed:

@@ -15,7 +15,7 @@ from peft_jactus.tuner.sizes import parse_size
 from peft_jactus.tuner.targeting import base_layer_of, features_of, log_once
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -34,12 +34,10 @@ _MOST_NAMED = 4
 
 def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """Log, once, what the rest of a model is where it has more parameters than the targeted layers."""
-    weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
     groups: Counter[str] = Counter()
     quantized = _quantized_layers(model)
-    for name, parameter in model.named_parameters():
-        if name not in weights and not _is_of_adapter(name):
-            groups[re.sub(r"\.\d+\.", ".*.", name)] += _numel(name, parameter, quantized)
+    for name, parameter in other_parameters(model, targets):
+        groups[re.sub(r"\.\d+\.", ".*.", name)] += _numel(name, parameter, quantized)
     # A layer that another adapter compressed has no weight any more.
     total = groups.total() + sum(math.prod(features_of(module)) for module in targets.values())
     if groups.total() > total / 2:
@@ -48,6 +46,14 @@ def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
             f"The targeted layers have {1 - groups.total() / total:.0%} of the model's {total:,} parameters. The "
             f"others stay as they are; most of them are in: {largest}."
         )
+
+
+def other_parameters(model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters, with their names, that are no weights of the targeted layers and no parts of adapters."""
+    weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
+    for name, parameter in model.named_parameters():
+        if name not in weights and not _is_of_adapter(name):
+            yield name, parameter
 
 
 @dataclass(frozen=True)
