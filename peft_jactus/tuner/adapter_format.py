@@ -19,7 +19,7 @@ from peft_jactus.numerics.interpolation import InterpolativeBasis
 from peft_jactus.numerics.quantization import code_dtype, code_shape, num_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
     from typing_extensions import Self
@@ -155,14 +155,17 @@ def is_unfilled(tensor: Tensor) -> bool:
     return bool((tensor <= _NEVER[tensor.dtype]).any())
 
 
-def num_in_buffers(tensors: Mapping[str, Tensor], shape: AdapterShape, out_features: int, in_features: int) -> int:
-    """Return how many numbers are held in buffers, in however few bits they are."""
-    numbers = dataclasses.replace(shape, frozen_bits=None).tensors(out_features, in_features, bias=True)
-    return sum(
-        math.prod(numbers[name])
-        for name, tensor in tensors.items()
-        if name in numbers and not isinstance(tensor, nn.Parameter) and not name.endswith("_order")
-    )
+def num_in_buffers(
+    adapters: Iterable[tuple[Mapping[str, Tensor], AdapterShape]], out_features: int, in_features: int
+) -> int:
+    """Return how many numbers a layer's adapters hold in buffers, in however few bits; what they share counts once."""
+    counts: dict[int, int] = {}
+    for tensors, shape in adapters:
+        numbers = dataclasses.replace(shape, frozen_bits=None).tensors(out_features, in_features, bias=True)
+        for name, tensor in tensors.items():
+            if name in numbers and not isinstance(tensor, nn.Parameter) and not name.endswith("_order"):
+                counts[id(tensor)] = math.prod(numbers[name])
+    return sum(counts.values())
 
 
 def tensors_of(

@@ -393,8 +393,8 @@ class JactusModel(AtomicTuner):
 
     def num_in_buffers(self) -> int:
         """Return how many numbers all adapters hold in buffers; PEFT counts parameters only."""
-        return sum(
-            num_in_buffers(layer.adapter_tensors(adapter_name), shape, layer.out_features, layer.in_features)
-            for layer in self._layers()
-            for adapter_name, shape in layer.adapter_shapes.items()
-        )
+        total = 0
+        for layer in self._layers():
+            adapters = [(layer.adapter_tensors(name), shape) for name, shape in layer.adapter_shapes.items()]
+            total += num_in_buffers(adapters, layer.out_features, layer.in_features)
+        return total

@@ -150,6 +150,15 @@ def other_adapter(folder, **options):
     return logits(PeftModel.from_pretrained(tiny_llama(), folder).eval()), folder
 
 
+@pytest.mark.parametrize("kind", ["adaptation", "cores", "both"])
+def test_what_a_reference_adapter_shares_is_counted_once(kind):
+    model = tuned(kind)
+    model.add_adapter("ref", model.peft_config["default"])
+    held = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    numbers = {tensor.data_ptr(): tensor.numel() for tensor in held if tensor.numel()}
+    assert model.get_nb_trainable_parameters()[1] == sum(numbers.values())
+
+
 @pytest.mark.parametrize("loaded_into", ["ref", "default"])
 @pytest.mark.parametrize("shardable", [False, True])
 @pytest.mark.parametrize("way", ["load_adapter", "low_cpu_mem_usage", "state dict", "assigned state dict"])
