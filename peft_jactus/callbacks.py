@@ -214,7 +214,8 @@ class CompressionCallback(TrainerCallback):
         config = copy.deepcopy(self.config)
         if self.calibration_options.get("head_warmup_steps", 0) > 0:
             head_parameters(model, config)  # raises if there is none
-        budget_ratio(config, ModelSize.of(model, targeted_modules(model, config)))  # raises if it cannot be reached
+        size = ModelSize.of(model, targeted_modules(model, config), config)
+        budget_ratio(config, size)  # raises if it cannot be reached
         calibrate(model, config, self.batches, **options)
 
     def _compress(self, state: TrainerState) -> None:

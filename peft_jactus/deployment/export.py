@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ from peft_jactus.tuner.checkpoint_checks import check_complete
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.model_size import model_dtype
 from peft_jactus.tuner.quantized_bases import dequantize_
 from peft_jactus.tuner.targeting import pipeline_class
 
@@ -141,7 +143,8 @@ def export_compressed(
         _save(compressed, adapted, folder, max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
-        summary = rank_summary(compressed)
+        shared = rank_summary(adapted.holder, adapted.adapter_name).shared_parameters
+        summary = replace(rank_summary(compressed), shared_parameters=shared)
         has_plot = _save_plot(compressed, folder / "ranks.png")
         write_model_card(
             folder,
@@ -251,7 +254,7 @@ def _compress(
     copied = structural_copy(base)
     forget_adapters_(copied)
     restore_label_names_(copied.config, config)
-    dtype = copied.dtype if dtype is None else dtype
+    dtype = model_dtype(copied) if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []

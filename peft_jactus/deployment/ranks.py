@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 
 from peft_jactus.deployment.layers import FactorizedLinear
 from peft_jactus.deployment.quantized_linear import QuantizedLinear
@@ -15,7 +15,9 @@ from peft_jactus.errors import DamagedCheckpointError
 from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.model_size import is_on_top, num_outside
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
+from peft_jactus.tuner.target_checks import ties_to_break
 from peft_jactus.tuner.targeting import features_of
 
 if TYPE_CHECKING:
@@ -55,17 +57,27 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
             rank, shape = config.layer_ranks[name], (layer.out_features, layer.in_features)
             storage = DENSE if stays_dense(rank, *shape, config.storage) else config.storage
             rows.append(LayerRank(name, *shape, rank, storage, config.layer_energy.get(name)))
-    biases = sum(layer.out_features for layer in model.modules() if isinstance(layer, JactusLayer) and layer.has_bias)
-    return RankSummary(rows, config.asked_ratio, _parameters_outside_layers(model) + biases)
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, JactusLayer)]
+    heads = [name for name, head in model.named_modules() if _is_copied(head, adapter_name)]
+    others = num_outside(model, layers, heads)
+    shared = others - num_outside(model, layers) + _num_tied(model, rows)
+    return RankSummary(rows, config.asked_ratio, others, shared)
 
 
-def _parameters_outside_layers(model: nn.Module) -> int:
-    """Count the parameters of the base model that are in no adapted layer; shared ones, and copies, once."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, JactusLayer))
+def _is_copied(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+
+
+def _num_tied(model: nn.Module, rows: Iterable[LayerRank]) -> int:
+    """Count the parameters of adapted layers that the dense model of transformers also uses elsewhere."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {row.name: row for row in rows}
+    broken, _ = ties_to_break(base, layers)
+    tied = [key.rpartition(".") for key in {*broken, *broken.values()}]
     return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if not name.startswith(inside) and "modules_to_save" not in name.split(".")
+        layers[name].num_dense if tensor == "weight" else layers[name].out_features
+        for name, _, tensor in tied
+        if name in layers
     )
 
 
@@ -83,7 +95,7 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
         rows.append(LayerRank(name, out_features, in_features, form.rank, form.storage, form.energy_kept))
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])
-    names = {name: parameter for name, parameter in model.named_parameters() if not _is_on_top(name, modules)}
+    names = {name: parameter for name, parameter in model.named_parameters() if not is_on_top(name, modules)}
     others = _numbers_outside([row.name for row in rows], {name: p.numel() for name, p in names.items()})
     return RankSummary(rows, quantizer.quantization_config.retained_ratio, others)
 
@@ -92,16 +104,6 @@ def _numbers_outside(layers: Iterable[str], sizes: Mapping[str, int]) -> int:
     """Count the numbers outside of layers, and their biases, given how many each parameter has, by name."""
     inside = tuple(f"{name}." for name in layers)
     return sum(size for name, size in sizes.items() if not name.startswith(inside) or name.endswith("bias"))
-
-
-def _is_on_top(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a parameter is an adapter's, or a copy that is trained beside one, by the modules that hold it."""
-    parts = name.split(".")
-    if "modules_to_save" in parts:
-        return True
-    holders = (".".join(parts[:length]) for length in range(1, len(parts)))
-    wrapped = [holder for holder in holders if isinstance(modules.get(holder), BaseTunerLayer)]
-    return bool(wrapped) and not name.startswith(f"{wrapped[-1]}.base_layer.")
 
 
 def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:

@@ -160,7 +160,7 @@ class JactusModel(AtomicTuner):
         options = peft_config.factorization_options()
         statistics = peft_config.statistics = usable_statistics(peft_config, targets, peft_config.statistics)
         limit = getattr(statistics, "memory_limit", None)
-        ratio = budget_ratio(peft_config, ModelSize.of(model, targets))
+        ratio = budget_ratio(peft_config, ModelSize.of(model, targets, peft_config))
         warn_of_large_rest(model, targets)
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR
         owners = share_out_layers(targets) if num_processes() > 1 else None

@@ -6,16 +6,30 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
-from peft_jactus.tuner.base_weights import dense_dtype, layer_features, quantization_of, unpack_
+from peft_jactus.numerics.allocation import DENSE
+from peft_jactus.tuner.base_weights import (
+    TORCHAO,
+    dense_dtype,
+    layer_features,
+    quantization_of,
+    quantization_of_tensor,
+    unpack_,
+)
+from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.sizes import parse_size
-from peft_jactus.tuner.targeting import base_layer_of, features_of, log_once
+from peft_jactus.tuner.targeting import features_of, has_bias, head_names, is_trained_whole, log_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -26,9 +40,9 @@ if TYPE_CHECKING:
 # offsets, and the digest that a compressed checkpoint carries. Rather too many than too few.
 _ENTRY_BYTES = 180
 _INDEX_BYTES = 4  # a pivoted layer stores where each of its rows (or columns) belongs, int32
-# A factorised layer has so many tensors more than a dense one: a second part, one number in the place of the weight,
-# and the index of a pivoted one.
-_MORE_TENSORS = {"factored": 2, "pivoted": 3}
+# Of a targeted layer, without its bias. A factorised one has two parts, one number in the place of the weight, and if
+# it is pivoted an index.
+_NUM_TENSORS = {DENSE: 1, "factored": 3, "pivoted": 4}
 _MOST_NAMED = 4
 
 
@@ -36,8 +50,10 @@ def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
     """Log, once, what the rest of a model is where it has more parameters than the targeted layers."""
     groups: Counter[str] = Counter()
     quantized = _quantized_layers(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, parameter in other_parameters(model, targets):
-        groups[re.sub(r"\.\d+\.", ".*.", name)] += _numel(name, parameter, quantized)
+        if not is_on_top(name, modules):
+            groups[re.sub(r"\.\d+\.", ".*.", name)] += _numel(name, parameter, quantized)
     # A layer that another adapter compressed has no weight any more.
     total = groups.total() + sum(math.prod(features_of(module)) for module in targets.values())
     if groups.total() > total / 2:
@@ -49,50 +65,111 @@ def warn_of_large_rest(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
 
 
 def other_parameters(model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters, with their names, that are no weights of the targeted layers and no parts of adapters."""
+    """Yield the parameters, with their names, that are no weights of the targeted layers and no parts of adapters.
+
+    Shared ones come once. Copies that an adapter trains whole come, too.
+    """
     weights = {f"{name}{layer}.weight" for name in targets for layer in ("", ".base_layer")}
-    for name, parameter in model.named_parameters():
-        if name not in weights and not _is_of_adapter(name):
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in weights and ".jactus_" not in name and id(parameter) not in seen:
+            seen.add(id(parameter))
             yield name, parameter
+
+
+def num_outside(model: nn.Module, layers: Collection[str], copied: Collection[str] = ()) -> int:
+    """Return how many parameters a model has outside of ``layers``, with the biases of these; shared ones count once.
+
+    Args:
+        model: Adapted or not; what adapters add does not count.
+        layers: Names of a Linear or Conv1D each, adapted or not, whose weight may be gone.
+        copied: Names of modules that get parameters of their own.
+
+    Returns:
+        Their number.
+    """
+    quantized, modules = _quantized_layers(model), dict(model.named_modules(remove_duplicate=False))
+    outside = {
+        (id(parameter), _holder(name, copied)): _numel(name, parameter, quantized)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if _holder(name, layers) is None and not is_on_top(name, modules)
+    }
+    biases = [features_of(layer)[0] for layer in map(model.get_submodule, layers) if has_bias(layer)]
+    return sum(outside.values()) + sum(biases)
+
+
+def is_on_top(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a tensor is an adapter's, or a copy that is trained beside one, by the modules that hold it."""
+    parts = name.split(".")
+    if "modules_to_save" in parts:
+        return True
+    holders = (".".join(parts[:length]) for length in range(1, len(parts)))
+    wrapped = [holder for holder in holders if isinstance(modules.get(holder), BaseTunerLayer)]
+    return bool(wrapped) and not name.startswith(f"{wrapped[-1]}.base_layer.")
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that an export of ``model`` has: that of its first parameter, as transformers has it.
+
+    An adapted layer counts as the dense one, though what trains in it has float32.
+    """
+    for module in model.modules():
+        if isinstance(module, JactusLayer):
+            return module.base_dtype
+        for parameter in module._parameters.values():
+            if parameter is not None and quantization_of_tensor(parameter) in {None, TORCHAO}:
+                return parameter.dtype
+    return torch.get_default_dtype()
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a dense model.
+    """Sizes of a model, dense and compressed.
 
     Attributes:
-        num_parameters: Of the whole model; shared ones count once.
+        num_parameters: Of the whole dense model; shared ones count once.
         num_bytes: Of its parameters and saved buffers, with the headers of the files.
+        other_parameters: What a compressed model has beside the weights of the targeted layers. What these, or heads
+            that are trained whole, share with others in the dense model (embeddings) is among them, too.
+        other_bytes: Of these and of saved buffers, as an export has them.
         shapes: ``(out, in)`` of each targeted layer, by full module name.
-        itemsize: Bytes of one number of a targeted weight.
+        itemsize: Bytes of one number in an export.
+        file_names: What the targeted layers are called in an export.
     """
 
     num_parameters: int
     num_bytes: int
+    other_parameters: int
+    other_bytes: int
     shapes: dict[str, tuple[int, int]]
     itemsize: int
+    file_names: dict[str, str]
 
     @classmethod
-    def of(cls, model: nn.Module, targets: Mapping[str, nn.Module]) -> ModelSize:
+    def of(cls, model: nn.Module, targets: Mapping[str, nn.Module], config: JactusConfig) -> ModelSize:
         """Measure ``model``, with its quantized weights as they are exported; adapters that are there do not count."""
-        quantized = _quantized_layers(model)
-        for layer in quantized.values():
-            unpack_(layer)  # or `state_dict` would, and leave a part of it
-        state = model.state_dict(keep_vars=True)
-        # What else a quantized layer saves, scales and codes, belongs to its weight.
-        extra = {key for name in quantized for key in state if key.startswith((f"{name}.weight.", f"{name}.SCB"))}
-        extra |= {f"{name}.weight_format" for name in quantized}
-        names = [name for name in state if not _is_of_adapter(name) and name not in extra]
-        unique = {id(state[name]): name for name in names}.values()
-        counts = {name: _numel(name, state[name], quantized) for name in unique}
-        itemsizes = {name: _itemsize(name, state[name], quantized, model) for name in unique}
+        heads = head_names(config)
+        copied = {name for name, _ in model.named_modules() if is_trained_whole(name, heads)}
+        tensors = _dense_tensors(model)
+        dense = {tensor.identity: tensor for tensor in tensors.values()}.values()
+        outside = {
+            (tensor.identity, _holder(name, copied)): tensor
+            for name, tensor in tensors.items()
+            if _holder(name, targets) is None
+        }
+        itemsize = model_dtype(model).itemsize
+        in_files = _names_in_files(model, [f"{name}.weight" for name in targets])
+        file_names = {name: in_files[f"{name}.weight"].removesuffix(".weight") for name in targets}
+        biases = {file_names[name]: features_of(module)[0] for name, module in targets.items() if has_bias(module)}
         return cls(
-            num_parameters=sum(counts[name] for name in unique if isinstance(state[name], nn.Parameter)),
-            num_bytes=sum(
-                counts[name] * itemsizes[name] + _entry_bytes(name.replace(".base_layer", "")) for name in unique
-            ),
+            num_parameters=sum(tensor.count for tensor in dense if tensor.is_parameter),
+            num_bytes=sum(tensor.num_bytes(tensor.dtype.itemsize) for tensor in dense),
+            other_parameters=num_outside(model, targets, copied),
+            other_bytes=sum(tensor.num_bytes(itemsize) for tensor in outside.values())
+            + sum(count * itemsize + _entry_bytes(f"{name}.columns.bias") for name, count in biases.items()),
             shapes={name: features_of(module) for name, module in targets.items()},
-            itemsize=max(dense_dtype(base_layer_of(module), model).itemsize for module in targets.values()),
+            itemsize=itemsize,
+            file_names=file_names,
         )
 
     @property
@@ -100,18 +177,26 @@ class ModelSize:
         """Parameters of the targeted layers' weights."""
         return sum(out_features * in_features for out_features, in_features in self.shapes.values())
 
+    @property
+    def shared_parameters(self) -> int:
+        """How many parameters a compressed model has twice that the dense one has once (a head that is tied)."""
+        return self.other_parameters + self.targeted_parameters - self.num_parameters
+
     def compressed_parameters(self, summary: RankSummary) -> int:
         """Return the parameters of the whole model, with the targeted layers at these ranks."""
-        return self.num_parameters + sum(row.num_stored - row.num_dense for row in summary.rows)
+        return self.other_parameters + sum(row.num_stored for row in summary.rows)
 
     def compressed_bytes(self, summary: RankSummary) -> int:
         """Return the bytes of the whole checkpoint, with the targeted layers at these ranks."""
-        num_bytes = self.num_bytes
+        num_bytes = self.other_bytes
         for row in summary.rows:
-            num_bytes += (row.num_stored - row.num_dense) * self.itemsize
-            if not row.stays_dense:
-                num_bytes += _extra_bytes(row.name, min(row.out_features, row.in_features), row.storage)
+            num_bytes += row.num_stored * self.itemsize + self.bytes_beside(row.name, row.storage)
         return num_bytes
+
+    def bytes_beside(self, name: str, storage: str) -> int:
+        """Return what a targeted layer stores beside its numbers."""
+        index = _INDEX_BYTES * min(self.shapes[name]) if storage == "pivoted" else 0
+        return index + _NUM_TENSORS[storage] * _entry_bytes(f"{self.file_names[name]}.others.weight")
 
 
 def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
@@ -121,14 +206,12 @@ def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
         ValueError: If what is not targeted takes all of the budget.
     """
     if config.model_ratio is not None:
-        untargeted = size.num_parameters - size.targeted_parameters
-        allowed = config.model_ratio * size.num_parameters - untargeted
-        least = f"{untargeted / size.num_parameters:.1%} of the parameters"
+        allowed = config.model_ratio * size.num_parameters - size.other_parameters
+        least = f"{size.other_parameters / size.num_parameters:.1%} of the parameters"
     elif config.max_model_size is not None:
-        extra = sum(_extra_bytes(name, min(shape), config.storage) for name, shape in size.shapes.items())
-        untargeted = size.num_bytes - size.targeted_parameters * size.itemsize + extra
-        allowed = (parse_size(config.max_model_size) - untargeted) / size.itemsize
-        least = f"{untargeted / 1e6:.1f} MB"
+        others = size.other_bytes + sum(size.bytes_beside(name, config.storage) for name in size.shapes)
+        allowed = (parse_size(config.max_model_size) - others) / size.itemsize
+        least = f"{others / 1e6:.1f} MB"
     else:
         return config.retained_ratio
     if allowed <= 0:
@@ -139,8 +222,72 @@ def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
     return min(1.0, allowed / size.targeted_parameters)
 
 
-def _is_of_adapter(name: str) -> bool:
-    return ".jactus_" in name
+@dataclass(frozen=True)
+class _DenseTensor:
+    """A parameter or saved buffer of a dense model."""
+
+    identity: int
+    name: str
+    count: int
+    dtype: torch.dtype
+    is_parameter: bool
+
+    def num_bytes(self, itemsize: int) -> int:
+        """Return its share of a file, where floating-point numbers have so many bytes."""
+        itemsize = itemsize if self.dtype.is_floating_point else self.dtype.itemsize
+        return self.count * itemsize + _entry_bytes(self.name)
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, _DenseTensor]:
+    """Return what the dense model saves, by name in ``model``; shared ones under each name."""
+    quantized = _quantized_layers(model)
+    for layer in quantized.values():
+        unpack_(layer)  # or `state_dict` would, and leave a part of it
+    state = model.state_dict(keep_vars=True)
+    # What else a quantized layer saves, scales and codes, belongs to its weight.
+    extra = {key for name in quantized for key in state if key.startswith((f"{name}.weight.", f"{name}.SCB"))}
+    extra |= {f"{name}.weight_format" for name in quantized}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name in state if name not in extra and not is_on_top(name, modules)]
+    in_files = _names_in_files(model, names)
+    return {
+        name: _DenseTensor(
+            identity=id(state[name]),
+            name=in_files[name],
+            count=_numel(name, state[name], quantized),
+            dtype=_dense_dtype(name, state[name], quantized, model),
+            is_parameter=isinstance(state[name], nn.Parameter),
+        )
+        for name in names
+    }
+
+
+def _holder(name: str, modules: Collection[str]) -> str | None:
+    """Return which of ``modules``, given by name, holds a tensor: the outermost one."""
+    parts = name.split(".")
+    paths = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((path for path in paths if path in modules), None)
+
+
+def _names_in_files(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return what tensors and layers are called in files: of some families transformers writes older, longer names.
+
+    The longer of both is returned, as an export can also have the model's own.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None and isinstance(model, PreTrainedModel):
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
+    renamings: list[Any] = [
+        conversion.reverse_transform()
+        for conversion in reversed(conversions or ())
+        if isinstance(conversion, WeightRenaming) and conversion.quantization_operation is None
+    ]
+    in_files = {}
+    for name in names:
+        plain = name.replace(".base_layer", "").replace(".original_module", "")
+        in_files[name] = max(plain, apply_renamings(plain, renamings), key=len)
+    return in_files
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -153,16 +300,10 @@ def _numel(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module]) -> int
     return math.prod(layer_features(layer)) if isinstance(layer, nn.Linear) else tensor.numel()
 
 
-def _itemsize(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module], model: nn.Module) -> int:
+def _dense_dtype(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module], model: nn.Module) -> torch.dtype:
     layer = quantized.get(name.removesuffix(".weight"))
-    return tensor.itemsize if layer is None else dense_dtype(layer, model).itemsize
+    return tensor.dtype if layer is None else dense_dtype(layer, model)
 
 
 def _entry_bytes(name: str) -> int:
     return 2 * len(name) + _ENTRY_BYTES
-
-
-def _extra_bytes(name: str, short_side: int, storage: str) -> int:
-    """Return what a factorised layer stores beside its numbers."""
-    index = _INDEX_BYTES * short_side if storage == "pivoted" else 0
-    return index + _MORE_TENSORS[storage] * _entry_bytes(f"{name}.others.weight")

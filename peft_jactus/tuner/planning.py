@@ -248,7 +248,7 @@ class RankPlan:
             form = DENSE if stays_dense(rank, *shape, storage) else storage
             rows.append(LayerRank(name, *shape, rank, form, kept[name]))
         size = self._layers.size
-        return RankSummary(rows, self._asked_ratio, size.num_parameters - size.targeted_parameters)
+        return RankSummary(rows, self._asked_ratio, size.other_parameters, size.shared_parameters)
 
     @property
     def retained_ratio(self) -> float:
@@ -350,7 +350,7 @@ def plan_ranks(
         model = model.get_base_model()
     targets = targeted_modules(model, config)
     statistics = usable_statistics(config, targets, config.statistics if statistics is None else statistics)
-    size = ModelSize.of(model, targets)
+    size = ModelSize.of(model, targets, config)
     ratio = budget_ratio(config, size)
     options = config.factorization_options()
     measured = measure_gains(targets, statistics, options, keep_bytes=0, owners=None, progress_bar=progress_bar)

@@ -58,11 +58,14 @@ class RankSummary:
         asked_ratio: ``retained_ratio`` of the config; ``None`` if it is not known.
         other_parameters: Parameters of the rest of the model, which stays as it is (embeddings, norms, heads,
             experts); ``None`` if it is not known.
+        shared_parameters: How many of these the compressed model has twice, and the dense one once: those of a head
+            that is its embedding, if the head is compressed or trained whole.
     """
 
     rows: list[LayerRank]
     asked_ratio: float | None
     other_parameters: int | None = None
+    shared_parameters: int = 0
 
     @property
     def storage(self) -> str:
@@ -81,7 +84,7 @@ class RankSummary:
         if self.other_parameters is None:
             return None
         stored = sum(row.num_stored for row in self.rows)
-        dense = sum(row.num_dense for row in self.rows)
+        dense = sum(row.num_dense for row in self.rows) - self.shared_parameters
         return (self.other_parameters + stored) / (self.other_parameters + dense)
 
     def __str__(self) -> str:
@@ -103,7 +106,8 @@ class RankSummary:
         )
         if self.other_parameters is not None:
             lines.append(
-                f"The whole model keeps {self.other_parameters + stored:,} of {self.other_parameters + dense:,}: "
+                f"The whole model keeps {self.other_parameters + stored:,} of "
+                f"{self.other_parameters + dense - self.shared_parameters:,}: "
                 f"{self.model_ratio:.1%}"
             )
         return "\n".join(lines)
