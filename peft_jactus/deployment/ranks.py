@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from peft_jactus.deployment.extensions import extensions_in, find_extension
 from peft_jactus.deployment.layers import FactorizedLinear
 from peft_jactus.deployment.quantized_linear import QuantizedLinear
 from peft_jactus.deployment.quantizer import JactusQuantizer
@@ -95,15 +96,27 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
         rows.append(LayerRank(name, out_features, in_features, form.rank, form.storage, form.energy_kept))
     order = {name: position for position, name in enumerate(modules)}
     rows.sort(key=lambda row: order[row.name])
-    names = {name: parameter for name, parameter in model.named_parameters() if not is_on_top(name, modules)}
-    others = _numbers_outside([row.name for row in rows], {name: p.numel() for name, p in names.items()})
-    return RankSummary(rows, quantizer.quantization_config.retained_ratio, others)
+    added = [entry.module_name for entry in extensions_in(model)]
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not is_on_top(name, modules)}
+    sizes |= {name: b.numel() for name, b in model.named_buffers() if name.startswith(_inside(added))}
+    others, of_router = _numbers_outside([row.name for row in rows], sizes, added=added)
+    return RankSummary(rows, quantizer.quantization_config.retained_ratio, others, router_parameters=of_router)
 
 
-def _numbers_outside(layers: Iterable[str], sizes: Mapping[str, int]) -> int:
-    """Count the numbers outside of layers, and their biases, given how many each parameter has, by name."""
-    inside = tuple(f"{name}." for name in layers)
-    return sum(size for name, size in sizes.items() if not name.startswith(inside) or name.endswith("bias"))
+def _numbers_outside(layers: Iterable[str], sizes: Mapping[str, int], *, added: Iterable[str]) -> tuple[int, int]:
+    """Count the numbers outside of layers, and their biases, given how many each parameter has, by name.
+
+    Those of modules that are added to a model, such as a router, are counted for themselves.
+    """
+    inside, of_added = _inside(layers), _inside(added)
+    others = {name: size for name, size in sizes.items() if not name.startswith(inside) or name.endswith("bias")}
+    num_added = sum(size for name, size in others.items() if name.startswith(of_added))
+    return sum(others.values()) - num_added, num_added
+
+
+def _inside(modules: Iterable[str]) -> tuple[str, ...]:
+    """Return how the names of all that is in these modules begin."""
+    return tuple(f"{name}." for name in modules)
 
 
 def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:
@@ -119,8 +132,10 @@ def summary_of_checkpoint(compression: CompressionConfig, shapes: Mapping[str, t
         LayerRank(name, *_stored_features(name, form, shapes), form.rank, form.storage, form.energy_kept)
         for name, form in sorted(compression.layers.items(), key=lambda item: _with_numbers(item[0]))
     ]
-    others = _numbers_outside(compression.layers, {name: math.prod(shape) for name, shape in shapes.items()})
-    return RankSummary(rows, compression.retained_ratio, others)
+    added = [entry.module_name for entry in map(find_extension, compression.extensions) if entry is not None]
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    others, of_router = _numbers_outside(compression.layers, sizes, added=added)
+    return RankSummary(rows, compression.retained_ratio, others, router_parameters=of_router)
 
 
 def summary_of_adapter(config: JactusConfig, shapes: Mapping[str, tuple[int, ...]]) -> RankSummary:

@@ -49,8 +49,13 @@ def stored_parameters(rank: int, out_features: int, in_features: int, storage: S
         storage: ``"factored"``: two factors, ``rank * (out + in)``. ``"pivoted"``: ``rank`` rows of the weight
             and the coefficients of the others, ``rank * (out + in - rank)``.
     """
+    return min(factor_parameters(rank, out_features, in_features, storage), out_features * in_features)
+
+
+def factor_parameters(rank: int, out_features: int, in_features: int, storage: Storage) -> int:
+    """Return how many numbers the factors of a layer have, even if its weight has fewer; see `stored_parameters`."""
     saved = rank if storage == "pivoted" else 0
-    return min(rank * (out_features + in_features - saved), out_features * in_features)
+    return rank * (out_features + in_features - saved)
 
 
 def stays_dense(rank: int, out_features: int, in_features: int, storage: Storage) -> bool:

@@ -10,6 +10,7 @@ from peft_jactus.deployment.config import LayerForm
 from peft_jactus.deployment.copying import structural_copy
 from peft_jactus.deployment.layers import PivotedLinear
 from peft_jactus.deployment.quantizer import JactusQuantizer, check_readable
+from peft_jactus.deployment.ranks import rank_summary
 from peft_jactus.numerics.allocation import stored_parameters
 from peft_jactus.parse.experts import select_experts
 from peft_jactus.parse.installation import ROUTER_FIELD, ROUTER_NAME, check_in_memory, remove_router, router_of
@@ -66,8 +67,15 @@ def static_copy(model: PreTrainedModel, retained_ratio: float | None = None) -> 
         static.set_submodule(name, replacement)
         quantizer.module_forms[name] = LayerForm(replacement.storage, replacement.rank)
     quantizer.quantization_config.extensions.pop(ROUTER_FIELD, None)
-    quantizer.quantization_config.retained_ratio = ratio
+    quantizer.quantization_config.retained_ratio = _share_of_targeted(model, router, ratio)
     return static
+
+
+def _share_of_targeted(model: PreTrainedModel, router: RankRouter, retained_ratio: float) -> float:
+    """Return the ratio with respect to all targeted layers: those that are not routed are kept whole."""
+    routed = int(router.table.dense_costs.sum())
+    targeted = sum(row.num_dense for row in rank_summary(model).rows)
+    return retained_ratio + (1 - retained_ratio) * (targeted - routed) / targeted
 
 
 def _choose(router: RankRouter, retained_ratio: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from peft_jactus.numerics.allocation import DENSE, stored_parameters
+from peft_jactus.numerics.allocation import DENSE, factor_parameters
 
 if TYPE_CHECKING:
     from peft_jactus.numerics.allocation import Storage
@@ -38,10 +38,10 @@ class LayerRank:
 
     @property
     def num_stored(self) -> int:
-        """Parameters that the deployed layer stores."""
+        """Parameters that the deployed layer stores; factors that a router chooses from can have more than the weight."""
         if self.stays_dense:
             return self.num_dense
-        return stored_parameters(self.rank, self.out_features, self.in_features, cast("Storage", self.storage))
+        return factor_parameters(self.rank, self.out_features, self.in_features, cast("Storage", self.storage))
 
     @property
     def stays_dense(self) -> bool:
@@ -60,12 +60,14 @@ class RankSummary:
             experts); ``None`` if it is not known.
         shared_parameters: How many of these the compressed model has twice, and the dense one once: those of a head
             that is its embedding, if the head is compressed or trained whole.
+        router_parameters: Numbers of the router, which the dense model does not have; 0 without one.
     """
 
     rows: list[LayerRank]
     asked_ratio: float | None
     other_parameters: int | None = None
     shared_parameters: int = 0
+    router_parameters: int = 0
 
     @property
     def storage(self) -> str:
@@ -80,12 +82,12 @@ class RankSummary:
 
     @property
     def model_ratio(self) -> float | None:
-        """Share of the whole model's parameters that is kept; ``None`` if it is not known."""
+        """Parameters of the whole model over those of the dense one; ``None`` if they are not known."""
         if self.other_parameters is None:
             return None
         stored = sum(row.num_stored for row in self.rows)
         dense = sum(row.num_dense for row in self.rows) - self.shared_parameters
-        return (self.other_parameters + stored) / (self.other_parameters + dense)
+        return (self.other_parameters + stored + self.router_parameters) / (self.other_parameters + dense)
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.name) for row in self.rows))
@@ -104,10 +106,11 @@ class RankSummary:
             f"{len(self.rows)} targeted layers keep {stored:,} of {dense:,} parameters: {self.retained_ratio:.1%} "
             f"({self.storage})" + ("" if self.asked_ratio is None else f", asked for {self.asked_ratio:.1%}")
         )
+        if self.router_parameters:
+            lines.append(f"The router has {self.router_parameters:,} parameters, which the dense model does not have.")
         if self.other_parameters is not None:
             lines.append(
-                f"The whole model keeps {self.other_parameters + stored:,} of "
-                f"{self.other_parameters + dense - self.shared_parameters:,}: "
-                f"{self.model_ratio:.1%}"
+                f"The whole model keeps {self.other_parameters + stored + self.router_parameters:,} of "
+                f"{self.other_parameters + dense - self.shared_parameters:,}: {self.model_ratio:.1%}"
             )
         return "\n".join(lines)

@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from peft_jactus import DamagedCheckpointError, export_compressed, loading_options
+from peft_jactus import DamagedCheckpointError, export_compressed, loading_options, rank_summary
 from peft_jactus.cli.inspect import inspect_folder
 from peft_jactus.deployment.extensions import find_extension
 from peft_jactus.deployment.remote_code import export_remote_code
@@ -65,6 +65,30 @@ def test_saving_again_changes_nothing(saved, tmp_path_factory):
     configs = [json.loads((place / "config.json").read_text())["quantization_config"] for place in (folder, again)]
     assert configs[0] == configs[1]
     assert configs[0]["router"]["expert_size"] == 2
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("fields", [{}, {"router_kind": "mlp"}], ids=str)
+def test_the_summary_counts_what_is_stored_and_the_router_on_a_line_of_its_own(make, fields, tmp_path):
+    dense = make()
+    model = routed(dense, **fields)
+    model.save_pretrained(tmp_path)
+    held = {name: tensor.numel() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    names = [row.name for row in rank_summary(model).rows]
+    marks = len([name for name in names if held.pop(f"{name}.weight") == 1])  # in the place of the dense weight
+    assert marks == len(names)
+    factors = sum(held[f"{name}.{part}.weight"] for name in names for part in ("down", "up"))
+    targeted = sum(dense.get_submodule(name).weight.numel() for name in names)
+    assert factors > targeted  # two factors of pivoted ranks
+    router = sum(size for name, size in held.items() if name.startswith("rank_router."))
+    stored, whole = sum(held.values()), dense.num_parameters()
+    for summary in (rank_summary(model), inspect_folder(tmp_path).summary):
+        assert summary.retained_ratio == factors / targeted
+        assert summary.model_ratio == stored / whole
+        *_, of_layers, of_router, of_model = str(summary).splitlines()
+        assert f" keep {factors:,} of {targeted:,} parameters: {factors / targeted:.1%}" in of_layers
+        assert of_router == f"The router has {router:,} parameters, which the dense model does not have."
+        assert of_model == f"The whole model keeps {stored:,} of {whole:,}: {stored / whole:.1%}"
 
 
 def test_a_bfloat16_model_keeps_its_router_in_float32(saved):

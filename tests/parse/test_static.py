@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_jactus import rank_summary
-from peft_jactus.parse import initialize_router_, static_copy
+from peft_jactus.parse import RouterConfig, initialize_router_, routed_copy, static_copy
 from peft_jactus.parse.installation import router_of
 from peft_jactus.parse.layer import RoutedLinear
 from tests.parse.test_models import MODELS, inputs_of, run
@@ -57,6 +57,19 @@ def test_what_it_stores_meets_the_ratio(ratio):
     assert not any(isinstance(layer, RoutedLinear) for layer in fixed.modules())
     largest_expert = 2 * 80 / sum(row.num_dense for row in rank_summary(fixed).rows)  # terms, and features
     assert ratio - largest_expert < rank_summary(fixed).retained_ratio <= ratio
+
+
+def test_what_is_asked_counts_the_layers_that_are_not_routed_too():
+    dense = tiny_llama()
+    config = RouterConfig(active_ratio=0.5, expert_size=2)
+    model = routed_copy(static(dense, allocation="global", retained_ratio=0.9), config, progress_bar=False)
+    rows = rank_summary(model).rows
+    whole = sum(row.num_dense for row in rows if row.stays_dense)
+    targeted = sum(row.num_dense for row in rows)
+    assert 0 < whole < targeted
+    summary = rank_summary(static_copy(model, 0.4))
+    assert summary.asked_ratio == pytest.approx((0.4 * (targeted - whole) + whole) / targeted)
+    assert summary.asked_ratio - 2 * 80 / targeted < summary.retained_ratio <= summary.asked_ratio
 
 
 def test_the_default_ratio_is_the_routers_and_the_routed_model_stays_as_it_is():
