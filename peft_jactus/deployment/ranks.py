@@ -104,9 +104,15 @@ def _summary_of_compressed(model: nn.Module, quantizer: JactusQuantizer) -> Rank
 
 
 def _numbers_outside(layers: Iterable[str], sizes: Mapping[str, int], *, added: Iterable[str]) -> tuple[int, int]:
-    """Count the numbers outside of layers, and their biases, given how many each parameter has, by name.
+    """Count the numbers outside of layers, and their biases.
 
-    Those of modules that are added to a model, such as a router, are counted for themselves.
+    Args:
+        layers: Full names.
+        sizes: How many numbers each parameter has, by name.
+        added: Names of modules that the dense model does not have, such as a router.
+
+    Returns:
+        The numbers of the model without what is added, and those of what is added.
     """
     inside, of_added = _inside(layers), _inside(added)
     others = {name: size for name, size in sizes.items() if not name.startswith(inside) or name.endswith("bias")}

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ FEATURE_LENGTH = 0.1
 
 class RankRouter(nn.Module):
     """Scores every rank expert for a prompt, from a mean over its tokens, and runs the best experts.
+
+    Its numbers stay float32 when the model is converted to another dtype.
 
     Args:
         config: Budget, kind and cache.
@@ -206,9 +208,14 @@ class RankRouter(nn.Module):
         return super().train(mode)
 
     # torch has no annotation of this method
-    def _apply(self, *args: Any, **kwargs: Any) -> RankRouter:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RankRouter:
         self.clear_cache()
-        module: RankRouter = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)  # in another dtype, scores would be rounded, and other experts chosen
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        module: RankRouter = super()._apply(moved, *args, **kwargs)  # type: ignore[no-untyped-call]
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from peft_jactus.parse.inputs import check_not_checkpointed, pool_states, prompt
 from peft_jactus.parse.installation import ROUTER_NAME, check_in_memory, router_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -33,6 +33,10 @@ _IMPORTANCE_FLOOR = 1e-6
 # Penalties of the ridge regression, over the largest squared singular value, in powers of ten; the last is as good as
 # no regression.
 _PENALTIES = [exponent / 2 for exponent in range(-8, 9)]
+
+# Of the Trainer and of its arguments.
+_USELESS_OPTIONS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+_USELESS_ARGUMENTS = ("label_smoothing_factor", "bf16_full_eval", "fp16_full_eval")
 
 
 class RouterTrainer(Trainer):
@@ -49,15 +53,15 @@ class RouterTrainer(Trainer):
         train_dataset: Broad text, or other inputs of the model; not only the calibration data.
         active_ratios: Each step draws its budget from this range, so that the router works for the whole range.
         prompt_tokens: For each row, the router sees only the first tokens, as when it continues a prompt. Their number
-            is drawn from this range. Default: all tokens.
+            is drawn from this range; in evaluation, it is the middle. Default: all tokens.
         temperature: Temperature of the soft choice, in units of the scores; see `relaxed_gates`.
         initial_batches: Number of batches that set the router's standardisation and the average worth of each expert
             before the first step (`initialize_router_`). 0 leaves the router as it is.
         **trainer_options: ``eval_dataset``, ``data_collator``, ``callbacks`` and other arguments of the Trainer.
 
     Raises:
-        ValueError: If the model has no router or checkpoints its activations, the corpus is empty, or a range has
-            invalid values.
+        ValueError: If the model has no router or checkpoints its activations, the corpus is empty, a range has
+            invalid values, or an option of the Trainer has no use here.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class RouterTrainer(Trainer):
             raise ValueError(f"`prompt_tokens` must be integers; got {prompt_tokens!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive; got {temperature}.")
+        _check_used(args, trainer_options)
         self.temperature = temperature
         self.initial_batches = initial_batches
         self.routed, self.teacher = model, teacher
@@ -111,27 +116,31 @@ class RouterTrainer(Trainer):
     ) -> Any:
         """Return the divergence from the teacher, in nats a prediction."""
         del num_items_in_batch
-        with torch.no_grad():
+        # accelerate wraps only the router, which is float32 anyway.
+        with torch.no_grad(), self.accelerator.autocast():
             expected = logits_of(self.teacher, inputs)
             states = prompt_states(self.routed, inputs, self.router.router_config.router_input)
-            pooled = pool_states(states, self._prompt_mask(inputs, states))
+        pooled = pool_states(states, self._prompt_mask(inputs, states, drawn=model.training))
         low, high = self.active_ratios
         ratio = low + (high - low) * (float(torch.rand(())) if model.training else 0.5)
         budgets = self.router.budgets(ratio)
         allocation = self.router.router_config.allocation
         gates = relaxed_gates(model(pooled), self.router.table, budgets, allocation, temperature=self.temperature)
-        with self.router.gated(gates):
+        with self.router.gated(gates), self.accelerator.autocast():
             logits = logits_of(self.routed, inputs)
         loss = divergence(expected, logits)[counted_positions(inputs, logits)].mean()
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _prompt_mask(self, inputs: Batch, states: Tensor) -> Tensor | None:
+    def _prompt_mask(self, inputs: Batch, states: Tensor, *, drawn: bool) -> Tensor | None:
         mask = inputs.get("attention_mask")
         if self.prompt_tokens is None:
             return mask
         mask = states.new_ones(states.shape[:2], dtype=torch.int64) if mask is None else mask
         low, high = self.prompt_tokens
-        lengths = torch.randint(low, high + 1, (len(mask), 1), device=mask.device)
+        if drawn:
+            lengths = torch.randint(low, high + 1, (len(mask), 1), device=mask.device)
+        else:
+            lengths = mask.new_full((len(mask), 1), (low + high) // 2)
         return mask * (mask.cumsum(1) <= lengths)
 
     def prediction_step(
@@ -149,6 +158,17 @@ class RouterTrainer(Trainer):
             super()._set_signature_columns_if_needed()
         finally:
             self.model = trained
+
+
+def _check_used(args: TrainingArguments | None, trainer_options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for options of the Trainer that would have no effect."""
+    useless = [name for name in _USELESS_OPTIONS if trainer_options.get(name) is not None]
+    useless += [name for name in _USELESS_ARGUMENTS if getattr(args, name, None)]
+    if useless:
+        raise ValueError(
+            f"`RouterTrainer` has no use for {', '.join(f'`{name}`' for name in useless)}: its loss is the divergence "
+            "from the teacher, and it returns no predictions. Leave this out."
+        )
 
 
 def default_arguments() -> dict[str, Any]:

@@ -38,7 +38,7 @@ class LayerRank:
 
     @property
     def num_stored(self) -> int:
-        """Parameters that the deployed layer stores; factors that a router chooses from can have more than the weight."""
+        """Parameters that the deployed layer stores; with a router, factors can have more than the weight."""
         if self.stays_dense:
             return self.num_dense
         return factor_parameters(self.rank, self.out_features, self.in_features, cast("Storage", self.storage))

@@ -91,6 +91,27 @@ def test_the_summary_counts_what_is_stored_and_the_router_on_a_line_of_its_own(m
         assert of_model == f"The whole model keeps {stored:,} of {whole:,}: {stored / whole:.1%}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("fields", [{}, {"router_kind": "mlp"}], ids=str)
+def test_a_router_stays_float32_and_moves_whatever_its_model_is_converted_to(dtype, fields):
+    model = routed(tiny_llama(), **fields)
+    inputs = inputs_of(model)
+    before = {name: tensor.clone() for name, tensor in model.rank_router.state_dict().items()}
+    pooled = torch.randn(4, model.config.hidden_size)
+    scores = model.rank_router(pooled)
+    expected = run(model, **inputs)
+    model.to(dtype)
+    assert {layer.down.weight.dtype for layer in model.rank_router.layers} == {dtype}
+    for name, tensor in model.rank_router.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+        assert tensor.dtype == torch.float32
+    assert torch.equal(model.rank_router(pooled), scores)
+    if dtype == torch.float64:
+        torch.testing.assert_close(run(model, **inputs), expected.double(), rtol=0, atol=1e-4)
+    model.to(device="meta", dtype=torch.float32)
+    assert all(tensor.is_meta for tensor in (*model.rank_router.parameters(), *model.rank_router.buffers()))
+
+
 def test_a_bfloat16_model_keeps_its_router_in_float32(saved):
     model, folder = saved
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

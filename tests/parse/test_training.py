@@ -201,6 +201,44 @@ def test_a_resumed_training_is_an_uninterrupted_one(tmp_path):
         assert torch.equal(resumed[name], tensor), name
 
 
+def test_mixed_precision_is_that_of_the_models_and_the_router_stays_float32(tmp_path):
+    dense = tiny_llama()
+    model = untrained(dense)
+    seen = {"routed": set(), "teacher": set(), "float32 routed": set()}
+
+    def note(name):
+        return lambda module, args, output: seen[name].add(output.dtype)
+
+    hooks = [part.model.layers[0].mlp.register_forward_hook(note(name)) for name, part in
+             (("routed", model), ("teacher", dense))]  # fmt: skip
+    rows = {"train_dataset": corpus(), "eval_dataset": corpus(seed=1), "initial_batches": 0}
+    trainer = RouterTrainer(model, dense, arguments(tmp_path, bf16=True, use_cpu=True, max_steps=2), **rows)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert seen["routed"] == seen["teacher"] == {torch.bfloat16}
+    assert {tensor.dtype for tensor in model.rank_router.state_dict().values()} == {torch.float32}
+    for hook in hooks:
+        hook.remove()
+    exact = RouterTrainer(model, dense, arguments(tmp_path), **rows).evaluate()["eval_loss"]
+    assert loss != exact
+    assert loss == pytest.approx(exact, rel=0.1)
+
+
+def test_evaluation_with_short_prompts_takes_the_middle_of_their_lengths(tmp_path):
+    dense = tiny_llama()
+    model = routed(dense)
+    router, rows = model.rank_router, corpus(seed=1)
+    args = arguments(tmp_path, per_device_eval_batch_size=len(rows))
+    trainer = RouterTrainer(model, dense, args, train_dataset=corpus(), eval_dataset=rows, prompt_tokens=(2, 8))
+    ids = rows["input_ids"][:]
+    with torch.no_grad():
+        seen = model.get_input_embeddings()(ids[:, :5]).double().mean(1)
+        with router.gated(router.select(seen).float()):
+            served = model(input_ids=ids).logits
+    expected = float(divergence(run(dense, input_ids=ids), served).mean())
+    assert [trainer.evaluate()["eval_loss"] for _ in range(3)] == 3 * [pytest.approx(expected, rel=1e-4)]
+
+
 @pytest.mark.parametrize("make", [tiny_bert, tiny_vit])
 def test_encoders_train_too(make, tmp_path):
     dense = make()
@@ -244,6 +282,14 @@ def test_what_a_trainer_cannot_use(tmp_path):
         RouterTrainer(model, dense, args, train_dataset=corpus(), prompt_tokens=(1.5, 3))
     with pytest.raises(ValueError, match="`temperature` must be positive; got 0"):
         RouterTrainer(model, dense, args, train_dataset=corpus(), temperature=0)
+    for options, of_args, names in (
+        ({"compute_metrics": print, "compute_loss_func": print}, {}, "`compute_loss_func`, `compute_metrics`"),
+        ({"preprocess_logits_for_metrics": print}, {}, "`preprocess_logits_for_metrics`"),
+        ({}, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor`"),
+        ({}, {"bf16_full_eval": True, "use_cpu": True}, "`bf16_full_eval`"),
+    ):
+        with pytest.raises(ValueError, match=f"`RouterTrainer` has no use for {names}: "):
+            RouterTrainer(model, dense, arguments(tmp_path, **of_args), train_dataset=corpus(), **options)
     with pytest.raises(ValueError, match="is too small: one expert in each layer"):
         RouterTrainer(model, dense, args, train_dataset=corpus(), active_ratios=(0.01, 0.4))
     with pytest.raises(ValueError, match="`batches` is empty"):
