@@ -95,10 +95,11 @@ def to_prompt_and_answer(row: dict) -> dict:
 
 source = {"path": "parquet", "data_dir": str(args.data_dir)} if args.data_dir else {"path": args.dataset}
 rows = load_dataset(**source)
-if "test" not in rows:
+if "test" not in rows and "validation" not in rows:
     rows = rows["train"].train_test_split(test_size=args.max_eval_samples, seed=0)
+eval_split = "test" if "test" in rows else "validation"
 rows = DatasetDict(
-    train=rows["train"].shuffle(seed=0), test=rows["test"].shuffle(seed=0)
+    train=rows["train"].shuffle(seed=0), test=rows[eval_split].shuffle(seed=0)
 )  # not args.seed: all seeds see the same rows
 rows = rows.map(to_prompt_and_answer, remove_columns=rows["train"].column_names)
 

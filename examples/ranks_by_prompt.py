@@ -48,12 +48,14 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 source = {"path": "parquet", "data_dir": args.data_dir} if args.data_dir else {"path": args.dataset}
 source |= {} if args.data_dir else {"name": args.dataset_config}
+dataset = load_dataset(**source)
+eval_split = "test" if "test" in dataset else "validation"
 
 
-def load_sequences(split: str, num: int) -> list[dict]:
+def make_sequences(split: str, num: int) -> list[dict]:
     """Join the rows of a split and cut them into sequences of one length."""
     tokens = []
-    for text in load_dataset(**source, split=split).shuffle(seed=0)["text"]:
+    for text in dataset[split].shuffle(seed=0)["text"]:
         tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(tokens) >= num * args.length:
             break
@@ -61,7 +63,7 @@ def load_sequences(split: str, num: int) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in rows[:num]]
 
 
-train, test = load_sequences("train", args.sequences + 128), load_sequences("test", 64)
+train, test = make_sequences("train", args.sequences + 128), make_sequences(eval_split, 64)
 calibration, corpus = train[:128], train[128:]
 
 
