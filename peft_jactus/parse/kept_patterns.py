@@ -273,7 +273,8 @@ def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
         if value is not None:
             raise TypeError(
                 f"`{name}` is a {type(value).__name__}, not a `Cache` of transformers, so it cannot carry the ranks of"
-                " its prompts. Call the model with `use_cache=False`, also in `generate`."
+                " its prompts. Call the model with `use_cache=False`, also in `generate`; `generate_batch` always has"
+                " such a cache, so it cannot be used."
             )
     return None
 

@@ -8,8 +8,8 @@ from peft import get_peft_model
 from peft_jactus import JactusConfig
 from peft_jactus.deployment import compressed_copy
 from peft_jactus.parse import RouterConfig, conversion, installation, routed_copy
-from tests.support.compressed_models import VOCABULARY
-from tests.support.routed_models import randomize_
+from tests.support.compressed_models import VOCABULARY, tiny_llama
+from tests.support.routed_models import randomize_, routed
 
 CONFIG = RouterConfig(active_ratio=0.5, expert_size=2)
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -80,6 +80,19 @@ def test_a_model_that_is_not_known_to_be_so_says_it_when_it_is_called(rows, monk
     with pytest.raises(ValueError, match=rf"called with {rows} rows, but what its router reads has 8.*`static_copy`"):
         model(input_ids=ids)
     assert model.rank_router._state.call is None
+
+
+def test_continuous_batching_says_that_it_cannot_be_used():
+    model = routed(tiny_llama())
+    outputs = model.generate_batch(
+        [[2, 3, 4]],
+        generation_config=transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
+        progress_bar=False,
+    )
+    (output,) = outputs.values()
+    assert output.generated_tokens == []
+    assert "`generate_batch` always has such a cache, so it cannot be used." in output.error
 
 
 @pytest.mark.filterwarnings("ignore:The targeted layers have")
