@@ -66,8 +66,7 @@ LabelColumnOption = Annotated[str, typer.Option(help="Column of the classes. Cau
 TaskOption = Annotated[Task | None, typer.Option(help="Task of the model. Default: the task of its architecture.")]
 MaxBatchesOption = Annotated[int, typer.Option(help="Batches to calibrate on.", min=1)]
 StatisticsMemoryOption = Annotated[
-    str | None,
-    typer.Option(help="Memory limit, such as 8GiB: calibrate only some layers at a time. Default: all at once."),
+    str | None, typer.Option(help="Memory limit, such as 8GiB: calibrate some layers at a time. Default: all at once.")
 ]
 CheckpointingOption = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Calibrate with less memory, for one more forward pass.")
@@ -147,8 +146,10 @@ def inspect(
     """
     from peft_jactus.cli.hub import local_folder
     from peft_jactus.cli.inspect import inspect_folder, verify_contents
+    from peft_jactus.cli.options import check_plot_file
     from peft_jactus.deployment.plots import plot_ranks
 
+    check_plot_file(plot)
     inspection = inspect_folder(local_folder(directory))
     typer.echo(inspection)
     if plot is not None:
@@ -342,9 +343,8 @@ def plan(
         gradient_checkpointing=gradient_checkpointing,
         device=to_device(device),
     )
-    planned = plan_model(calibration)
-    typer.echo(planned)
-    typer.echo(f"\n{curve_table(planned)}")
+    planned = plan_model(calibration, plot)
+    typer.echo(f"{planned}\n\n{curve_table(planned)}")
     if plot is not None:
         plot_plan(planned).savefig(plot, dpi=120)
         typer.echo(f"Plotted to {plot}.")
@@ -377,8 +377,9 @@ def bench(
     events.
     """
     from peft_jactus.cli.bench import compare_models
-    from peft_jactus.cli.options import to_device
+    from peft_jactus.cli.options import check_output_file, to_device
 
+    check_output_file(json_file, "--json")
     comparison = compare_models(
         directory,
         dense,

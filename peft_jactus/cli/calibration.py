@@ -38,6 +38,23 @@ _TASK_BY_ENDING: dict[str, Task] = {
     "ForImageClassification": "image-classification",
 }
 _ALL_LINEAR = "all-linear"
+# What a list of names consists of; a regular expression has other characters.
+_NAMES = re.compile(r"[\w.\-\s,]*")
+# Options of a calibration: their names in `DataOptions` or `Calibration`, and their defaults.
+_CALIBRATION_OPTIONS: dict[str, tuple[str, object]] = {
+    "--dataset": ("dataset", None),
+    "--data-dir": ("data_dir", None),
+    "--dataset-config": ("dataset_config", None),
+    "--split": ("split", "train"),
+    "--text-column": ("text_columns", ("text",)),
+    "--image-column": ("image_column", "image"),
+    "--label-column": ("label_column", "label"),
+    "--batch-size": ("batch_size", 8),
+    "--max-length": ("max_length", None),
+    "--max-batches": ("max_batches", 16),
+    "--max-statistics-memory": ("max_statistics_memory", None),
+    "--gradient-checkpointing": ("gradient_checkpointing", False),
+}
 # Stay dense, whatever the task.
 _HEADS = rf"({'|'.join(sorted(set(itertools.chain.from_iterable(HEAD_NAMES.values()))))})(\..*)?"
 
@@ -123,11 +140,13 @@ class Calibration:
         """Return the config; under 'all-linear', it leaves out the head of this model if it has one.
 
         Raises:
-            ValueError: If a name matches no module.
+            ValueError: If a name, or a regular expression, matches no module.
         """
         targets = self.config.target_modules
         if targets != _ALL_LINEAR:
-            if unmatched := unmatched_names(model, targets or ()):
+            if isinstance(targets, str):
+                _check_matches(targets, model)
+            elif unmatched := unmatched_names(model, targets or ()):
                 raise ValueError(
                     f"--target-modules: {type(model).__name__} has no modules with these names: "
                     f"{describe_unmatched(unmatched)}. Correct them, or leave them out."
@@ -196,7 +215,7 @@ def calibration_from(
         budget: ``retained_ratio``, ``model_ratio`` and ``max_model_size`` of the config, as far as they are given.
         data: What to calibrate on.
         data_free: Decompose without data.
-        target_modules: ``"all-linear"``, or names with commas between them.
+        target_modules: ``"all-linear"``, names with commas between them, or one regular expression.
         storage: As in the config. Default: its own.
         allocation: As in the config.
         **options: Other fields of `Calibration`.
@@ -204,8 +223,11 @@ def calibration_from(
     Raises:
         ValueError: If options contradict each other.
     """
-    if data_free and (data.dataset is not None or data.data_dir is not None):
-        raise ValueError("--data-free excludes --dataset and --data-dir.")
+    given = {**vars(data), **options}
+    defaults = _CALIBRATION_OPTIONS.items()
+    excluded = [option for option, (name, default) in defaults if given.get(name, default) != default]
+    if data_free and excluded:
+        raise ValueError(f"--data-free excludes {', '.join(excluded)}: nothing is calibrated.")
     if sum(value is not None for value in budget) > 1:
         raise ValueError("Give one of --retained-ratio, --model-ratio and --max-size.")
     retained_ratio, model_ratio, max_size = budget
@@ -222,7 +244,22 @@ def calibration_from(
     return Calibration(model, config, None if data_free else data, **options)
 
 
+def _check_matches(expression: str, model: PreTrainedModel) -> None:
+    """Raise `ValueError` if no module's name matches a regular expression as a whole, as PEFT asks for."""
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"--target-modules: {expression!r} is not a regular expression: {error}.") from error
+    if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"--target-modules: the regular expression {expression!r} matches no whole name of a module of "
+            f"{type(model).__name__}. For the ends of names, begin it with '.*'."
+        )
+
+
 def _targets_from(option: str) -> str | list[str]:
+    if not _NAMES.fullmatch(option):
+        return option.strip()
     names = [name for part in option.split(",") if (name := part.strip())]
     if not names:
         raise ValueError(f"--target-modules names nothing; give names with commas between them, or {_ALL_LINEAR}.")

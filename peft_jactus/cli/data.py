@@ -2,13 +2,15 @@
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
+
+from peft_jactus.cli.labels import label_reader
 
 Task = Literal["causal-lm", "sequence-classification", "image-classification"]
 Row = dict[str, Any]
@@ -50,6 +52,8 @@ class DataOptions:
         """
         if (self.dataset is None) == (self.data_dir is None):
             raise ValueError("Give calibration data: either --dataset or --data-dir; or set --data-free.")
+        if self.data_dir is not None and self.dataset_config is not None:
+            raise ValueError("--dataset-config is only for --dataset; leave it out.")
         if self.data_dir is not None and not any(self.data_dir.rglob("*.parquet")):
             raise ValueError(f"--data-dir {self.data_dir} has no *.parquet file in it.")
         if not 1 <= len(self.text_columns) <= (2 if task == "sequence-classification" else 1):
@@ -107,7 +111,7 @@ def make_batches(
         return causal_batches(rows, options, config, processor)
     if task == "sequence-classification" and processor.pad_token is None and options.batch_size > 1:
         raise ValueError("The tokenizer has no padding token; use --batch-size 1.")
-    label_of = _label_reader(config, options.label_column)
+    label_of = label_reader(config, options.label_column, _class_names(rows, options.label_column))
     inputs = image_inputs if task == "image-classification" else text_inputs
     return (
         {**inputs(group, options, config, processor), "labels": torch.tensor([label_of(row) for row in group])}
@@ -171,25 +175,11 @@ def longest_input(options: DataOptions, config: PreTrainedConfig, tokenizer: Any
     return options.max_length
 
 
-def _label_reader(config: PreTrainedConfig, column: str) -> Callable[[Row], int | float]:
-    """Return what gives a row's label as the model counts them."""
-    num_labels = int(cast("int", config.num_labels))
-    numbers = cast("dict[str, int]", config.label2id)
-
-    def label_of(row: Row) -> int | float:
-        label = row[column]
-        if num_labels == 1:
-            return float(label)
-        number = numbers.get(label, -1) if isinstance(label, str) else label
-        if not 0 <= number < num_labels:
-            raise ValueError(
-                f"The model has {num_labels} classes ({list(numbers)[:10]}); the data has the label "
-                f"{label!r} in column {column!r}. Set --label-column, or calibrate on the data that the model was "
-                "fine-tuned on."
-            )
-        return int(number)
-
-    return label_of
+def _class_names(rows: Iterable[Row], column: str) -> list[str] | None:
+    """Return what a data set calls its classes, if it holds their numbers and says so."""
+    feature = (getattr(rows, "features", None) or {}).get(column)
+    names: list[str] | None = getattr(feature, "names", None)  # a `datasets.ClassLabel` has them
+    return names
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

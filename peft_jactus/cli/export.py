@@ -143,7 +143,7 @@ def export_adapter(
 
 def check_dense_options(*options: object) -> None:
     """Raise `ValueError` for options that plain layers have no use for, if one of them is given."""
-    if any(options):
+    if any(option is not None and option is not False for option in options):  # `--bits 0` is given, too
         raise ValueError(
             "--dense writes plain layers to a directory; leave out --storage, --bits, --statistics, --push-to-hub and "
             "--repo-id."

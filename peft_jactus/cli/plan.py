@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peft_jactus.cli.options import check_plot_file
 from peft_jactus.tuner.planning import plan_ranks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft_jactus.cli.calibration import Calibration
     from peft_jactus.tuner.planning import RankPlan
 
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
-def plan_model(calibration: Calibration) -> RankPlan:
-    """Calibrate a model and plan its ranks; nothing is written."""
+def plan_model(calibration: Calibration, plot: Path | None) -> RankPlan:
+    """Calibrate a model and plan its ranks; nothing is written.
+
+    Args:
+        calibration: Of which model, and how.
+        plot: Where the plan will be plotted, if anywhere.
+
+    Returns:
+        The plan. A `ValueError` says if anything of this cannot be done; what costs nothing is checked first.
+    """
+    check_plot_file(plot)
     calibrated = calibration.run()
     return plan_ranks(calibrated.model, calibrated.config)
 

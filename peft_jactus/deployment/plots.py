@@ -53,6 +53,14 @@ def light_and_dark() -> Iterator[None]:
 
 
 @light_and_dark()
+def picture_formats() -> set[str]:
+    """Return the endings of files that a figure can be written to; needs matplotlib."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return set(FigureCanvasBase.get_supported_filetypes())
+
+
+@light_and_dark()
 def plot_ranks(model: nn.Module | RankSummary, adapter_name: str = "default") -> Figure:
     """Plot rank by depth, one line per projection, as in Figure 3 of arXiv:2605.02829; needs matplotlib.
 

@@ -26,7 +26,7 @@ import peft_jactus
 from peft_jactus import JactusConfig, calibrate, export_compressed, loading_options, rank_summary
 from peft_jactus.cli import calibration, hub
 from peft_jactus.cli import export as exporting
-from peft_jactus.cli.data import DataOptions, make_batches
+from peft_jactus.cli.data import DataOptions, make_batches, open_rows
 from peft_jactus.deployment.ranks import summary_of_adapter
 from peft_jactus.tuner.adapter_format import AdapterShape
 from peft_jactus_cli import app
@@ -441,7 +441,7 @@ def test_export_dense_refuses_what_it_cannot_do(home, tmp_path):
     out = tmp_path / "out"
     assert "is not compressed" in refusal("export", home / "llama", out, "--dense")
     assert "neither an adapter nor a checkpoint" in refusal("export", tmp_path / "empty", out, "--dense")
-    for option in (["--storage", "factored"], ["--push-to-hub"], ["--repo-id", "a/b"]):
+    for option in (["--storage", "factored"], ["--push-to-hub"], ["--repo-id", "a/b"], ["--bits", "0"]):
         assert "leave out --storage" in refusal("export", home / "llama-pivoted", out, "--dense", *option)
     assert not out.exists()
 
@@ -631,6 +631,59 @@ def test_classification_batches_are_padded_rows_with_their_labels(home):
     assert batch["labels"].tolist() == [2, 1]
 
 
+def labelled_rows(folder, names, texts):
+    """Write rows of both kinds of data, with the classes by number, and with their names."""
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
+    numbers = [names.index(name) for name in texts]
+    for kind, values, given in (("numbers", numbers, features), ("names", texts, None)):
+        rows = {"text": [f"w{5 + i}" for i in range(len(texts))], "label": values}
+        (folder / kind).mkdir()
+        datasets.Dataset.from_dict(rows, features=given).to_parquet(folder / kind / "train.parquet")
+
+
+def batch_of(folder, names):
+    """Return the only batch that a command would calibrate a model with these classes on, in order."""
+    config = transformers.BertConfig(
+        num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    )
+    options = replace(DATA, data_dir=folder)
+    rows = open_rows(options, "sequence-classification")
+    (batch,) = make_batches(rows, "sequence-classification", options, config, tiny_tokenizer())
+    order = batch["input_ids"][:, 0].argsort()
+    return batch["labels"][order].tolist()
+
+
+@pytest.mark.parametrize("of_model", [["neg", "neu", "pos"], ["Neg", "Neu", "POS"]], ids=str)
+@pytest.mark.parametrize("of_data", [["neg", "neu", "pos"], ["neu", "pos", "neg"], ["pos", "neg"]], ids=str)
+def test_classes_are_found_by_their_names_whatever_numbers_the_data_have(tmp_path, of_data, of_model):
+    labelled_rows(tmp_path, of_data, ["pos", "neg", "neg", of_data[0]])
+    expected = [["neg", "neu", "pos"].index(name) for name in ["pos", "neg", "neg", of_data[0]]]
+    assert batch_of(tmp_path / "numbers", of_model) == expected
+    assert batch_of(tmp_path / "names", of_model) == expected
+
+
+@pytest.mark.parametrize(
+    ("of_data", "of_model"),
+    [
+        (["neu", "pos", "neg"], ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        (["1", "2", "3"], ["0", "1", "2"]),
+        (["class 1", "class 2", "class 3"], ["neu", "pos", "neg"]),
+    ],
+    ids=str,
+)
+def test_names_that_only_count_leave_the_numbers_as_they_are(tmp_path, of_data, of_model):
+    labelled_rows(tmp_path, of_data, [of_data[2], of_data[0], of_data[1]])
+    assert batch_of(tmp_path / "numbers", of_model) == [2, 0, 1]
+
+
+def test_other_names_are_shown_in_a_warning_and_those_that_would_be_mixed_up_are_refused(tmp_path):
+    labelled_rows(tmp_path, ["neg", "pos"], ["pos", "neg"])
+    with pytest.warns(UserWarning, match=r"called \['neg', 'pos'\], those of the model \['BAD', 'GOOD'\]"):
+        assert batch_of(tmp_path / "numbers", ["BAD", "GOOD"]) == [1, 0]
+    with pytest.raises(ValueError, match=r"\['neg', 'pos'\].*\['POS', 'NEGATIVE'\].*not their numbers"):
+        batch_of(tmp_path / "numbers", ["POS", "NEGATIVE"])
+
+
 def test_pairs_of_texts_are_one_input(home):
     config = transformers.AutoConfig.from_pretrained(home / "bert")
     options = replace(DATA, text_columns=("text", "pair"))
@@ -708,6 +761,18 @@ def test_compress_targets_only_the_named_layers(home, tmp_path, name, targets):
     assert names == targets
 
 
+@pytest.mark.parametrize("expression", [r".*\.(q|up)_proj", r"model\.layers\.[0-9]{1,2}\..*[qp]_proj(?<!o_proj)"])
+def test_compress_targets_the_layers_whose_whole_name_a_regular_expression_matches(home, tmp_path, expression):
+    compress(home, "llama", tmp_path / "out", "--data-free", "--target-modules", f" {expression} ")
+    expected = [
+        name
+        for name, module in loaded("llama", home / "llama").named_modules()
+        if re.fullmatch(expression, name) and isinstance(module, torch.nn.Linear)
+    ]
+    assert len(expected) >= 4
+    assert {row.name for row in rank_summary(loaded("llama", tmp_path / "out")).rows} == set(expected)
+
+
 def test_compress_takes_names_with_spaces_and_commas_around_them(home, tmp_path):
     compress(home, "llama", tmp_path / "out", "--data-free", "--target-modules", "q_proj, up_proj,")
     names = {row.name.rpartition(".")[2] for row in rank_summary(loaded("llama", tmp_path / "out")).rows}
@@ -725,6 +790,10 @@ def test_a_misspelt_target_is_refused_before_the_calibration(home, tmp_path, com
     rows = ("--data-dir", home / "rows")
     message = refusal(command, home / "llama", *out, *rows, "--target-modules", "q_proj,v_porj")
     assert "--target-modules: LlamaForCausalLM has no modules with these names: 'v_porj' (similar: v_proj" in message
+    message = refusal(command, home / "llama", *out, *rows, "--target-modules", "(q|v)_proj")
+    assert "the regular expression '(q|v)_proj' matches no whole name of a module of LlamaForCausalLM" in message
+    message = refusal(command, home / "llama", *out, *rows, "--target-modules", "*.q_proj")
+    assert "--target-modules: '*.q_proj' is not a regular expression: nothing to repeat" in message
     message = refusal(command, home / "llama", *out, *rows, "--target-modules", " , ")
     assert "--target-modules names nothing; give names with commas between them, or all-linear." in message
     assert not (tmp_path / "out").exists()
@@ -795,6 +864,33 @@ REFUSED = {
     "unknown split": (("--data-dir", "{home}/rows", "--split", "test"), "split"),
     "ratio": (("--data-free", "--retained-ratio", "1.5"), "`retained_ratio` must be in"),
     "device": (("--data-free", "--device", "nonsense"), "--device nonsense cannot be used"),
+    "columns and data-free": (
+        (
+            "--data-free",
+            "--split",
+            "test",
+            "--text-column",
+            "body",
+            "--label-column",
+            "topic",
+            "--image-column",
+            "img",
+        ),
+        "--data-free excludes --split, --text-column, --image-column, --label-column: nothing is calibrated",
+    ),
+    "batches and data-free": (
+        ("--data-free", "--batch-size", "4", "--max-length", "16", "--max-batches", "2", "--gradient-checkpointing"),
+        "--data-free excludes --batch-size, --max-length, --max-batches, --gradient-checkpointing: nothing",
+    ),
+    "memory and data-free": (("--data-free", "--max-statistics-memory", "8GiB"), "excludes --max-statistics-memory:"),
+    "configuration and data-free": (
+        ("--data-free", "--dataset-config", "x"),
+        "--data-free excludes --dataset-config:",
+    ),
+    "configuration of a directory": (
+        ("--data-dir", "{home}/rows", "--dataset-config", "x"),
+        "--dataset-config is only for --dataset; leave it out",
+    ),
     "three text columns": (("--data-dir", "{home}/rows", *(("--text-column", "text") * 3)), "--text-column must be"),
 }
 
@@ -886,6 +982,31 @@ def test_bench_refuses_what_it_cannot_time(home):
     assert "--sequence-length must be at most 48" in refusal(
         "bench", home / "llama-pivoted", "--sequence-length", "49", "--device", "cpu"
     )
+
+
+# -- files that are written at the end -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(["inspect"], "--plot"), (["plan", "--data-free"], "--plot"), (["bench"], "--json")],
+    ids=str,
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(home, tmp_path, monkeypatch, command, option):
+    for place in ("cli.inspect.inspect_folder", "cli.calibration.load_pretrained", "cli.bench.load_pair"):
+        monkeypatch.setattr(f"peft_jactus.{place}", lambda *_, **__: pytest.fail("the work was begun"))
+    command = [*command, home / ("llama" if command[0] == "plan" else "llama-pivoted")]
+    missing = tmp_path / "missing"
+    message = refusal(*command, option, missing / "file.png")
+    assert f"{option} {missing / 'file.png'}: there is no directory {missing}. Make it first." in message
+    if option == "--plot":
+        for name in ("plot", "plot.doc"):
+            message = refusal(*command, option, tmp_path / name)
+            assert f"--plot {tmp_path / name}: the name must end in one of ." in message
+            assert ".png, " in message
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write to everything
+    assert "cannot be written: permission denied" in refusal(*command, option, tmp_path / "file.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- places -----------------------------------------------------------------------------------------------
