@@ -56,7 +56,7 @@ class RouterTrainer(Trainer):
             is drawn from this range; in evaluation, it is the middle. Default: all tokens.
         temperature: Temperature of the soft choice, in units of the scores; see `relaxed_gates`.
         initial_batches: Number of batches that set the router's standardisation and the average worth of each expert
-            before the first step (`initialize_router_`). 0 leaves the router as it is.
+            before the first step (`initialize_router_`), in the dtype of the models. 0 leaves the router as it is.
         **trainer_options: ``eval_dataset``, ``data_collator``, ``callbacks`` and other arguments of the Trainer.
 
     Raises:
