@@ -69,6 +69,15 @@ class DecompositionOptions:
         return self.decomposition != "svd"
 
     @property
+    def averages_positions(self) -> bool:
+        """Whether the error that is minimised is a mean over positions: times their number, layers compare.
+
+        Covariances are such means. So is the metric of ``asvd``: what weighs a squared error is its scale squared,
+        ``mean |x|``. The Fisher information of ``fwsvd`` is a sum already, and ``svd`` counts nothing.
+        """
+        return self.decomposition not in ("fwsvd", "svd")
+
+    @property
     def needs_row_fisher(self) -> bool:
         """Whether the calibration must sum the squared gradients of each row."""
         return self.decomposition == "fwsvd"

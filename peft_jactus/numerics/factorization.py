@@ -226,8 +226,9 @@ def layer_gains(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     # K-FAC's Fisher matrix of a layer that is applied to N positions is N C_g (x) C_x: layers that see one
-    # position for each example (a pooler) compare with those that see every token.
-    weighting = 1 if statistics is None else statistics.num_tokens
+    # position for each example (a pooler) compare with those that see every token. What is no mean stays as it is,
+    # also where there are statistics for another reason: adaptation ranks start along them.
+    weighting = statistics.num_tokens if statistics is not None and options.averages_positions else 1
     gains = LayerGains(
         out_features=weight.shape[0],
         in_features=weight.shape[1],

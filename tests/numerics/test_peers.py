@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-from peft_jactus import CalibrationStatistics, JactusConfig, calibrate, rank_summary
+from peft_jactus import CalibrationStatistics, JactusConfig, calibrate, plan_ranks, rank_summary
+from peft_jactus.numerics.allocation import LayerGains, allocate
 from peft_jactus.numerics.approximation import project_weight
 from peft_jactus.numerics.moments import LayerStatistics
+from tests.support import oracles
 from tests.support.compressed_models import VOCABULARY, batches_for, logits_of, tiny_bert, tiny_gpt2, tiny_llama
 from tests.support.options import decomposition_options
 from tests.support.strategies import moment_from, randn, seeds
@@ -167,6 +169,86 @@ def test_only_fwsvd_collects_fisher_information():
     fwsvd.statistics = statistics
     with pytest.raises(ValueError, match=r'no Fisher information of bert\.encoder.*Calibrate for "fwsvd"'):
         get_peft_model(model, fwsvd)
+
+
+# -- ranks ------------------------------------------------------------------------------------------------
+
+
+class Pooled(torch.nn.Module):
+    """One layer sees all 24 tokens of an example, the other one just their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.pooler, self.head = (torch.nn.Linear(12, dim, bias=False) for dim in (12, 12, 2))
+
+    def forward(self, x, labels=None):
+        logits = self.head(self.pooler(self.encoder(x).tanh().mean(1)).tanh())
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def pooled_and_batches():
+    torch.manual_seed(0)
+    model = Pooled().double()
+    model.pooler.weight.data.mul_(3)
+    return model, [{"x": randn(seed, 20, 24, 12), "labels": torch.arange(20) % 2} for seed in range(2)]
+
+
+def examples_of(batch):
+    return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+
+
+def ranks_by_peer(decomposition, adaptation_init="gradient"):
+    model, batches = pooled_and_batches()
+    config = JactusConfig(
+        target_modules=["encoder", "pooler"],
+        decomposition=decomposition,
+        retained_ratio=0.5,
+        adaptation_rank=2,
+        adaptation_init=adaptation_init,
+        shrinkage=0.0,
+        damping=1e-12,
+    )
+    return plan_ranks(model, config, calibrate(model, config, batches, progress_bar=False), progress_bar=False).ranks
+
+
+def summed_errors(decomposition, weight, inputs, gradients):
+    """Return a matrix of the weight whose squared singular values are errors, summed over all that a layer saw.
+
+    Vectors are ``(examples, positions, dim)``.
+    """
+    fisher = torch.einsum("npi,npj->nij", gradients, inputs).square().sum((0, 2))  # of examples, rows
+    inputs, gradients = inputs.flatten(0, 1), gradients.flatten(0, 1)
+    if decomposition == "fwsvd":
+        return fisher.sqrt()[:, None] * weight
+    if decomposition == "asvd":
+        return weight * inputs.abs().sum(0).sqrt()
+    left, right = (torch.linalg.cholesky(vectors.T @ vectors) for vectors in (gradients, inputs))
+    if decomposition == "svd-llm":
+        return weight @ right
+    return weight if decomposition == "svd" else left.T @ weight @ right / len(inputs) ** 0.5
+
+
+@pytest.mark.parametrize("decomposition", PEERS)
+def test_ranks_go_where_the_summed_error_of_the_peer_is_most(decomposition):
+    model, batches = pooled_and_batches()
+    names, examples = ("encoder", "pooler"), [example for batch in batches for example in examples_of(batch)]
+    tokens = oracles.calibration_tokens(model, names, examples, lambda model, example: model(**example)["loss"])
+    gains = {}
+    for name in names:
+        found = (tokens[name].inputs, tokens[name].gradients)
+        vectors = [torch.stack(each).reshape(len(examples), -1, 12) for each in found]
+        weight = model.get_submodule(name).weight.detach()
+        energies = torch.linalg.svdvals(summed_errors(decomposition, weight, *vectors)).square()
+        gains[name] = LayerGains(12, 12, energies, float(energies.sum())).with_adaptation(2)
+    fields = JactusConfig().factorization_options()
+    options = {field: getattr(fields, field) for field in ("storage", "rank_floor", "rank_multiple")}
+    expected = allocate(gains, retained_ratio=0.5, strategy="global", fixed_ranks={}, **options).ranks
+    assert ranks_by_peer(decomposition) == expected
+
+
+@pytest.mark.parametrize("adaptation_init", ["gradient", "inputs"])
+def test_ranks_of_svd_do_not_depend_on_statistics_for_something_else(adaptation_init):
+    assert ranks_by_peer("svd", adaptation_init) == ranks_by_peer("svd", "random")
 
 
 # -- through the public API -------------------------------------------------------------------------------
