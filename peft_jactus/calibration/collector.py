@@ -220,11 +220,12 @@ class StatisticsCollector:
             output.requires_grad_(True)
         reading = self._reading(name, tensor)
         reading.saved[name] = _saved(tensor)
-        output.register_hook(  # type: ignore[no-untyped-call]  # torch has no annotation here
-            functools.partial(self._on_gradient, name, reading)
+        hooked = output if starts_graph else _keeps_hooks(output)
+        (output if hooked is None else hooked).register_hook(  # type: ignore[no-untyped-call]  # torch: no annotation
+            functools.partial(self._on_gradient, name, reading, output.shape)
         )
         # A leaf must not be changed in place, as by nn.ReLU(inplace=True).
-        return output.clone() if starts_graph else None
+        return output.clone() if starts_graph or hooked is None else None
 
     def _reading(self, name: str, tensor: Tensor) -> _Reading:
         """Return the reading that a call of module ``name`` with ``tensor`` belongs to."""
@@ -235,7 +236,8 @@ class StatisticsCollector:
             self._readings[tensor] = reading
         return reading
 
-    def _on_gradient(self, name: str, reading: _Reading, gradient: Tensor) -> None:
+    def _on_gradient(self, name: str, reading: _Reading, shape: torch.Size, gradient: Tensor) -> None:
+        gradient = gradient.reshape(shape)
         if reading.saved:
             self._add_input(name, reading)
         if self._needs.row_fisher:
@@ -281,6 +283,21 @@ class StatisticsCollector:
         for part in parts[1:]:
             total.merge_(part)
         return total
+
+
+def _keeps_hooks(output: Tensor) -> Tensor | None:
+    """Return the tensor whose hooks get the gradient of a layer's output also if that is changed in place later.
+
+    A change of a view, as `nn.Linear` gives it for three dimensions, leaves its own node out of the graph, and the
+    hooks with it, but not the node of its base. With a base of other numbers, or in another order, it is ``None``.
+    """
+    base = output._base
+    if base is None or not base.requires_grad:  # autograd lets nobody change a view that a custom function returned
+        return output
+    node = output.grad_fn
+    assert node is not None
+    is_all = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if is_all and node.next_functions == ((base.grad_fn, base.output_nr),) else None
 
 
 def _kept_positions(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_jactus import JactusConfig, calibrate
 from tests.support import oracles
@@ -35,14 +36,65 @@ def two_layers(*between):
         return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3)).double()
 
 
+@pytest.mark.parametrize("shape", [(10, 4), (2, 5, 4)], ids=["vectors", "sequences"])  # an output of these is a view
 @pytest.mark.parametrize("frozen_below", [True, False])
-def test_an_operation_in_place_on_the_output_changes_nothing(frozen_below):
+def test_an_operation_in_place_on_the_output_changes_nothing(frozen_below, shape):
     """Also for the first layer, whose output starts the graph."""
     below = [] if frozen_below else [nn.Linear(4, 4).double()]
     in_place = nn.Sequential(*below, *two_layers(nn.ReLU(inplace=True)))
     out_of_place = nn.Sequential(*below, *two_layers(nn.ReLU()))
-    x = randn(0, 10, 4)
+    x = randn(0, *shape)
     assert_same_statistics(run_on_vectors(in_place, x), run_on_vectors(out_of_place, x))
+
+
+class PositionsFirst(nn.Linear):
+    """Its output is a view that has another order than what was computed."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, whose first output is changed before the second call."""
+
+    def __init__(self, layer_class, change, checkpointing):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.below, self.layer = nn.Linear(4, 6).double(), layer_class(6, 6).double()
+        self.change, self.checkpointing = change, checkpointing
+
+    def forward(self, x):
+        x = self.below(x).tanh()
+        if self.checkpointing is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.checkpointing == "reentrant")
+
+    def block(self, x):
+        return self.layer(self.change(self.layer(x)))
+
+
+def change_a_part_(x):
+    x[..., :2] = 0
+    return x.mul_(2)
+
+
+def change_a_part(x):
+    return 2 * torch.cat([torch.zeros_like(x[..., :2]), x[..., 2:]], dim=-1)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "saved tensors"])
+@pytest.mark.parametrize("layer_class", [nn.Linear, PositionsFirst])
+@pytest.mark.parametrize(
+    ("in_place", "out_of_place"), [(torch.relu_, torch.relu), (change_a_part_, change_a_part)], ids=["all", "a part"]
+)
+def test_nor_does_it_at_one_of_several_calls(layer_class, in_place, out_of_place, checkpointing):
+    x = randn(0, 2, 5, 4)
+    found = run_on_vectors(Twice(layer_class, in_place, checkpointing), x)
+    assert found["layer"].num_tokens == 20
+    model = Twice(layer_class, out_of_place, None)
+    assert_same_statistics(found, run_on_vectors(model, x))
+    assert_statistics_of(found, vectors_tokens(model, ["below", "layer"], x))
 
 
 class Repeated(nn.Module):
