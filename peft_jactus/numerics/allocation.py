@@ -163,10 +163,11 @@ def allocate(
         storage: How the deployed layer is stored, that is, what a rank costs.
         rank_floor: Least rank of a layer under ``"global"``, as a share of its uniform rank, in [0, 1].
         rank_multiple: What ranks are multiples of, in layers whose full rank is 32 times as large or more.
-        fixed_ranks: Ranks that were decided by the user. They are paid from the budget.
+        fixed_ranks: Ranks that are decided already. They are paid from the budget.
 
     Returns:
-        The ranks. A layer whose factors would cost as much as its weight gets full rank, to stay dense.
+        The ranks, the fixed ones as they are. Another layer whose factors would cost as much as its weight gets full
+        rank, to stay dense.
 
     Raises:
         ValueError: If the fixed ranks leave too little for one rank in each other layer.

@@ -14,7 +14,7 @@ import torch
 
 from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.adaptation import capped_adaptation_rank, in_space_of, starting_directions
-from peft_jactus.numerics.allocation import Allocation, LayerGains, Storage, allocate
+from peft_jactus.numerics.allocation import Allocation, LayerGains, Storage, allocate, stays_dense
 from peft_jactus.numerics.approximation import DecompositionOptions, project, project_weight
 from peft_jactus.numerics.frozen_weight import FrozenWeight
 from peft_jactus.numerics.interpolation import InterpolativeBasis, interpolative_basis
@@ -171,13 +171,14 @@ def choose_ranks(
     Args:
         gains: By module name, see `layer_gains`.
         options: Budget and allocation.
-        fixed_ranks: Ranks that the user decided, by module name.
+        fixed_ranks: Ranks that the user decided, by module name. One whose factors would cost as much as the weight
+            means full rank.
         asked_budget: The budget as the user gave it, for messages. Default: the share in ``options``.
 
     Returns:
         The ranks. A `ValueError` says if the fixed ones leave too little for the others.
     """
-    fixed_ranks = {name: _cap_to_subspace(name, rank, gains[name]) for name, rank in fixed_ranks.items()}
+    fixed_ranks = {name: _fixed_rank(name, rank, gains[name], options.storage) for name, rank in fixed_ranks.items()}
     allocation = allocate(
         gains,
         retained_ratio=options.retained_ratio,
@@ -238,19 +239,20 @@ def layer_gains(
     return gains.with_adaptation(adaptation_rank), projected
 
 
-def _cap_to_subspace(name: str, rank: int, gains: LayerGains) -> int:
+def _fixed_rank(name: str, rank: int, gains: LayerGains, storage: Storage) -> int:
+    """Return what a rank that the user decided comes to: full rank where factors would cost as much as the weight."""
     max_rank = gains.gains.numel()
-    if rank <= max_rank:
-        return rank
-    if rank >= gains.full_rank:
+    within = min(rank, max_rank)
+    if rank >= gains.full_rank or stays_dense(within, gains.out_features, gains.in_features, storage):
         return gains.full_rank
-    warnings.warn(
-        f"{name}: rank {rank} was asked for, but the union of subspaces has {max_rank} dimensions; rank {max_rank} "
-        "is used. Raise `weight_energy`, `input_energy` or `gradient_energy` to widen it.",
-        NumericalWarning,
-        stacklevel=3,
-    )
-    return max_rank
+    if rank > max_rank:
+        warnings.warn(
+            f"{name}: rank {rank} was asked for, but the union of subspaces has {max_rank} dimensions; rank "
+            f"{max_rank} is used. Raise `weight_energy`, `input_energy` or `gradient_energy` to widen it.",
+            NumericalWarning,
+            stacklevel=3,
+        )
+    return within
 
 
 def factorize(

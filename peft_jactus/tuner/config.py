@@ -65,7 +65,8 @@ class JactusConfig(PeftConfig):
         metadata={
             "help": (
                 "Ranks that you set, by full module name or regular expression. They count towards the budget; the "
-                "other layers share the rest. A rank above min(out, in) means full rank."
+                "other layers share the rest. A rank whose factors would not be smaller than the weight means full "
+                "rank: the layer stays dense."
             )
         },
     )

@@ -157,6 +157,29 @@ def test_a_fixed_rank_above_full_rank_means_full_rank_without_a_warning(weights)
     assert ranks == {"query": 6, "up": 8, "down": 8}
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(3, 3), (4, 8), (5, 8), (7, 8)])
+def test_a_fixed_rank_whose_factors_cost_as_much_as_the_weight_means_full_rank(rank, expected):
+    """With two factors, rank 4 of 8 x 8 takes 64 numbers."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    weight = model[0].weight.detach().clone()
+    config = JactusConfig(
+        target_modules=["0", "1"],
+        decomposition="svd",
+        storage="factored",
+        adaptation_rank=0,
+        retained_ratio=0.9,
+        rank_pattern={"0": rank},
+    )
+    plan = plan_ranks(model, config, progress_bar=False)
+    summary = rank_summary(get_peft_model(model, config))
+    for row in (plan.summary.rows[0], summary.rows[0]):
+        assert (row.rank, row.stays_dense) == (expected, expected == 8)
+        assert row.energy_kept == 1 or not row.stays_dense
+    assert config.layer_ranks["0"] == expected
+    error = torch.linalg.norm(model.get_submodule("0").get_dense_weight("default") - weight)
+    assert (error < 1e-5) == (expected == 8)
+
+
 def test_a_fixed_rank_above_the_union_is_capped_with_a_warning(weights, statistics):
     narrow = decomposition_options(weight_energy=0.1, input_energy=0, gradient_energy=0, shrinkage=0.0, damping=0.0)
     options = factorization_options(decomposition=narrow)
