@@ -49,9 +49,10 @@ def check_can_be_made(config: JactusConfig) -> None:
     """Check, before any work, that an adapter of this config can be made or loaded here.
 
     Raises:
-        ValueError: If it was saved in a format that this version would misread. An `ImportError` says if it needs what
-            is not installed.
+        ValueError: If it was saved in a format that this version would misread, or a field was set to what it cannot
+            have. An `ImportError` says if it needs what is not installed.
     """
+    check_config(config)
     if config.from_checkpoint and config.adapter_format not in READABLE_FORMATS:
         raise ValueError(
             f"The adapter has format {config.adapter_format} (written by peft-jactus {config.peft_jactus_version}); "

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.base_weights import dense_dtype, float_weight, layer_features
-from peft_jactus.tuner.config_checks import targets_all_linear
+from peft_jactus.tuner.config_checks import check_config, targets_all_linear
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.quantized_bases import check_method
 from peft_jactus.tuner.target_checks import (
@@ -63,9 +63,10 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     """Return the modules that ``config`` targets, by full name, in the model's order; change neither.
 
     Raises:
-        ValueError: If the targets are missing or match nothing. A `TypeError` names a module that has no factors, or
-            a quantized one that can't be used.
+        ValueError: If the targets are missing or match nothing, or a field was set to what it cannot have. A
+            `TypeError` names a module that has no factors, or a quantized one that can't be used.
     """
+    check_config(config)
     check_method(model)
     asked, config = config.target_modules, _resolve_shorthand(model, config)
     modules = dict(model.named_modules())

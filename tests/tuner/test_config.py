@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import math
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from peft import PeftConfig, get_peft_model
 
-from peft_jactus import JactusConfig, calibrate
+from peft_jactus import JactusConfig, calibrate, plan_ranks
 from tests.support.strategies import statistics_of
 from tests.support.tiny_models import classified_texts, tiny_bert
 
@@ -84,6 +85,28 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(name, values):
 def test_what_is_no_number_is_refused_by_the_name_of_its_field(name, value):
     with pytest.raises(TypeError, match=f"^`{name}` must be a number; got {value!r}"):
         JactusConfig(**{name: value})
+
+
+USES = {
+    "get_peft_model": get_peft_model,
+    "plan_ranks": functools.partial(plan_ranks, progress_bar=False),
+    "calibrate": lambda model, config: calibrate(model, config, classified_texts(), progress_bar=False),
+}
+
+
+@pytest.mark.parametrize("use", sorted(USES))
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("retained_ratio", 50, ValueError), ("damping", "small", TypeError), ("rank_floor", 7, ValueError)],
+)
+def test_a_bad_value_that_was_set_later_is_refused_where_the_config_is_used(name, value, error, use):
+    model = tiny_bert()
+    modules = dict(model.named_modules())
+    config = JactusConfig(target_modules=["query"], decomposition="svd", retained_ratio=0.5)
+    setattr(config, name, value)
+    with pytest.raises(error, match=f"`{name}`"):
+        USES[use](model, config)
+    assert dict(model.named_modules()) == modules
 
 
 @pytest.mark.parametrize("value", [None, ["query"], 8], ids=repr)
