@@ -96,15 +96,15 @@ class FrozenWeight:
         """Map the gradient of what `after_factor` returns to that of its inputs."""
         return self.basis.project(gradient) if self.by_rows else gradient
 
-    def scales_of_adaptation(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def scales_of_adaptation(self, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
         """Return what ``down`` and ``up`` of an adapted factor are multiplied with, for basis columns of length one.
 
         So a step of an optimizer in any of their numbers changes the weight alike (cf. `core_product`). The first is
         ``(1, rank)`` if the factor holds columns, the second ``(rank, 1)`` if it holds rows; the other is one.
         """
         scales = self.basis.column_norms().reciprocal().to(dtype)
-        one = scales.new_ones(1)
-        return (one, scales.unsqueeze(1)) if self.by_rows else (scales.unsqueeze(0), one)
+        # A number: torch.compile fails where it makes a tensor of ones once more for the gradient (inductor, float32).
+        return (1.0, scales.unsqueeze(1)) if self.by_rows else (scales.unsqueeze(0), 1.0)
 
     def adapted(self, down: Tensor, up: Tensor) -> FrozenWeight:
         """Return the weight with ``factor + up down`` in place of the factor, both scaled as for `adapted_product`."""

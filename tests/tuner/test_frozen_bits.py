@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 import sys
 
 import pytest
@@ -179,6 +180,25 @@ def test_torch_compile_needs_no_graph_break(bits, dtype):
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], **tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("layer_name", ["q_proj", "gate_proj"])  # held by rows, and by columns
+def test_what_torch_compile_makes_of_the_retained_space_trains(layer_name, bits):
+    torch._dynamo.reset()
+    model = trained(tiny_llama(), **ADAPTING, frozen_bits=bits, adaptation_space="retained")
+    layer = next(layer for name, layer in layers_of(model).items() if name.endswith(layer_name))
+    x = torch.randn(5, layer.in_features)
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        found.append([tensor.grad for tensor in layer.parameters() if tensor.requires_grad])
+    assert len(found[0]) == 2
+    torch.testing.assert_close(found[1], found[0], **FLOAT32)
 
 
 @pytest.mark.parametrize("strict", [False, True])
