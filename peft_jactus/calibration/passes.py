@@ -30,7 +30,7 @@ from peft_jactus.calibration.unusable import ADVICE, exclude_, find_unusable, re
 from peft_jactus.calibration.weight_watch import WeightWatch
 from peft_jactus.tuner.base_weights import passes_gradients, quantization_of
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.targeting import base_layer_of, targeted_modules
+from peft_jactus.tuner.targeting import base_layer_of, check_finite, targeted_modules
 
 if TYPE_CHECKING:
     import os
@@ -312,6 +312,7 @@ def _check_weights(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
                 f"{name}: its dense weight was freed when the model was compressed, so it cannot be calibrated. "
                 "Calibrate the dense model, or compress it with `keep_base_weights=True`."
             )
+    check_finite(targets)
     _check_gradients(targets)
 
 

@@ -20,6 +20,7 @@ from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.model_size import ModelSize, budget_ratio
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
 from peft_jactus.tuner.targeting import (
+    check_finite,
     dense_weight,
     features_of,
     has_bias,
@@ -82,8 +83,9 @@ def measure_gains(
         progress_bar: Show a bar over the layers.
 
     Returns:
-        The measurement. A `ValueError` names a module whose statistics cannot be used.
+        The measurement. A `ValueError` names a module whose statistics cannot be used, or whose weight is not finite.
     """
+    check_finite(targets)  # all of them first: in each process, and before the work
     gains: dict[str, LayerGains] = {}
     projections: dict[str, ProjectedWeight] = {}
     mine = [name for name in targets if owners is None or owners[name] == process_index()]

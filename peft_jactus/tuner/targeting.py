@@ -9,6 +9,7 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, cast
 
+import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -38,9 +39,8 @@ from peft_jactus.tuner.target_checks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    import torch
     from torch import Tensor, nn
 
     from peft_jactus.tuner.config import JactusConfig
@@ -242,6 +242,22 @@ def dense_weight(module: nn.Module) -> Tensor:
     module = base_layer_of(module)
     weight = float_weight(module)
     return weight.mT if isinstance(module, Conv1D) else weight
+
+
+@torch.no_grad()
+def check_finite(targets: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` naming all ``targets`` whose weight has a number that is not finite; one at a time is loaded."""
+    if broken := [name for name, module in targets.items() if not _is_finite(module)]:
+        raise ValueError(
+            f"{', '.join(broken)}: the weight holds NaN or infinite numbers, so it cannot be approximated. Load the "
+            "model again, from an undamaged checkpoint and, if they are too large for its dtype, in bf16 or fp32; or "
+            "add the name to `exclude_modules`."
+        )
+
+
+def _is_finite(module: nn.Module) -> bool:
+    with weight_loaded(module):
+        return bool(torch.isfinite(dense_weight(module)).all())
 
 
 def dense_weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
