@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, get_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import load_peft_weights, register_peft_method
+from safetensors import SafetensorError
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -21,12 +26,12 @@ from peft_jactus.deployment.model_card import add_adapter_loading
 from peft_jactus.deployment.quantizer import JactusQuantizer
 from peft_jactus.tuner.checkpoint_checks import check_heads_in_file
 from peft_jactus.tuner.config import JactusConfig
+from peft_jactus.tuner.first_adapter import check_file, check_generates, put_back_if_it_fails
 from peft_jactus.tuner.model import JactusModel
 from peft_jactus.tuner.peft_type import NAME, jactus_peft_type
 from peft_jactus.tuner.snapshot import all_or_no_switches, all_or_nothing
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Callable
 
     from peft_jactus.deployment.extensions import CheckpointExtension
@@ -82,6 +87,10 @@ def _register_tuner() -> None:
         _naming_missing_heads(PeftModel.load_adapter),
     ):
         setattr(PeftModel, changed.__name__, changed)
+    for kind in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
+        kind.__init__ = _making_whole_models(vars(kind)["__init__"])  # type: ignore[misc]
+    loading = _loading_whole_models(vars(PeftModel)["from_pretrained"].__func__)
+    setattr(PeftModel, loading.__name__, classmethod(loading))
     for method, guard in (
         (PeftModel.add_adapter, all_or_nothing),
         (PeftModel.load_adapter, all_or_nothing),
@@ -171,6 +180,73 @@ def _naming_missing_heads(load: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return load_adapter
+
+
+@dataclass(frozen=True)
+class _File:
+    """What `from_pretrained` will load, once the model is made.
+
+    Attributes:
+        read: Returns its tensors.
+        any_shape: Whether heads of other shapes are left out.
+        until_loaded: Closed once it is loaded.
+    """
+
+    read: Callable[[], dict[str, Any]]
+    any_shape: bool
+    until_loaded: contextlib.ExitStack
+
+
+_FILE: ContextVar[_File | None] = ContextVar("_FILE", default=None)
+
+
+def _making_whole_models(make: Callable[..., None]) -> Callable[..., None]:
+    # PEFT asks for what a task needs, and reads an adapter's file, when the dense weights are gone. Its classes for
+    # tasks change the config before that.
+
+    @functools.wraps(make)
+    def made(self: PeftModel, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(peft_config, JactusConfig):
+            make(self, model, peft_config, *args, **kwargs)
+            return
+        file = _FILE.get()
+        _FILE.set(None)
+        if file is not None:
+            if peft_config.from_checkpoint:
+                adapter_name = args[0] if args else kwargs.get("adapter_name", "default")
+                check_file(model, peft_config, adapter_name, file.read(), any_shape=file.any_shape)
+            file.until_loaded.enter_context(put_back_if_it_fails(model, peft_config))
+        if isinstance(self, PeftModelForCausalLM | PeftModelForSeq2SeqLM):
+            check_generates(model, peft_config)
+        with put_back_if_it_fails(model, peft_config):
+            make(self, model, peft_config, *args, **kwargs)
+
+    return made
+
+
+def _loading_whole_models(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
+    # The model is made and the file read in one call: if reading fails, the base model is as it was.
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any, **kwargs: Any) -> PeftModel:
+        hub_options, others = cls._split_kwargs(kwargs)
+        key_mapping = others.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", {})
+
+        def read() -> dict[str, Any]:
+            try:
+                return dict(load_peft_weights(model_id, device="cpu", key_mapping=key_mapping, **hub_options))
+            except SafetensorError as error:
+                raise SafetensorError(
+                    f"The adapter's file in {model_id} cannot be read and is damaged: {error}. Save the adapter "
+                    "again, or download it again."
+                ) from error
+
+        with contextlib.ExitStack() as until_loaded:
+            any_shape = others.get("ignore_mismatched_sizes", False)
+            until_loaded.callback(_FILE.reset, _FILE.set(_File(read, any_shape, until_loaded)))
+            return load(cls, model, model_id, *args, **kwargs)
+
+    return from_pretrained
 
 
 def _whole(

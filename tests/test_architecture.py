@@ -56,7 +56,7 @@ ROOMS = [
         "_version _files numerics tuner calibration deployment",
         "datasets huggingface_hub peft torch transformers",
     ),
-    ("_registration", "tells PEFT and transformers", "tuner deployment parse", "peft transformers"),
+    ("_registration", "tells PEFT and transformers", "tuner deployment parse", "peft safetensors transformers"),
     ("__init__", "the public names", "_version errors tuner calibration deployment callbacks _registration", ""),
     ("__main__", "python -m peft_jactus", "", "peft_jactus_cli"),
 ]

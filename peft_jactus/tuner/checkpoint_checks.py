@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_jactus.tuner.adapter_format import FROZEN, TENSOR_NAMES
 from peft_jactus.tuner.layer import JactusLayer
+from peft_jactus.tuner.targeting import features_of, has_bias
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # A key of a state dict: PEFT puts the adapter's name, which can be any, at the end.
 _TENSOR_KEY = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{'|'.join(TENSOR_NAMES)})(\..+)?")
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
 _FSDP = "_fsdp_wrapped_module."  # which the keys of a state dict do not have
 # Two ranks may differ in the ones or the other.
 _TELLING_RANKS = (*FROZEN, "jactus_adapt_down")
@@ -33,26 +34,16 @@ def fit_layers_to_checkpoint(
 ) -> None:
     """Give the layers of an adapter the ranks that its checkpoint has, and tensors that no other adapter shares.
 
-    Tensors that the checkpoint does not change stay shared.
-
-    Raises:
-        ValueError: If the checkpoint has other layers than the model, or tensors of other shapes; before anything is
-            changed.
+    Tensors that the checkpoint does not change stay shared. A `ValueError` says if the checkpoint has other layers
+    than the model, or tensors of other shapes, before anything is changed.
     """
-    found = _tensors_by_layer(state_dict)
     layers = {
-        name.removeprefix(_ROOT): module
+        name.removeprefix(ROOT): module
         for name, module in model.named_modules()
         if isinstance(module, JactusLayer) and adapter_name in module.r
     }
-    unmatched = sorted(set(found) ^ set(layers))
-    if unmatched:
-        raise ValueError(
-            f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them "
-            f"has: {unmatched}. Load the adapter with the config it was saved with, onto the base model it was "
-            "made for."
-        )
-    ranks = {name: _checked_rank(name, layer, found[name], config) for name, layer in layers.items()}
+    found = tensors_by_layer(state_dict, layers, adapter_name)
+    ranks = {name: checked_rank(name, cast("nn.Module", layer), found[name], config) for name, layer in layers.items()}
     for name, layer in layers.items():
         shape = config.adapter_shape(ranks[name], layer.out_features, layer.in_features)
         layer.resize_adapter(adapter_name, ranks[name], shape)
@@ -76,7 +67,7 @@ def check_complete(
         RuntimeError: If one is missing, has no elements, or still waits for a checkpoint.
     """
     modules = {name.replace(_FSDP, ""): module for name, module in model.named_modules()}
-    layers = {name.removeprefix(_ROOT): name for name, module in modules.items() if isinstance(module, JactusLayer)}
+    layers = {name.removeprefix(ROOT): name for name, module in modules.items() if isinstance(module, JactusLayer)}
     gone = [name for name in sorted(config.layer_ranks) if name not in layers]
     if gone:
         raise RuntimeError(
@@ -97,7 +88,7 @@ def check_complete(
         if key not in state_dict or (has_elements and not state_dict[key].numel())
     ]
     if missing:
-        names = [key.removeprefix(_ROOT).removesuffix(f".{adapter_name}") for key in missing]
+        names = [key.removeprefix(ROOT).removesuffix(f".{adapter_name}") for key in missing]
         raise RuntimeError(
             f"Adapter {adapter_name!r} cannot be {verb}: {len(missing)} of its {len(expected)} tensors are missing or "
             f"empty ({_named(names)}). Load it from its last checkpoint. If you pass a `state_dict`, or several "
@@ -136,11 +127,28 @@ def check_heads_in_file(model: nn.Module, config: JactusConfig, adapter_name: st
     """Raise `ValueError` if a file that holds the tensors ``names`` lacks some of the heads of an adapter."""
     wrapper = f".modules_to_save.{adapter_name}"
     heads = [key.replace(wrapper, "") for key in _tensors_of_heads(dict(model.named_modules()), config, adapter_name)]
-    if missing := [key.removeprefix(_ROOT) for key in heads if key not in names]:
+    if missing := [key.removeprefix(ROOT) for key in heads if key not in names]:
         raise ValueError(
             f"The file of adapter {adapter_name!r} lacks {len(missing)} tensors of modules that were trained whole "
             f"({_named(missing)}). It is damaged: save the adapter again."
         )
+
+
+def check_others_in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` if a head, or embeddings, have another shape in a file than in the dense ``model``."""
+    held = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for key, tensor in tensors.items():
+        name = key.removeprefix(ROOT)
+        if name in held and not _TENSOR_KEY.fullmatch(key):
+            shape = tuple(getattr(held[name], "ds_shape", held[name].shape))  # of DeepSpeed: that of all shards
+            if shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"`{name}` has shape {shape} in the model, and {tuple(tensor.shape)} in the adapter's file. Load "
+                    "the model with as many labels (`num_labels`) and tokens as it had when the adapter was saved."
+                )
 
 
 def _named(names: list[str]) -> str:
@@ -187,20 +195,30 @@ def _names_of_tensors(module: nn.Module) -> Iterator[str]:
         yield from (f"{name}.{key}".removeprefix(".") for key in names)
 
 
-def _tensors_by_layer(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def tensors_by_layer(
+    state_dict: Mapping[str, Tensor], layers: Collection[str], adapter_name: str
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each layer; a `ValueError` says if they are of other layers than ``layers``."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         if matched := _TENSOR_KEY.fullmatch(key):
-            found.setdefault(matched["module"].removeprefix(_ROOT), {})[matched["tensor"]] = tensor
+            found.setdefault(matched["module"].removeprefix(ROOT), {})[matched["tensor"]] = tensor
+    unmatched = sorted(set(found) ^ set(layers))
+    if unmatched:
+        raise ValueError(
+            f"The checkpoint and the model disagree on the layers of adapter {adapter_name!r}; only one of them "
+            f"has: {unmatched}. Load the adapter with the config it was saved with, onto the base model it was "
+            "made for."
+        )
     return found
 
 
-def _checked_rank(name: str, layer: JactusLayer, tensors: dict[str, Tensor], config: JactusConfig) -> int:
+def checked_rank(name: str, layer: nn.Module, tensors: dict[str, Tensor], config: JactusConfig) -> int:
     """Return the rank of one layer's checkpoint tensors, or raise `ValueError` naming what is wrong with them."""
-    features = (layer.out_features, layer.in_features)
+    features = features_of(layer)
 
     def shapes_of(rank: int) -> dict[str, tuple[int, ...]]:
-        return config.adapter_shape(rank, *features).tensors(*features, bias=layer.has_bias)
+        return config.adapter_shape(rank, *features).tensors(*features, bias=has_bias(layer))
 
     def fits(rank: int) -> bool:
         shapes = shapes_of(rank)

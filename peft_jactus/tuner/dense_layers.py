@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 class FreedBase(nn.Module):
-    """Stands where a dense layer was: remembers its features, device and dtype, holds no weight."""
+    """Stands where a dense layer was: remembers its features, device and dtype, holds no weight.
+
+    Attributes:
+        lost_name: Of the layer, where it stands in the model itself, because an adapter was begun and not finished.
+    """
+
+    lost_name: str | None = None
 
     def __init__(
         self, base_layer: nn.Linear | Conv1D, in_features: int, out_features: int, dtype: torch.dtype
@@ -34,8 +40,10 @@ class FreedBase(nn.Module):
         self.bias = None
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise `ValueError`: there is no dense layer any more."""
+        """Raise `ValueError`, or `RuntimeError` for one that is lost: there is no dense layer any more."""
         del args, kwargs
+        if self.lost_name is not None:
+            raise RuntimeError(_lost([self.lost_name]))
         raise BaseWeightsFreedError("run the base layer")
 
     def filled(self, weight: Tensor, bias: Tensor | None) -> nn.Linear | Conv1D:
@@ -45,6 +53,20 @@ class FreedBase(nn.Module):
     def extra_repr(self) -> str:
         """Show the features."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def check_not_lost(model: nn.Module) -> None:
+    """Raise `RuntimeError` if dense weights are gone and no adapter is in their place."""
+    lost = [name for name, module in model.named_modules() if getattr(module, "lost_name", None) is not None]
+    if lost:
+        raise RuntimeError(_lost(lost))
+
+
+def _lost(names: list[str]) -> str:
+    return (
+        f"{', '.join(names)}: the dense weights are gone, because a call that made or loaded an adapter failed in the "
+        "middle. Load the model again."
+    )
 
 
 def unreadable_weight(name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> Tensor:

@@ -34,11 +34,12 @@ from peft_jactus.tuner.target_checks import find_refusal, raise_refusals, used_e
 from peft_jactus.tuner.targeting import (
     DEFAULT_TARGET_MODULES,
     add_further_heads_,
-    check_heads,
     dense_weight_and_bias,
     features_of,
     match_ranks,
     resolve_all_linear_,
+    saved_layers,
+    saved_rank,
     targeted_modules,
     weight_loaded,
 )
@@ -152,7 +153,7 @@ class JactusModel(AtomicTuner):
             return
         if peft_config.from_checkpoint:
             check_not_calibrated(peft_config)
-            check_heads(model, peft_config)
+            saved_layers(model, peft_config, self._elsewhere)
             return
         add_further_heads_(peft_config, model)
         resolve_all_linear_(peft_config, model)
@@ -240,13 +241,10 @@ class JactusModel(AtomicTuner):
 
     @staticmethod
     def _rank_of(config: JactusConfig, name: str, target: nn.Module) -> int:
+        if config.from_checkpoint:
+            return saved_rank(config, name, target)
         if name in config.layer_ranks:
             return config.layer_ranks[name]
-        if config.from_checkpoint:
-            raise ValueError(
-                f"{name} is targeted, but the adapter's config has no rank for it in `layer_ranks`. The adapter was "
-                "made for another model, or adapter_config.json was edited."
-            )
         # PEFT can pick modules by the keys of a state dict, which `target_modules` then need not match.
         return uniform_rank(config.retained_ratio, *features_of(target), config.storage)
 

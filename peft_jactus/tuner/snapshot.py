@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
@@ -18,30 +18,54 @@ _CONTAINERS = (dict, list, set)
 _SWITCHES = ("_active_adapter", "_disable_adapters", "active_adapter")
 
 
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Leave a model as it was if an operation on it raises.
+class Snapshot:
+    """What a model is, to put back: modules, parameters and buffers, plain attributes, and which parameters train.
 
-    Put back are its modules, parameters and buffers, their plain attributes, and which parameters train. What is
-    written into a tensor is not: the operation may only replace tensors.
+    What is written into a tensor is not put back: an operation may only replace tensors.
+
+    Args:
+        model: Any.
+        except_for: Modules of it of which only is noted which parameters train, so that their tensors are not held.
     """
-    before = [(vars(module), dict(vars(module)), _contents(module)) for module in model.modules()]
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = (attributes["config"] for _, attributes, _ in before if "config" in attributes)
-    # Merging writes there that embeddings are no longer tied.
-    tied = [(config, config.tie_word_embeddings) for config in configs if hasattr(config, "tie_word_embeddings")]
-    try:
-        yield
-    except BaseException:
-        for now, attributes, contents in before:
+
+    def __init__(self, model: nn.Module, except_for: Iterable[nn.Module] = ()) -> None:
+        left_out = {id(module) for module in except_for}
+        modules = [module for module in model.modules() if id(module) not in left_out]
+        self._modules = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
+        self._trains = [
+            (module._parameters, name, parameter.requires_grad)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        configs = (attributes["config"] for _, attributes, _ in self._modules if "config" in attributes)
+        # Merging writes there that embeddings are no longer tied.
+        self._tied = [
+            (config, config.tie_word_embeddings) for config in configs if hasattr(config, "tie_word_embeddings")
+        ]
+
+    def put_back(self) -> None:
+        """Make the model what it was."""
+        for now, attributes, contents in self._modules:
             now.clear()
             now.update(attributes)
             for container, content in contents:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
-        _set_requires_grad(trains)
-        for config, tie_word_embeddings in tied:
+        held = ((parameters.get(name), requires_grad) for parameters, name, requires_grad in self._trains)
+        _set_requires_grad((parameter, requires_grad) for parameter, requires_grad in held if parameter is not None)
+        for config, tie_word_embeddings in self._tied:
             config.tie_word_embeddings = tie_word_embeddings
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Leave a model as it was if an operation on it raises; see `Snapshot`."""
+    before = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        before.put_back()
         raise
 
 
@@ -74,7 +98,7 @@ def _switches(module: nn.Module) -> dict[str, Any]:
     return {name: attributes[name] for name in _SWITCHES if name in attributes}
 
 
-def _set_requires_grad(trains: list[tuple[nn.Parameter, bool]]) -> None:
+def _set_requires_grad(trains: Iterable[tuple[nn.Parameter, bool]]) -> None:
     for parameter, requires_grad in trains:
         if parameter.requires_grad != requires_grad:  # codes of a quantized weight allow no call
             parameter.requires_grad_(requires_grad)

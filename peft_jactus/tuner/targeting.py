@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_jactus.tuner.base_weights import dense_dtype, float_weight, layer_features
 from peft_jactus.tuner.config_checks import check_config, targets_all_linear
+from peft_jactus.tuner.dense_layers import check_not_lost
 from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.quantized_bases import check_method
 from peft_jactus.tuner.target_checks import (
@@ -67,18 +68,15 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
             `TypeError` names a module that has no factors, or a quantized one that can't be used.
     """
     check_config(config)
+    check_not_lost(model)
     check_method(model)
     asked, config = config.target_modules, _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
     heads, elsewhere = head_names(config), used_elsewhere(model)
     check_heads(model, config)
-    adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    targets: dict[str, nn.Module] = {}
+    targets = _matched(modules, config)
     refusals: dict[str, Refusal] = {}
-    for name, module in modules.items():
-        if not name or name.startswith(adapted) or not _matches(config, name):
-            continue
-        targets[name] = module
+    for name, module in targets.items():
         refusal = find_refusal(name, module, modules[name.rpartition(".")[0]], elsewhere)
         if refusal is None and is_trained_whole(name, heads):
             refusal = Refusal(
@@ -104,6 +102,64 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
     return targets
 
 
+def _matched(modules: Mapping[str, nn.Module], config: JactusConfig) -> dict[str, nn.Module]:
+    """Return those of a model's ``modules`` that ``config`` asks for, whether or not they can be replaced."""
+    adapted = tuple(name + "." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    asked = (name for name in modules if name and not name.startswith(adapted) and _matches(config, name))
+    return {name: modules[name] for name in asked}
+
+
+def saved_layers(
+    model: nn.Module, config: JactusConfig, elsewhere: Mapping[str, Refusal] | None = None
+) -> dict[str, nn.Module]:
+    """Return the layers of a saved adapter, by name, before the first one is replaced.
+
+    Args:
+        model: That it is loaded onto.
+        config: The adapter's.
+        elsewhere: `used_elsewhere` of the model, if it is known.
+
+    Raises:
+        ValueError: If the model has not the layers that the adapter has ranks for, or they are too small for them. A
+            `TypeError` names a module that factors cannot replace.
+    """
+    check_not_lost(model)
+    check_heads(model, config)
+    modules = dict(model.named_modules())
+    if missing := [name for name in sorted(config.layer_ranks) if name not in modules]:
+        raise ValueError(
+            f"{len(missing)} of the adapter's {len(config.layer_ranks)} layers were not found in the base model, a "
+            f"{type(model).__name__}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. The adapter was "
+            "made for another model: load it onto that one."
+        )
+    elsewhere = used_elsewhere(model) if elsewhere is None else elsewhere
+    layers = _matched(modules, config)
+    found = {
+        name: find_refusal(name, layer, modules[name.rpartition(".")[0]], elsewhere) for name, layer in layers.items()
+    }
+    if refusals := {name: refusal for name, refusal in found.items() if refusal is not None}:
+        raise_refusals(refusals)
+    for name, layer in layers.items():
+        saved_rank(config, name, layer)
+    return layers
+
+
+def saved_rank(config: JactusConfig, name: str, layer: nn.Module) -> int:
+    """Return the rank that a saved adapter has in a layer; a `ValueError` says that it is of another model."""
+    if name not in config.layer_ranks:
+        raise ValueError(
+            f"{name} is targeted, but the adapter's config has no rank for it in `layer_ranks`. The adapter was made "
+            "for another model, or adapter_config.json was edited."
+        )
+    rank, shape = config.layer_ranks[name], features_of(layer)
+    if rank > min(shape):
+        raise ValueError(
+            f"{name}: the adapter has rank {rank} here, but the model has a weight of shape {shape}. The adapter was "
+            "made for another model: load it onto that one."
+        )
+    return rank
+
+
 def _warn_of_unmatched(model: nn.Module, asked: Iterable[str] | str | None) -> None:
     """Say which names of a list match nothing. PEFT says it only where no name matches, as lists are shared."""
     names = set() if asked is None or isinstance(asked, str) else set(asked)
@@ -116,8 +172,13 @@ def _warn_of_unmatched(model: nn.Module, asked: Iterable[str] | str | None) -> N
 
 
 def check_heads(model: nn.Module, config: JactusConfig) -> None:
-    """Raise `TypeError` for modules that ``config`` trains whole, and can't."""
-    heads = head_names(config)
+    """Raise `TypeError` for modules that ``config`` trains whole, and can't, `ValueError` if it names none."""
+    heads, asked = head_names(config), tuple(config.modules_to_save or ())
+    if asked and not any(name.endswith(asked) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"`modules_to_save`={list(asked)} (with PEFT's own names of the head of `task_type`) matches no module of "
+            f"{type(model).__name__}. Use names from `model.named_modules()`, or another `task_type`."
+        )
     found = {name: refusal_of_head(module) for name, module in model.named_modules() if is_trained_whole(name, heads)}
     if refusals := {name: refusal for name, refusal in found.items() if refusal is not None}:
         raise_refusals(refusals)
@@ -246,7 +307,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_finite(targets: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` naming all ``targets`` whose weight has a number that is not finite; one at a time is loaded."""
+    """Raise `ValueError` naming all ``targets`` whose weights are not finite; one is loaded at a time."""
     if broken := [name for name, module in targets.items() if not _is_finite(module)]:
         raise ValueError(
             f"{', '.join(broken)}: the weight holds NaN or infinite numbers, so it cannot be approximated. Load the "
