@@ -25,7 +25,8 @@ from peft_jactus.calibration.statistics_files import remains_at
 from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.copying import structural_copy
 from peft_jactus.tuner import JactusConfig, JactusModel
-from peft_jactus.tuner.model_size import ModelSize, budget_ratio
+from peft_jactus.tuner.budget import budget_ratio
+from peft_jactus.tuner.model_size import ModelSize
 from peft_jactus.tuner.targeting import targeted_modules
 
 if TYPE_CHECKING:

@@ -46,7 +46,6 @@ from peft_jactus.tuner.checkpoint_checks import check_complete
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.model_size import model_dtype
 from peft_jactus.tuner.quantized_bases import dequantize_
 from peft_jactus.tuner.targeting import pipeline_class
 
@@ -254,7 +253,7 @@ def _compress(
     copied = structural_copy(base)
     forget_adapters_(copied)
     restore_label_names_(copied.config, config)
-    dtype = model_dtype(copied) if dtype is None else dtype
+    dtype = copied.dtype if dtype is None else dtype
     layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []

@@ -16,17 +16,18 @@ from peft_jactus._processes import gather_objects, num_processes, process_index
 from peft_jactus._progress import progress
 from peft_jactus.errors import BaseWeightsFreedError
 from peft_jactus.numerics.allocation import uniform_rank
-from peft_jactus.numerics.factorization import choose_ranks, factorize
+from peft_jactus.numerics.factorization import factorize
 from peft_jactus.tuner.adapter_format import TENSOR_NAMES, TRAINABLE, frozen_dtype, num_in_buffers, tensors_of
 from peft_jactus.tuner.atomic_tuner import AtomicTuner
 from peft_jactus.tuner.base_weights import dense_dtype, let_go_of_weight_
+from peft_jactus.tuner.budget import budget_ratio, ranks_within_budget
 from peft_jactus.tuner.checkpoint_checks import check_complete, fit_layers_to_checkpoint
 from peft_jactus.tuner.config import JactusConfig
 from peft_jactus.tuner.config_checks import check_can_be_made, check_not_calibrated, targets_all_linear
 from peft_jactus.tuner.frozen_copies import FrozenCopy, frozen_copies, with_frozen_copies
 from peft_jactus.tuner.label_names import note_label_names_
 from peft_jactus.tuner.layer import JactusLayer, Linear
-from peft_jactus.tuner.model_size import ModelSize, budget_ratio, warn_of_large_rest
+from peft_jactus.tuner.model_size import ModelSize, warn_of_large_rest
 from peft_jactus.tuner.planning import KEEP_BYTES, measure_gains, usable_statistics
 from peft_jactus.tuner.quantized_bases import forget_quantization_, is_quantized
 from peft_jactus.tuner.replication import MadeLayer, digest, made_for_all, share_out_layers
@@ -161,7 +162,8 @@ class JactusModel(AtomicTuner):
         options = peft_config.factorization_options()
         statistics = peft_config.statistics = usable_statistics(peft_config, targets, peft_config.statistics)
         limit = getattr(statistics, "memory_limit", None)
-        ratio = budget_ratio(peft_config, ModelSize.of(model, targets, peft_config))
+        size = ModelSize.of(model, targets, peft_config)
+        budget_ratio(peft_config, size)  # raises, before the work, if it cannot be reached
         warn_of_large_rest(model, targets)
         show_bar = len(targets) >= _MIN_LAYERS_FOR_BAR
         owners = share_out_layers(targets) if num_processes() > 1 else None
@@ -173,10 +175,8 @@ class JactusModel(AtomicTuner):
             owners=owners,
             progress_bar=show_bar,
         )
-        options = dataclasses.replace(options, retained_ratio=ratio)
         fixed_ranks = match_ranks(targets, peft_config.rank_pattern)
-        asked = peft_config.asked_budget
-        ranks = choose_ranks(measured.gains, options, fixed_ranks, asked_budget=asked).ranks
+        ranks = ranks_within_budget(peft_config, size, measured.gains, fixed_ranks).ranks
         peft_config.layer_ranks = dict(ranks)
         peft_config.layer_energy = measured.energy_kept(ranks)
         self._prepared = _Prepared(measured.projections, owners or {})

@@ -1,4 +1,4 @@
-"""How large a model is before and after compression, and the budget that a size leaves to the targeted layers."""
+"""How large a model is before and after compression."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
-from peft_jactus.numerics.allocation import DENSE
-from peft_jactus.tuner.base_weights import (
-    TORCHAO,
-    dense_dtype,
-    layer_features,
-    quantization_of,
-    quantization_of_tensor,
-    unpack_,
-)
+from peft_jactus.numerics.allocation import DENSE, stays_dense, stored_parameters
+from peft_jactus.tuner.base_weights import dense_dtype, layer_features, quantization_of, unpack_
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.sizes import parse_size
-from peft_jactus.tuner.targeting import features_of, has_bias, head_names, is_trained_whole, log_once
+from peft_jactus.tuner.targeting import (
+    base_layer_of,
+    features_of,
+    has_bias,
+    head_names,
+    is_trained_whole,
+    log_once,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
+    import torch
     from torch import Tensor
 
+    from peft_jactus.numerics.allocation import Storage
     from peft_jactus.tuner.config import JactusConfig
     from peft_jactus.tuner.rank_table import RankSummary
 
@@ -108,20 +108,6 @@ def is_on_top(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return bool(wrapped) and not name.startswith(f"{wrapped[-1]}.base_layer.")
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that an export of ``model`` has: that of its first parameter, as transformers has it.
-
-    An adapted layer counts as the dense one, though what trains in it has float32.
-    """
-    for module in model.modules():
-        if isinstance(module, JactusLayer):
-            return module.base_dtype
-        for parameter in module._parameters.values():
-            if parameter is not None and quantization_of_tensor(parameter) in {None, TORCHAO}:
-                return parameter.dtype
-    return torch.get_default_dtype()
-
-
 @dataclass(frozen=True)
 class ModelSize:
     """Sizes of a model, dense and compressed.
@@ -133,7 +119,7 @@ class ModelSize:
             that are trained whole, share with others in the dense model (embeddings) is among them, too.
         other_bytes: Of these and of saved buffers, as an export has them.
         shapes: ``(out, in)`` of each targeted layer, by full module name.
-        itemsize: Bytes of one number in an export.
+        itemsizes: Bytes of one number of each targeted layer.
         file_names: What the targeted layers are called in an export.
     """
 
@@ -142,7 +128,7 @@ class ModelSize:
     other_parameters: int
     other_bytes: int
     shapes: dict[str, tuple[int, int]]
-    itemsize: int
+    itemsizes: dict[str, int]
     file_names: dict[str, str]
 
     @classmethod
@@ -157,18 +143,20 @@ class ModelSize:
             for name, tensor in tensors.items()
             if _holder(name, targets) is None
         }
-        itemsize = model_dtype(model).itemsize
+        itemsizes = {name: _deployed_dtype(module, model).itemsize for name, module in targets.items()}
         in_files = _names_in_files(model, [f"{name}.weight" for name in targets])
         file_names = {name: in_files[f"{name}.weight"].removesuffix(".weight") for name in targets}
-        biases = {file_names[name]: features_of(module)[0] for name, module in targets.items() if has_bias(module)}
+        biases = {name: features_of(module)[0] for name, module in targets.items() if has_bias(module)}
         return cls(
             num_parameters=sum(tensor.count for tensor in dense if tensor.is_parameter),
-            num_bytes=sum(tensor.num_bytes(tensor.dtype.itemsize) for tensor in dense),
+            num_bytes=sum(tensor.num_bytes for tensor in dense),
             other_parameters=num_outside(model, targets, copied),
-            other_bytes=sum(tensor.num_bytes(itemsize) for tensor in outside.values())
-            + sum(count * itemsize + _entry_bytes(f"{name}.columns.bias") for name, count in biases.items()),
+            other_bytes=sum(tensor.num_bytes for tensor in outside.values())
+            + sum(
+                count * itemsizes[name] + _entry_bytes(f"{file_names[name]}.bias") for name, count in biases.items()
+            ),
             shapes={name: features_of(module) for name, module in targets.items()},
-            itemsize=itemsize,
+            itemsizes=itemsizes,
             file_names=file_names,
         )
 
@@ -186,40 +174,22 @@ class ModelSize:
         """Return the parameters of the whole model, with the targeted layers at these ranks."""
         return self.other_parameters + sum(row.num_stored for row in summary.rows)
 
-    def compressed_bytes(self, summary: RankSummary) -> int:
+    def compressed_bytes(self, ranks: Mapping[str, int], storage: Storage) -> int:
         """Return the bytes of the whole checkpoint, with the targeted layers at these ranks."""
         num_bytes = self.other_bytes
-        for row in summary.rows:
-            num_bytes += row.num_stored * self.itemsize + self.bytes_beside(row.name, row.storage)
+        for name, rank in ranks.items():
+            shape = self.shapes[name]
+            form = DENSE if stays_dense(rank, *shape, storage) else storage
+            num_bytes += stored_parameters(rank, *shape, storage) * self.itemsizes[name]
+            num_bytes += self.bytes_beside(name, form)
         return num_bytes
 
     def bytes_beside(self, name: str, storage: str) -> int:
         """Return what a targeted layer stores beside its numbers."""
         index = _INDEX_BYTES * min(self.shapes[name]) if storage == "pivoted" else 0
-        return index + _NUM_TENSORS[storage] * _entry_bytes(f"{self.file_names[name]}.others.weight")
-
-
-def budget_ratio(config: JactusConfig, size: ModelSize) -> float:
-    """Return the share of the targeted layers' parameters that the config's budget allows, in (0, 1].
-
-    Raises:
-        ValueError: If what is not targeted takes all of the budget.
-    """
-    if config.model_ratio is not None:
-        allowed = config.model_ratio * size.num_parameters - size.other_parameters
-        least = f"{size.other_parameters / size.num_parameters:.1%} of the parameters"
-    elif config.max_model_size is not None:
-        others = size.other_bytes + sum(size.bytes_beside(name, config.storage) for name in size.shapes)
-        allowed = (parse_size(config.max_model_size) - others) / size.itemsize
-        least = f"{others / 1e6:.1f} MB"
-    else:
-        return config.retained_ratio
-    if allowed <= 0:
-        raise ValueError(
-            f"{config.asked_budget} cannot be reached: what is not targeted (embeddings, heads, norms) already takes "
-            f"{least}. Raise the budget, or target more layers."
-        )
-    return min(1.0, allowed / size.targeted_parameters)
+        # The longest name is that of a part. It makes up for a bias, whose name also grows.
+        part = "weight" if storage == DENSE else "columns.weight"
+        return index + _NUM_TENSORS[storage] * _entry_bytes(f"{self.file_names[name]}.{part}")
 
 
 @dataclass(frozen=True)
@@ -232,10 +202,10 @@ class _DenseTensor:
     dtype: torch.dtype
     is_parameter: bool
 
-    def num_bytes(self, itemsize: int) -> int:
-        """Return its share of a file, where floating-point numbers have so many bytes."""
-        itemsize = itemsize if self.dtype.is_floating_point else self.dtype.itemsize
-        return self.count * itemsize + _entry_bytes(self.name)
+    @property
+    def num_bytes(self) -> int:
+        """Its share of a file."""
+        return self.count * self.dtype.itemsize + _entry_bytes(self.name)
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, _DenseTensor]:
@@ -303,6 +273,10 @@ def _numel(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module]) -> int
 def _dense_dtype(name: str, tensor: Tensor, quantized: Mapping[str, nn.Module], model: nn.Module) -> torch.dtype:
     layer = quantized.get(name.removesuffix(".weight"))
     return tensor.dtype if layer is None else dense_dtype(layer, model)
+
+
+def _deployed_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
+    return module.base_dtype if isinstance(module, JactusLayer) else dense_dtype(base_layer_of(module), model)
 
 
 def _entry_bytes(name: str) -> int:

@@ -16,8 +16,9 @@ from peft_jactus._progress import progress
 from peft_jactus.errors import NumericalWarning
 from peft_jactus.numerics.allocation import DENSE, stays_dense
 from peft_jactus.numerics.factorization import choose_ranks, layer_gains
+from peft_jactus.tuner.budget import budget_ratio, ranks_within_budget
 from peft_jactus.tuner.config import JactusConfig
-from peft_jactus.tuner.model_size import ModelSize, budget_ratio
+from peft_jactus.tuner.model_size import ModelSize
 from peft_jactus.tuner.rank_table import LayerRank, RankSummary
 from peft_jactus.tuner.targeting import (
     check_finite,
@@ -208,10 +209,9 @@ class _Layers:
     size: ModelSize
     num_loss_terms: int | None
 
-    def plan(self, ratio: float, asked_ratio: float | None, asked_budget: str | None = None) -> RankPlan:
+    def plan(self, ratio: float) -> RankPlan:
         options = dataclasses.replace(self.options, retained_ratio=ratio)
-        ranks = choose_ranks(self.measured.gains, options, self.fixed_ranks, asked_budget=asked_budget)
-        return RankPlan(self, ranks, asked_ratio)
+        return RankPlan(self, choose_ranks(self.measured.gains, options, self.fixed_ranks), ratio)
 
     def loss_rise(self, name: str, rank: int) -> float | None:
         """Return half of the squared weighted error of a layer, in nats for one term of the loss."""
@@ -269,8 +269,8 @@ class RankPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the compressed checkpoint's weights, in the model's dtype; correct to about a percent."""
-        return self._layers.size.compressed_bytes(self.summary)
+        """Size of the compressed checkpoint's weights, in the model's dtypes; correct to about a percent."""
+        return self._layers.size.compressed_bytes(self.ranks, self._layers.options.storage)
 
     @property
     def dense_bytes(self) -> int:
@@ -301,7 +301,7 @@ class RankPlan:
         """
         if not 0 < retained_ratio <= 1:
             raise ValueError(f"`retained_ratio` must be in (0, 1]; got {retained_ratio}.")
-        return self._layers.plan(retained_ratio, retained_ratio)
+        return self._layers.plan(retained_ratio)
 
     def curve(self, retained_ratios: Iterable[float] = CURVE_RATIOS) -> list[RankPlan]:
         """Return the plans for several budgets; `plot_plan` plots them."""
@@ -353,9 +353,10 @@ def plan_ranks(
     targets = targeted_modules(model, config)
     statistics = usable_statistics(config, targets, config.statistics if statistics is None else statistics)
     size = ModelSize.of(model, targets, config)
-    ratio = budget_ratio(config, size)
+    budget_ratio(config, size)  # raises, before the work, if it cannot be reached
     options = config.factorization_options()
     measured = measure_gains(targets, statistics, options, keep_bytes=0, owners=None, progress_bar=progress_bar)
     num_terms = getattr(statistics, "num_loss_terms", None) if options.decomposition.estimates_loss else None
-    layers = _Layers(measured, options, match_ranks(targets, config.rank_pattern), size, num_terms)
-    return layers.plan(ratio, config.asked_ratio, config.asked_budget)
+    fixed_ranks = match_ranks(targets, config.rank_pattern)
+    allocation = ranks_within_budget(config, size, measured.gains, fixed_ranks)
+    return RankPlan(_Layers(measured, options, fixed_ranks, size, num_terms), allocation, config.asked_ratio)
