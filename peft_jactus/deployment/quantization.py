@@ -72,10 +72,12 @@ class Rounding:
         return dtype if self.bits is None else torch.promote_types(dtype, torch.float32)
 
     def of(self, name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Return the layer ``name``, rounded, for a model of ``dtype``."""
+        """Return the layer ``name``, rounded, for a model that runs it in ``dtype``."""
         if self.bits is None:
             return layer
-        moment = None if self.statistics is None else self.statistics[name].input.covariance
+        moment = None
+        if self.statistics is not None:  # those from a file are in CPU memory
+            moment = self.statistics[name].input.covariance.to(next(layer.parameters()).device)
         return quantized_layer(layer, self.bits, dtype=dtype, second_moment=moment)
 
 
