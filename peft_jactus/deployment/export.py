@@ -27,8 +27,10 @@ from peft_jactus.deployment.atomic_folder import appearing_whole, check_target
 from peft_jactus.deployment.config import LayerForm, is_export
 from peft_jactus.deployment.copying import (
     cast_,
+    dtype_in_checkpoint,
     forget_adapters_,
     structural_copy,
+    take_layers_,
     untie_,
     unwrap_trained_modules_,
     with_submodule,
@@ -45,7 +47,6 @@ from peft_jactus.numerics.allocation import DENSE, Storage, stays_dense
 from peft_jactus.tuner.checkpoint_checks import check_complete
 from peft_jactus.tuner.dense_layers import make_dense_layer
 from peft_jactus.tuner.label_names import restore_label_names_
-from peft_jactus.tuner.layer import JactusLayer
 from peft_jactus.tuner.quantized_bases import dequantize_
 from peft_jactus.tuner.targeting import pipeline_class
 
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
     from peft_jactus.deployment.adapted import Adapted
     from peft_jactus.numerics.moments import LayerStatistics
+    from peft_jactus.tuner.layer import JactusLayer
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ def export_compressed(
         save_directory: Directory to write; it must be new or empty, unless ``overwrite``.
         storage: ``"pivoted"`` stores ``rank * (out + in - rank)`` numbers per layer, ``"factored"`` stores ``rank *
             (out + in)``. Default: the form in which the config's budget was counted.
-        dtype: Dtype of the checkpoint. Default: the model's.
+        dtype: Dtype of the checkpoint; what the model's class keeps in float32 stays so, as in `from_pretrained`.
+            Default: that of each part of the model.
         bits: 8 or 4: store the weights of the targeted layers in 8 or 4 bits per number, in groups of 64 with one
             scale each, and compute in ``dtype``. These weights can no longer be trained. 4 bits need bitsandbytes,
             also where the checkpoint is loaded.
@@ -253,21 +256,22 @@ def _compress(
     copied = structural_copy(base)
     forget_adapters_(copied)
     restore_label_names_(copied.config, config)
-    dtype = copied.dtype if dtype is None else dtype
-    layers = {name: layer for name, layer in copied.named_modules() if isinstance(layer, JactusLayer)}
+    layers = take_layers_(copied, adapted.adapter_name)
     untie_(copied, [*layers, *unwrap_trained_modules_(copied)])
     forms, conv1d_layers = {}, []
     for name, layer in progress(layers.items(), description="Folding", unit="layer", shown=progress_bar):
         pairs = rounding.bits is None  # their larger coefficients lose more in few bits
-        wide = rounding.dtype_before(dtype)
+        own = layer.base_dtype if dtype is None else dtype_in_checkpoint(copied, f"{name}.weight", dtype)
+        wide = rounding.dtype_before(own)
         deployed = _deployed_layer(name, layer, adapted.adapter_name, storage, wide, pairs=pairs)
-        deployed = rounding.of(adapted.prefix + name, deployed, dtype)
+        deployed = rounding.of(adapted.prefix + name, deployed, own)
         copied.set_submodule(name, deployed)
         forms[name] = _form(layer, deployed, config.layer_energy.get(adapted.prefix + name))
         conv1d_layers += [name] if layer.is_conv1d and forms[name].storage != DENSE else []
     _warn_if_untrained(layers.values(), adapted.adapter_name)
     dequantize_(copied)
-    cast_(copied, dtype)
+    if dtype is not None:
+        cast_(copied, dtype, beside=forms)
     attach_compression(
         copied,
         forms,

@@ -290,6 +290,37 @@ def test_a_head_in_a_model_that_ties_more_is_refused(tmp_path):
     assert not (tmp_path / "compressed").exists()
 
 
+def tiny_bart():
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=32,
+        init_std=0.3,
+    )
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("build", [tiny_bart, tiny_t5])
+def test_weights_that_stay_one_are_all_stored_when_what_they_were_tied_to_was_trained_whole(tmp_path, build):
+    base = build()
+    fields = {"target_modules": r".*\.(q|q_proj)", "modules_to_save": ["shared"], "decomposition": "svd"}
+    model = get_peft_model(base, jactus_config(base, **fields, task_type=None)).eval()
+    perturb_cores_(model)
+    export(model, tmp_path / "compressed")
+    ids = torch.arange(2, 18).view(2, 8)
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(0), "labels": None}
+    loaded, report = type(base).from_pretrained(tmp_path / "compressed", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert relative_error(logits_of(loaded, batch), logits_of(model, batch)) <= FLOAT32_ERROR
+
+
 def test_trained_heads_are_those_of_the_adapter(fresh_process_report):
     tensors = tensors_in(fresh_process_report[0] / "heads" / "checkpoint")
     assert {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"} <= tensors.keys()
@@ -812,6 +843,31 @@ def test_the_active_one_of_several_adapters_is_exported(tmp_path):
     for name in ("second", "default"):
         model.set_adapter(name)
         assert_exports(model, tmp_path / name, expected[name], tiny_llama)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model with `tie_word_embeddings=True`", "ignore:Model has `tie_word_embeddings=True`"
+)
+def test_layers_that_only_another_adapter_covers_are_exported_as_they_were(tmp_path):
+    base = tiny_llama_with_tied_embeddings()
+    fields = {"decomposition": "svd", "keep_base_weights": True}
+    model = get_peft_model(base, jactus_config(base, target_modules=["q_proj", "up_proj", "lm_head"], **fields))
+    model.add_adapter("second", jactus_config(base, target_modules=["up_proj"], **fields))
+    model.eval().set_adapter("second")
+    perturb_cores_(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    expected = logits_of(merged)
+    assert_exports(model, tmp_path / "compressed", expected, tiny_llama_with_tied_embeddings)
+    assert {name.rpartition(".")[2] for name in layers_of(tmp_path / "compressed")} == {"up_proj"}
+    assert config_of(tmp_path / "compressed")["tie_word_embeddings"]
+    tensors = tensors_in(tmp_path / "compressed")
+    for name, tensor in merged.state_dict().items():
+        if "up_proj" not in name and name != "lm_head.weight":
+            assert torch.equal(tensors[name], tensor), name
+    model.merge_adapter(["default"])  # which is not the one to export
+    merged_logits = logits_of(model)
+    assert_exports(model, tmp_path / "again", expected, tiny_llama_with_tied_embeddings)
+    assert torch.equal(logits_of(model), merged_logits)
 
 
 def test_storage_may_differ_from_that_of_the_budget_with_a_warning_if_that_takes_more(tmp_path):
