@@ -303,12 +303,16 @@ def attach_compression(
     """Make a model whose layers have been replaced the same as one that was loaded from its checkpoint.
 
     Args:
-        model: With its deployed layers in place.
+        model: With its deployed layers in place; it may have been a compressed model before.
         forms: By module name.
         conv1d_layers: Names of those modules that were a Conv1D.
         retained_ratio: As for `CompressionConfig`.
         base_model: As for `CompressionConfig`.
     """
+    earlier = vars(model).get("hf_quantizer")
+    if isinstance(earlier, JactusQuantizer):  # some layers were compressed before
+        forms, retained_ratio = {**earlier.module_forms, **forms}, None
+        conv1d_layers = {*earlier.conv1d_layers, *conv1d_layers}
     names = checkpoint_names(model, forms)
     original_format = len(names) == len(forms) and are_found_again(model, names)
     if not original_format:

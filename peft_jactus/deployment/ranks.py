@@ -39,12 +39,12 @@ def rank_summary(model: nn.Module, adapter_name: str = "default") -> RankSummary
     Raises:
         ValueError: If the model has no such adapter and is not compressed.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, JactusQuantizer):
-        return _summary_of_compressed(model, quantizer)
     configs = {
         name: config for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, JactusConfig)
     }
+    quantizer = getattr(model, "hf_quantizer", None)
+    if adapter_name not in configs and isinstance(quantizer, JactusQuantizer):
+        return _summary_of_compressed(model, quantizer)
     if adapter_name not in configs:
         raise ValueError(
             f"`model` has no JACTUS adapter named {adapter_name!r}, and is not a compressed model. Its JACTUS "

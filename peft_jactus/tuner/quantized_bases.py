@@ -55,6 +55,17 @@ def check_method(model: nn.Module) -> None:
             )
 
 
+def check_not_extended(model: nn.Module) -> None:
+    """Raise `TypeError` for a compressed model that has more than compressed layers, which go by these layers."""
+    for part in model.modules():
+        config = getattr(vars(part).get("hf_quantizer"), "quantization_config", None)
+        if extensions := getattr(config, "extensions", None):
+            raise TypeError(
+                f"{type(part).__name__} is a compressed model with {', '.join(extensions)}, which was made for the "
+                "layers that are compressed now. Compress more layers first, and then make it for all of them."
+            )
+
+
 def check_readable(model: nn.Module) -> None:
     """Check that all weights of a model can be had in floating-point numbers.
 

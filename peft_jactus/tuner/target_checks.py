@@ -152,6 +152,13 @@ def find_refusal(name: str, module: nn.Module, parent: nn.Module, elsewhere: Map
             "(`merge_and_unload`), or add the name to `exclude_modules`.",
             always=True,
         )
+    if any(hasattr(type(layer), "weight_is_hidden") for layer in (module, parent)):  # a `deployment.HiddenWeight`
+        return Refusal(
+            "is compressed already, or is a part of a layer that is. To compress it anew, load the model under "
+            "`loading_options(dense=True)`. To keep it as it is, add the name to `exclude_modules`, or make "
+            "`target_modules` more specific.",
+            always=True,
+        )
     if isinstance(parent, nn.MultiheadAttention):
         return Refusal(
             "belongs to an nn.MultiheadAttention, which reads its weight and never calls it. Add the name to "

@@ -26,7 +26,7 @@ from peft_jactus.tuner.base_weights import dense_dtype, float_weight, layer_feat
 from peft_jactus.tuner.config_checks import check_config, targets_all_linear
 from peft_jactus.tuner.dense_layers import check_not_lost
 from peft_jactus.tuner.layer import JactusLayer
-from peft_jactus.tuner.quantized_bases import check_method
+from peft_jactus.tuner.quantized_bases import check_method, check_not_extended
 from peft_jactus.tuner.target_checks import (
     Refusal,
     describe,
@@ -65,11 +65,13 @@ def targeted_modules(model: nn.Module, config: JactusConfig) -> dict[str, nn.Mod
 
     Raises:
         ValueError: If the targets are missing or match nothing, or a field was set to what it cannot have. A
-            `TypeError` names a module that has no factors, or a quantized one that can't be used.
+            `TypeError` names a module that has no factors, or a quantized one that can't be used, or says that the
+            model is a routed one.
     """
     check_config(config)
     check_not_lost(model)
     check_method(model)
+    check_not_extended(model)
     asked, config = config.target_modules, _resolve_shorthand(model, config)
     modules = dict(model.named_modules())
     heads, elsewhere = head_names(config), used_elsewhere(model)
