@@ -279,16 +279,20 @@ def _compress(
         retained_ratio=config.asked_ratio,
         base_model=_model_name(config.base_model_name_or_path or base.config.name_or_path),
     )
+    _warn_if_over_budget(adapted, copied, storage)
+    return copied
+
+
+def _warn_if_over_budget(adapted: Adapted, compressed: PreTrainedModel, storage: Storage) -> None:
     planned = rank_summary(adapted.holder, adapted.adapter_name).retained_ratio
-    kept = rank_summary(copied).retained_ratio
-    if storage != config.storage and kept > planned:
+    kept, counted = rank_summary(compressed).retained_ratio, adapted.config.storage
+    if storage != counted and kept > planned:
         warnings.warn(
-            f"The ranks were chosen for `storage`={config.storage!r}, to keep {planned:.0%}. Stored {storage}, the "
+            f"The ranks were chosen for `storage`={counted!r}, to keep {planned:.0%}. Stored {storage}, the "
             f"targeted layers keep {kept:.0%}, and layers that would grow stay dense. Compress with "
             f"`JactusConfig(storage={storage!r})` to meet the budget.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    return copied
 
 
 def _form(layer: JactusLayer, deployed: nn.Module, energy_kept: float | None) -> LayerForm:
