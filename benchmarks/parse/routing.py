@@ -17,7 +17,7 @@
         --initial-blocks 192 --oracle-steps 0
     python -m benchmarks.parse.routing run --subject smollm2 --decompositions jactus --seeds 0 --kinds router \
         --routers "first block" --corpus "all kinds" --test-blocks 24 --blocks 576 --initial-blocks 192 --length 128 \
-        --out benchmarks/results/parse/more-prompts    # on rows of half the length; report with the same --out
+        --out benchmarks/results/parse/more-prompts    # on rows of half the length; report with --blocks 192 --out ...
     python -m benchmarks.parse.routing report --subject smollm2 --blocks 192
 
 A block is 256 tokens: the router sees the first half, the second half is scored. The factors of the small Llama are
