@@ -89,7 +89,8 @@ def _register_tuner() -> None:
         setattr(PeftModel, changed.__name__, changed)
     for kind in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
         if "__init__" in vars(kind):  # or it has that of PeftModel
-            kind.__init__ = _making_whole_models(vars(kind)["__init__"])  # type: ignore[misc]
+            made = _making_whole_models(vars(kind)["__init__"])
+            setattr(kind, made.__name__, made)
     loading = _loading_whole_models(vars(PeftModel)["from_pretrained"].__func__)
     setattr(PeftModel, loading.__name__, classmethod(loading))
     for method, guard in (

@@ -177,7 +177,7 @@ def _cast_tensors_(
     for name, module in modules:
         prefix = f"{name}." if name else ""
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            module._parameters[key] = cast(prefix + key, parameter)  # type: ignore[assignment]  # a parameter, too
+            module._parameters[key] = cast(prefix + key, parameter)  # type: ignore[assignment]  # a parameter stays one
         for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if key not in module._non_persistent_buffers_set:
                 module._buffers[key] = cast(prefix + key, buffer)

@@ -215,7 +215,7 @@ class RankRouter(nn.Module):
             result = fn(tensor)  # in another dtype, scores would be rounded, and other experts chosen
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        module: RankRouter = super()._apply(moved, *args, **kwargs)  # type: ignore[no-untyped-call]
+        module: RankRouter = super()._apply(moved, *args, **kwargs)  # type: ignore[no-untyped-call]  # torch: untyped
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
